@@ -1,0 +1,118 @@
+"""Rectified flow, as pure functions. This file owns the convention; everything else points here.
+
+    x_t = (1 - t) x_0 + t noise        t in [0, 1]: 0 is the picture, 1 is noise
+    v   = noise - x_0                  what the network predicts, so x_0 = x_t - t v
+
+A *paper step* k of T (ByteEdit counts T = 20 down to 1) is the time shift(k / T). Networks enter as callables
+`denoise(x, t) -> v` with t [B]. Nothing here touches gradients or autocast: sample.py wraps its calls in inference mode,
+train_pefl.py runs some of them without gradient and one with.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels import blend_known
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+def bcast(t: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1]."""
+    return t.view(-1, 1, 1, 1)
+
+
+# ---- times ---------------------------------------------------------------------------------------
+
+
+def shift_t(t: Tensor | float, shift: float) -> Tensor | float:
+    """Move times towards noise: s t / (1 + (s - 1) t). SD3 uses s = 3 at 1024^2; 1 leaves them (Esser et al. 2024, Eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_t(u: Tensor, kind: str = "logit_normal", shift: float = 1.0) -> Tensor:
+    """Training times from uniform draws u [B] in [0, 1) -> t [B].
+
+    "logit_normal": t = sigmoid(normal), dense in the middle (Esser et al. 2024, Sec. 3.1); "uniform": t = u. Then shifted.
+    """
+    if kind == "logit_normal":
+        u = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).to(u.dtype)
+    elif kind != "uniform":
+        raise SystemExit(f"error: unknown timestep density {kind!r}: use 'logit_normal' or 'uniform'")
+    return shift_t(u, shift)
+
+
+def step_time(k: Tensor | int, T: int, shift: float = 1.0) -> Tensor | float:
+    """Time of paper step k of T: k = T is pure noise, k = 0 the picture."""
+    return shift_t(k / T, shift)
+
+
+def timesteps(n: int, shift: float = 1.0, start: int | None = None, stop: int = 0) -> list[float]:
+    """Times of the paper steps start, start - 1, ..., stop of n; the default runs from 1 (noise) to 0 (picture)."""
+    start = n if start is None else start
+    return [float(step_time(k, n, shift)) for k in range(start, stop - 1, -1)]
+
+
+def t_from_logsnr(s: float) -> float:
+    """Time of a log-SNR s = 2 ln((1 - t) / t)."""
+    return 1 / (1 + math.exp(s / 2))
+
+
+# ---- the path ------------------------------------------------------------------------------------
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t [B, C, H, W] from x0, noise [B, C, H, W] and t [B]."""
+    return (1 - bcast(t)) * x0 + bcast(t) * noise
+
+
+def velocity(x0: Tensor, noise: Tensor) -> Tensor:
+    return noise - x0
+
+
+def x0_from_v(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """The picture that x_t and v imply, in fp32: the one-step prediction PeFL's rewards look at."""
+    return x.float() - bcast(t).float() * v.float()
+
+
+# ---- guidance ------------------------------------------------------------------------------------
+
+
+def guide(denoise_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], guidance: float) -> Denoise:
+    """Classifier-free guidance: v_null + g (v_cond - v_null), from a callable that returns (v_cond, v_null)."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        cond, null = denoise_pair(x, t)
+        return null + guidance * (cond - null)
+
+    return denoise
+
+
+# ---- samplers ------------------------------------------------------------------------------------
+
+
+def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+    return x + (t_next - t) * v
+
+
+def sample(denoise: Denoise, x: Tensor, ts: list[float], solver: str = "euler",
+           known: Tensor | None = None, noise: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Integrate dx/dt = v from ts[0] to ts[-1].
+
+    x: [B, C, H, W] at time ts[0], kept in fp32. solver: "euler", or "heun" (second order: two evaluations a step, the last
+    step to t = 0 is Euler's). With known, noise [B, C, H, W] and mask [B, 1, H, W] (1 = regenerate) every step puts the
+    known region back at its noise level. -> x at ts[-1].
+    """
+    if solver not in ("euler", "heun"):
+        raise SystemExit(f"error: unknown solver {solver!r}: use 'euler' or 'heun'")
+    x = x.float()
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        v = denoise(x, x.new_full((len(x),), t)).float()
+        x_next = euler_step(x, v, t, t_next)
+        if solver == "heun" and t_next > 0:
+            v = (v + denoise(x_next, x.new_full((len(x),), t_next)).float()) / 2
+            x_next = euler_step(x, v, t, t_next)
+        x = x_next if mask is None else blend_known(x_next, known, noise, mask, t_next)
+    return x

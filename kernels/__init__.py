@@ -1,0 +1,9 @@
+"""Fused operations, one per file; each file holds its maths, its plain-torch reference and its public function.
+
+`kernels/` is the only place that asks what device a tensor is on.
+"""
+
+from kernels.attention import joint_attention
+from kernels.blend import blend_known
+
+__all__ = ["blend_known", "joint_attention"]

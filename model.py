@@ -1,0 +1,698 @@
+"""What is trained: the editor (a multimodal diffusion transformer and its text encoder) and the reward models.
+
+    1. Presets
+    2. Primitives: patches, positions, timesteps, modulation
+    3. MMDiT: SD3's transformer, under the parameter names of its single-file checkpoints
+    4. ByteText, Editor: captions and noisy pictures in, velocity out
+    5. ViT, MED text encoder, PreferenceReward (aesthetic, alignment), CoherenceReward
+    6. LoRA, parameter groups
+
+Shapes: B batch, L tokens, D width, H heads, K head dim, p patch side; pictures and latents are [B, C, H, W].
+Conventions (DESIGN.md): x_t = (1 - t) x_0 + t noise, v = noise - x_0, t in [0, 1]; the network's sinusoid gets 1000 t.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels import joint_attention
+
+####################################################################################################
+# 1. Presets
+####################################################################################################
+
+
+@dataclass(frozen=True)
+class EditorConfig:
+    """Architecture of an Editor; goes into the checkpoint's manifest, so that a folder describes itself."""
+
+    depth: int = 4  # joint blocks
+    heads: int = 3  # attention heads; the width is heads * head_dim
+    head_dim: int = 64
+    patch: int = 4  # latent pixels per token side
+    channels: int = 3  # latent channels
+    pos_max: int = 32  # side of the square position table, cropped at the centre
+    learn_pos: bool = True  # the table is trained; False: fixed, as loaded
+    txt_dim: int = 192  # width of the text tokens
+    vec_dim: int = 192  # width of the pooled text vector
+    qk_norm: bool = True  # RMS norm of queries and keys per head (SD3.5)
+    dual: int = 0  # first blocks with a second, image-only attention (SD3.5-medium: 13)
+    inpaint: bool = False  # input = noisy latents | mask | masked latents, concatenated along channels
+    predict: str = "v"  # what the last layer means: "v", or "x0" (converted to v; small pixel models learn it better)
+    txt_bytes: int = 128  # bytes of caption the built-in text encoder reads; 0: text features come from outside
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def in_channels(self) -> int:
+        return 2 * self.channels + 1 if self.inpaint else self.channels
+
+
+PRESETS: dict[str, EditorConfig] = {
+    "test": EditorConfig(depth=2, heads=2, head_dim=16, txt_dim=32, vec_dim=32, predict="x0"),
+    "tiny": EditorConfig(predict="x0"),
+    "tiny-p8": EditorConfig(predict="x0", patch=8),
+    "small": EditorConfig(depth=12, heads=6, pos_max=64, txt_dim=384, vec_dim=384, predict="x0"),
+    "sd3-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=192, learn_pos=False, txt_dim=4096,
+                               vec_dim=2048, qk_norm=False, txt_bytes=0),
+    "sd3.5-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=384, learn_pos=False, txt_dim=4096,
+                                 vec_dim=2048, dual=13, txt_bytes=0),
+}
+
+####################################################################################################
+# 2. Primitives
+####################################################################################################
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] -> [B, (H/p)(W/p), D], row-major; inner order (channel, p, q) as the conv weight has it."""
+
+    def __init__(self, patch: int, channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.proj.kernel_size[0]
+        x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def unpatchify(x: Tensor, h: int, w: int, p: int) -> Tensor:
+    """[B, hw, p*p*C] -> [B, C, h*p, w*p]. Trap: the inner order is (p, q, channel), not the input's (channel, p, q)."""
+    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+
+
+def sincos_2d(width: int, side: int) -> Tensor:
+    """Initial position table [1, side * side, width], row-major."""
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega                      # [side, D/4]
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                   # [side, D/2]
+    rows = axis[:, None].expand(side, side, -1)
+    cols = axis[None, :].expand(side, side, -1)
+    return torch.cat([cols, rows], dim=-1).reshape(1, side * side, width).float()
+
+
+def crop_pos(table: Tensor, h: int, w: int) -> Tensor:
+    """The central h x w window of a square table [1, S*S, D] -> [1, hw, D]; floor division, per axis (SD3)."""
+    side = math.isqrt(table.shape[1])
+    if h > side or w > side:
+        raise SystemExit(f"error: a picture of {h}x{w} tokens is larger than the model's {side}x{side} position table:"
+                         " use a smaller picture")
+    top, left = (side - h) // 2, (side - w) // 2
+    grid = table.view(1, side, side, -1)[:, top:top + h, left:left + w]
+    return grid.reshape(1, h * w, -1)
+
+
+class TimestepEmbed(nn.Module):
+    """t [B] in [0, 1] -> [B, D]: 256 sinusoids of 1000 t, [cos | sin], in fp32 (bf16 t moves the output by 15 %)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        freqs = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
+        angle = 1000 * t.float()[:, None] * freqs
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class VectorEmbed(nn.Module):
+    """Pooled text [B, vec_dim] -> [B, D]."""
+
+    def __init__(self, vec_dim: int, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(vec_dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.mlp(vec)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine (eps 1e-6), then x (1 + scale) + shift; shift and scale [B, D]."""
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None])
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear. tanh GELU in the MMDiT, exact GELU in the ViT: they differ by 4e-4."""
+
+    def __init__(self, width: int, hidden: int, approximate: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+
+####################################################################################################
+# 3. MMDiT (Esser et al. 2024; keys and shapes of sd3_medium.safetensors below model.diffusion_model.)
+####################################################################################################
+
+
+class StreamAttention(nn.Module):
+    """One stream's projections around the joint attention; output order of qkv is [q | k | v], heads inside."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, pre_only: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        if not pre_only:
+            self.proj = nn.Linear(width, width)
+        if qk_norm:
+            self.ln_q = nn.RMSNorm(width // heads, eps=1e-6)
+            self.ln_k = nn.RMSNorm(width // heads, eps=1e-6)
+        self.qk_norm = qk_norm
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).unbind(2)                    # [B, L, H, K] each
+        if self.qk_norm:
+            q, k = self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype)
+        return q, k, v
+
+
+class StreamBlock(nn.Module):
+    """One stream (image or text) of a joint block: adaLN modulation, attention projections, MLP.
+
+    `pre_only` (the text stream of the last block) only lends keys and values: 2-chunk modulation, no output.
+    `dual` adds SD3.5-medium's second attention among the image tokens: 9-chunk modulation.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, pre_only: bool = False, dual: bool = False):
+        super().__init__()
+        self.pre_only, self.dual = pre_only, dual
+        self.attn = StreamAttention(width, heads, qk_norm, pre_only)
+        if dual:
+            self.attn2 = StreamAttention(width, heads, qk_norm)
+        if not pre_only:
+            self.mlp = MLP(width, 4 * width, "tanh")
+        chunks = 2 if pre_only else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
+
+    def modulation(self, silu_c: Tensor) -> tuple[Tensor, ...]:
+        """silu_c [B, D] = SiLU(c), taken once for all blocks -> the chunks (shift, scale, gate, ...), each [B, D]."""
+        return self.adaLN_modulation[1](silu_c).chunk(2 if self.pre_only else 9 if self.dual else 6, dim=-1)
+
+
+class JointBlock(nn.Module):
+    def __init__(self, width: int, heads: int, qk_norm: bool, last: bool, dual: bool):
+        super().__init__()
+        self.context_block = StreamBlock(width, heads, qk_norm, pre_only=last)
+        self.x_block = StreamBlock(width, heads, qk_norm, dual=dual)
+
+    def forward(self, img: Tensor, txt: Tensor, silu_c: Tensor) -> tuple[Tensor, Tensor | None]:
+        """img [B, L, D], txt [B, Lt, D], silu_c [B, D] -> img, txt (None after the last block)."""
+        x, c = self.x_block, self.context_block
+        mi, mt = x.modulation(silu_c), c.modulation(silu_c)
+
+        # 1) attention over both streams
+        qi, ki, vi = x.attn(modulate(img, mi[0], mi[1]))
+        qt, kt, vt = c.attn(modulate(txt, mt[0], mt[1]))
+        ai, at = joint_attention([qi, None if c.pre_only else qt], [ki, kt], [vi, vt])
+        if x.dual:  # fed from the same input of the block, not from attention's result
+            q2, k2, v2 = x.attn2(modulate(img, mi[6], mi[7]))
+            (a2,) = joint_attention([q2], [k2], [v2])
+        img = torch.addcmul(img, mi[2][:, None], x.attn.proj(ai.flatten(2)))
+        if x.dual:
+            img = torch.addcmul(img, mi[8][:, None], x.attn2.proj(a2.flatten(2)))
+
+        # 2) MLP of each stream
+        img = torch.addcmul(img, mi[5][:, None], x.mlp(modulate(img, mi[3], mi[4])))
+        if c.pre_only:
+            return img, None
+        txt = torch.addcmul(txt, mt[2][:, None], c.attn.proj(at.flatten(2)))
+        txt = torch.addcmul(txt, mt[5][:, None], c.mlp(modulate(txt, mt[3], mt[4])))
+        return img, txt
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, img: Tensor, silu_c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation[1](silu_c).chunk(2, dim=-1)
+        return self.linear(modulate(img, shift, scale))
+
+
+class MMDiT(nn.Module):
+    """SD3's transformer. Every Linear has a bias; LayerNorms have no weights; text tokens carry no positions."""
+
+    def __init__(self, cfg: EditorConfig):
+        super().__init__()
+        D = cfg.width
+        self.patch = cfg.patch
+        self.checkpoint = False  # recompute every block in the backward pass
+        self.x_embedder = PatchEmbed(cfg.patch, cfg.in_channels, D)
+        self.pos_embed = nn.Parameter(sincos_2d(D, cfg.pos_max), requires_grad=cfg.learn_pos)
+        self.t_embedder = TimestepEmbed(D)
+        self.y_embedder = VectorEmbed(cfg.vec_dim, D)
+        self.context_embedder = nn.Linear(cfg.txt_dim, D)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(D, cfg.heads, cfg.qk_norm, last=i == cfg.depth - 1, dual=i < cfg.dual) for i in range(cfg.depth)
+        )
+        self.final_layer = FinalLayer(D, cfg.patch**2 * cfg.channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier everywhere, zero biases; modulations and the output start at zero (adaLN-zero, Peebles & Xie 2022)."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for m in (*self.t_embedder.mlp, *self.y_embedder.mlp):
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+        for name, p in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer.linear" in name:
+                nn.init.zeros_(p)
+
+    def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """x [B, C_in, H, W], t [B] in [0, 1], txt [B, Lt, txt_dim], vec [B, vec_dim] -> [B, C, H, W].
+
+        H and W are multiples of the patch; any aspect ratio the position table can hold.
+        """
+        h, w = x.shape[-2] // self.patch, x.shape[-1] // self.patch
+        img = self.x_embedder(x) + crop_pos(self.pos_embed, h, w)                        # [B, hw, D]
+        silu_c = F.silu(self.t_embedder(t) + self.y_embedder(vec))                       # [B, D]
+        txt = self.context_embedder(txt)                                                 # [B, Lt, D]
+        for block in self.joint_blocks:
+            if self.checkpoint and torch.is_grad_enabled():
+                img, txt = checkpoint(block, img, txt, silu_c, use_reentrant=False)
+            else:
+                img, txt = block(img, txt, silu_c)
+        return unpatchify(self.final_layer(img, silu_c), h, w, self.patch)
+
+
+def widen_input(weights: dict[str, Tensor], channels_in: int, key: str) -> dict[str, Tensor]:
+    """Give a patch embedding more input channels: the new columns are zero, so the output is unchanged at first.
+
+    weights: a state dict; key: its patch embedding's weight, [D, C, p, p] -> [D, channels_in, p, p].
+    """
+    w = weights[key]
+    if w.shape[1] > channels_in:
+        raise SystemExit(f"error: {key}: the checkpoint has {w.shape[1]} input channels, the model only {channels_in}")
+    wide = w.new_zeros(w.shape[0], channels_in, *w.shape[2:])
+    wide[:, : w.shape[1]] = w
+    return {**weights, key: wide}
+
+
+####################################################################################################
+# 4. Text encoder for models trained from scratch, and the Editor
+####################################################################################################
+
+
+class SelfBlock(nn.Module):
+    """Pre-norm transformer block (ViT names), exact GELU, LayerNorm eps 1e-6."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = StreamAttention(width, heads, qk_norm=False)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, 4 * width, "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attn(self.norm1(x))
+        (a,) = joint_attention([q], [k], [v])
+        x = x + self.attn.proj(a.flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class ByteText(nn.Module):
+    """UTF-8 bytes -> text tokens and a pooled vector. Default ours: no paper trains its text encoder from scratch.
+
+    Two convolutions turn the bytes into a quarter as many tokens, since joint attention pays for each of them.
+    Padding is byte 0 and is attended to, as SD3's is.
+    """
+
+    def __init__(self, max_bytes: int, txt_dim: int, vec_dim: int, depth: int = 2):
+        super().__init__()
+        self.max_bytes = max_bytes
+        self.embed = nn.Embedding(256, 64)
+        self.conv1 = nn.Conv1d(64, 128, 5, padding=2)
+        self.conv2 = nn.Conv1d(128, txt_dim, 8, stride=4, padding=2)
+        self.pos = nn.Parameter(0.02 * torch.randn(1, max_bytes // 4, txt_dim))
+        self.blocks = nn.ModuleList(SelfBlock(txt_dim, max(1, txt_dim // 64)) for _ in range(depth))
+        self.norm = nn.LayerNorm(txt_dim, eps=1e-6)
+        self.pool = nn.Linear(txt_dim, vec_dim)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """[B] strings -> uint8 [B, max_bytes], cut or padded with 0; a cut never leaves half a character."""
+        out = torch.zeros(len(captions), self.max_bytes, dtype=torch.uint8)
+        for i, caption in enumerate(captions):
+            raw = caption.encode()[: self.max_bytes].decode(errors="ignore").encode()
+            out[i, : len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
+        return out
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [B, max_bytes] -> txt [B, max_bytes/4, txt_dim], vec [B, vec_dim]."""
+        x = self.embed(ids.long()).transpose(1, 2)                                       # [B, 64, N]
+        x = self.conv2(F.gelu(self.conv1(x))).transpose(1, 2) + self.pos                 # [B, N/4, D]
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x, self.pool(x.mean(1))
+
+
+class Editor(nn.Module):
+    """The trained generator: an MMDiT and, when it learns from scratch, its text encoder."""
+
+    X0_T_MIN = 0.05  # v = (x_t - x0) / t is divided by at least this: its error explodes at t -> 0 (default ours)
+
+    def __init__(self, cfg: EditorConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.mmdit = MMDiT(cfg)
+        if cfg.txt_bytes:
+            self.text = ByteText(cfg.txt_bytes, cfg.txt_dim, cfg.vec_dim)
+
+    @property
+    def arch(self) -> dict:
+        return {"kind": "editor", **asdict(self.cfg)}
+
+    def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """[B] captions -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is the null condition of guidance and dropout."""
+        return self.text(self.text.tokenize(captions).to(self.mmdit.pos_embed.device))
+
+    def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor,
+                mask: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
+        """Velocity at x_t.
+
+        x [B, C, H, W] at times t [B] in [0, 1]; mask [B, 1, H, W], 1 = regenerate; masked [B, C, H, W] = x_0 (1 - mask).
+        Without a mask an inpainting model generates the whole picture (mask of ones, ByteEdit's global mask). -> v [B, C, H, W]
+        """
+        inp = x
+        if self.cfg.inpaint:
+            mask = torch.ones_like(x[:, :1]) if mask is None else mask
+            masked = torch.zeros_like(x) if masked is None else masked
+            inp = torch.cat([x, mask.to(x.dtype), masked.to(x.dtype)], dim=1)
+        out = self.mmdit(inp, t, txt, vec)
+        if self.cfg.predict == "v":
+            return out
+        return (x - out) / t.to(x.dtype).clamp(min=self.X0_T_MIN)[:, None, None, None]
+
+
+def build_editor(arch: dict) -> Editor:
+    """Editor from the `arch` of a manifest; raises SystemExit when the checkpoint is of another kind."""
+    return Editor(config_from(EditorConfig, arch, "editor"))
+
+
+def config_from(cls: type, arch: dict, kind: str):
+    """cls from a manifest's arch dict, refusing other kinds and unknown fields in one line."""
+    if arch.get("kind") != kind:
+        raise SystemExit(f"error: the checkpoint holds a {arch.get('kind')!r}, this needs a {kind!r}: name another folder")
+    known = {f.name for f in fields(cls)}
+    unknown = set(arch) - known - {"kind"}
+    if unknown:
+        raise SystemExit(f"error: unknown fields {sorted(unknown)} in the checkpoint's arch: it is of another version")
+    return cls(**{k: v for k, v in arch.items() if k in known})
+
+
+####################################################################################################
+# 5. Reward models
+####################################################################################################
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """PreferenceReward at any size; the default is ImageReward's (446 M parameters)."""
+
+    image_size: int = 224  # pictures are resized to this square before they are scored
+    patch: int = 16
+    vit_width: int = 1024
+    vit_depth: int = 24
+    vit_heads: int = 16
+    txt_width: int = 768
+    txt_depth: int = 12
+    txt_heads: int = 12
+    txt_hidden: int = 3072
+    vocab: int = 30524
+    txt_len: int = 35
+    positions: int = 512
+    tokenizer: str = ""  # JSON of the `tokenizers` library, kept with the weights
+
+
+@dataclass(frozen=True)
+class CoherenceConfig:
+    """CoherenceReward: a ViT that scores every pixel (ByteEdit Sec. 3.2; sizes ours, paper silent)."""
+
+    pos_side: int = 8  # tokens per side of the learned position table; resized to other sizes
+    patch: int = 4
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+
+
+REWARD_PRESETS: dict[str, RewardConfig] = {
+    "test": RewardConfig(32, 8, 32, 2, 2, 32, 2, 2, 64, 512, 40, 64),
+    "tiny": RewardConfig(32, 4, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
+    "imagereward": RewardConfig(),
+}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ViT(nn.Module):
+    """Vision transformer under the names BLIP, ImageReward and DINO share. Returns all tokens, [CLS] first."""
+
+    def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, channels: int = 3):
+        super().__init__()
+        self.patch_embed = PatchEmbed(patch, channels, width)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, side * side + 1, width))
+        self.blocks = nn.ModuleList(SelfBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W], already normalised -> [B, 1 + hw, D]; the position table is resized to other h x w (bicubic)."""
+        p = self.patch_embed.proj.kernel_size[0]
+        h, w = x.shape[-2] // p, x.shape[-1] // p
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        pos = self.pos_embed[:, 1:]
+        if (h, w) != (side, side):
+            pos = F.interpolate(rearrange(pos, "1 (h w) d -> 1 d h w", h=side), (h, w), mode="bicubic")
+            pos = rearrange(pos, "1 d h w -> 1 (h w) d")
+        x = self.patch_embed(x) + pos
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls.to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class BertSelf(nn.Module):
+    """Query, key, value of BERT (separate Linears); keys and values may come from another width (cross-attention)."""
+
+    def __init__(self, width: int, heads: int, kv_width: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(kv_width, width)
+        self.value = nn.Linear(kv_width, width)
+
+    def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+        q, k, v = (rearrange(y, "b l (h k) -> b h l k", h=self.heads) for y in (self.query(x), self.key(kv), self.value(kv)))
+        return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b h l k -> b l (h k)")
+
+
+class BertOutput(nn.Module):
+    """Dense, then LayerNorm of the residual sum (post-norm, eps 1e-12)."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.dense = nn.Linear(hidden, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+def bert_attention(width: int, heads: int, kv_width: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"self": BertSelf(width, heads, kv_width), "output": BertOutput(width, width)})
+
+
+class MedLayer(nn.Module):
+    """Self-attention -> cross-attention to the picture -> feed-forward (BLIP's MED in multimodal mode)."""
+
+    def __init__(self, cfg: RewardConfig):
+        super().__init__()
+        D, H = cfg.txt_width, cfg.txt_heads
+        self.attention = bert_attention(D, H, D)
+        self.crossattention = bert_attention(D, H, cfg.vit_width)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, cfg.txt_hidden)})
+        self.output = BertOutput(cfg.txt_hidden, D)
+
+    def forward(self, x: Tensor, img: Tensor, bias: Tensor) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, x, bias), x)
+        x = self.crossattention["output"](self.crossattention["self"](x, img, None), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class MedText(nn.Module):
+    """BERT with cross-attention in every layer; no token types, no pooler."""
+
+    def __init__(self, cfg: RewardConfig):
+        super().__init__()
+        D = cfg.txt_width
+        self.embeddings = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(cfg.vocab, D), "position_embeddings": nn.Embedding(cfg.positions, D),
+            "LayerNorm": nn.LayerNorm(D, eps=1e-12)})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(MedLayer(cfg) for _ in range(cfg.txt_depth))})
+
+    def forward(self, ids: Tensor, attend: Tensor, img: Tensor) -> Tensor:
+        """ids, attend [B, L] (attend 0 = padding), img [B, N, vit_width] -> [B, L, D]."""
+        e = self.embeddings
+        x = e["word_embeddings"](ids) + e["position_embeddings"](torch.arange(ids.shape[1], device=ids.device))
+        x = e["LayerNorm"](x)
+        bias = torch.zeros_like(attend, dtype=x.dtype).masked_fill(attend == 0, -10000.0)[:, None, None]
+        for layer in self.encoder["layer"]:
+            x = layer(x, img, bias)
+        return x
+
+
+class RewardHead(nn.Module):
+    """ImageReward's head on [CLS]: five Linears without activations (its source has them commented out), dropout in training."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
+            nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
+
+    def init_weights(self, original: bool) -> None:
+        """`original`: ImageReward's Normal(0, 1 / (in + 1)). It shrinks [CLS] to 1e-9 and its gradient below Adam's eps:
+        the known plateau at loss 0.6931. Ours: Normal(0, 1 / sqrt(in)), which keeps the scale."""
+        for m in self.layers:
+            if isinstance(m, nn.Linear):
+                fan = self.layers[0].in_features + 1 if original else m.in_features**0.5
+                nn.init.normal_(m.weight, std=1 / fan)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class PreferenceReward(nn.Module):
+    """R(c, x): the aesthetic and the alignment reward (ByteEdit Sec. 3.1, 3.2), in ImageReward's structure and names."""
+
+    def __init__(self, cfg: RewardConfig, original_init: bool = False):
+        super().__init__()
+        self.cfg = cfg
+        self.blip = nn.ModuleDict({
+            "visual_encoder": ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth, cfg.vit_heads),
+            "text_encoder": MedText(cfg)})
+        self.mlp = RewardHead(cfg.txt_width)
+        for m in self.blip.modules():
+            if isinstance(m, nn.Linear | nn.Embedding):
+                nn.init.normal_(m.weight, std=0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5)
+        self.mlp.init_weights(original_init)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+
+    @property
+    def arch(self) -> dict:
+        return {"kind": "reward", **asdict(self.cfg)}
+
+    def forward(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
+        """image [B, 3, H, W] in [-1, 1], ids and attend [B, L] -> raw score [B] (no normalisation).
+
+        The short side is resized to `image_size` and the centre cropped (ImageReward), differentiably.
+        """
+        S = self.cfg.image_size
+        h, w = image.shape[-2:]
+        if (h, w) != (S, S):
+            size = (S, max(S, round(w * S / h))) if h <= w else (max(S, round(h * S / w)), S)
+            image = F.interpolate(image.float(), size, mode="bicubic", antialias=True)
+            top, left = (size[0] - S) // 2, (size[1] - S) // 2
+            image = image[..., top:top + S, left:left + S]
+        img = self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)
+        txt = self.blip["text_encoder"](ids, attend, img)
+        return self.mlp(txt[:, 0].float())[:, 0]
+
+
+class CoherenceReward(nn.Module):
+    """R_gamma(x): a score for every pixel, > 0 = looks real (ByteEdit Eq. 6). Trained online; also the discriminator."""
+
+    def __init__(self, cfg: CoherenceConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.vit = ViT(cfg.pos_side, cfg.patch, cfg.width, cfg.depth, cfg.heads)
+        self.head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.patch**2))
+
+    @property
+    def arch(self) -> dict:
+        return {"kind": "coherence", **asdict(self.cfg)}
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> logits [B, 1, H, W]."""
+        p = self.cfg.patch
+        tokens = self.head(self.vit(image)[:, 1:])
+        return unpatchify(tokens.float(), image.shape[-2] // p, image.shape[-1] // p, p)
+
+
+####################################################################################################
+# 6. LoRA, parameter groups
+####################################################################################################
+
+
+class LowRank(nn.Module):
+    """W -> W + (alpha / r) B A, as a parametrization of a Linear's weight (Hu et al. 2021)."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.B @ self.A
+
+
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Freeze `model` and give the attention and MLP Linears of its joint blocks a trainable low-rank update, zero at first.
+
+    Alpha equals the rank. `merged_state` returns plain weights under the plain names.
+    """
+    model.requires_grad_(False)
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear) and "joint_blocks" in name and "adaLN" not in name:
+            nn.utils.parametrize.register_parametrization(m, "weight", LowRank(m, rank))
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """State dict under the plain names, low-rank updates added in; the same as state_dict() without LoRA."""
+    out = {}
+    for name, value in model.state_dict().items():
+        if ".parametrizations." not in name:
+            out[name] = value
+        elif name.endswith(".original"):
+            layer = name.split(".parametrizations.")[0]
+            out[f"{layer}.weight"] = model.get_submodule(layer).weight.detach().clone()
+    return out
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW groups over trainable parameters: matrices decay; biases, norms, embeddings and positions do not."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay = [p for n, p in named if p.ndim >= 2 and "embed" not in n and not n.endswith("pos")]
+    chosen = set(map(id, decay))
+    rest = [p for _, p in named if id(p) not in chosen]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def inpainting(cfg: EditorConfig) -> EditorConfig:
+    """The same architecture with inpainting input (noisy latents | mask | masked latents)."""
+    return replace(cfg, inpaint=True)
