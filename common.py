@@ -1,0 +1,856 @@
+"""Machinery that the scripts call and that never calls back.
+
+Contents: 1. processes and signals   2. randomness from progress   3. schedule, EMA, gradient averaging
+          4. checkpoints             5. metrics                    6. pictures
+Test for every helper here: delete the call, and the script still reads as a training loop.
+"""
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Spinning OpenMP threads cost a factor of 10 on a shared machine. libgomp reads this as torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as td  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+########################################## 1. processes and signals ##########################################
+
+_stop_signal = None  # name of the first SIGTERM or SIGUSR1 seen; read through sync_flags
+
+
+@dataclass(frozen=True)
+class Dist:
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+def setup(device="auto"):
+    """Join torchrun's process group (gloo on CPU, nccl on GPU, 10 minute timeout), or stay alone without
+    torchrun.
+
+    device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N"; under torchrun each rank takes its
+    own GPU. From here on SIGTERM and SIGUSR1 only set a flag that `sync_flags` reports on every rank.
+    """
+    env = os.environ
+    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local_rank = int(env.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise SystemExit(f"error: --device: {device}: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        index = device.index if world == 1 and device.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise SystemExit(f"error: --device: cuda:{index}: torch sees {torch.cuda.device_count()} GPUs: "
+                             "use --device=cpu or start fewer processes")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in env:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(cores - 1 if cores > 2 else cores)  # one for data: measured faster
+    if world > 1:
+        gpu = device.type == "cuda"
+        td.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=10),
+                              device_id=device if gpu else None)
+    if threading.current_thread() is threading.main_thread():
+        for s in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(s, _on_signal)
+    return Dist(rank, local_rank, world, device)
+
+
+def _on_signal(number, frame):
+    global _stop_signal
+    _stop_signal = signal.Signals(number).name
+
+
+def cleanup():
+    """Leave the process group, if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def is_main(dist):
+    return dist.rank == 0
+
+
+def print0(*words):
+    """Print one line on rank 0, above a progress bar if there is one."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(" ".join(str(w) for w in words))
+        sys.stdout.flush()
+
+
+def progress(total, start=0, desc="", dist=Dist()):
+    """A tqdm bar on rank 0 (on stderr; a line every 30 s at most when stderr is a file), silent elsewhere."""
+    return tqdm(total=total, initial=start, desc=desc, disable=dist.rank != 0, dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 30)
+
+
+def sync_flags(dist, bad=False):
+    """(stop, bad) on all ranks: any rank got SIGTERM/SIGUSR1, any rank's `bad` (bool or tensor) is true. One
+    all-reduce.
+
+    Workers are signalled one after the other, each at its own point of a step: acting on a local flag would
+    let one rank save alone and hang. The same holds for a loss that is not finite on one rank only.
+    """
+    bad = bad.detach().any() if isinstance(bad, torch.Tensor) else torch.tensor(bool(bad))
+    stop = torch.tensor(float(_stop_signal is not None))
+    flags = torch.stack([stop.to(dist.device), bad.to(dist.device).float()])
+    if dist.world > 1:
+        td.all_reduce(flags, op=td.ReduceOp.MAX)
+    stop, bad = flags.tolist()
+    return stop > 0, bad > 0
+
+
+def peak_bytes():
+    """Peak memory so far, in bytes: allocated on the GPU, without one the resident memory of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory():
+    """`peak_bytes` as text."""
+    where = "GPU" if torch.cuda.is_available() and torch.cuda.is_initialized() else "host"
+    return f"{where} peak {peak_bytes() / 2**30:.2f} GiB"
+
+
+class Perf:
+    """Throughput and data wait: `with perf.wait(): batch = next(it)`, `perf.add(images)`, `perf.read()` at
+    each flush.
+    """
+
+    def __init__(self):
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    @contextlib.contextmanager
+    def wait(self):
+        t = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - t
+
+    def add(self, images):
+        self.images += images
+
+    def read(self):
+        """Images per second over all that was added, fraction of time spent waiting, host memory; starts
+        anew.
+        """
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        row = {"perf/img_s": self.images / seconds, "perf/data_wait": self.waited / seconds}
+        with contextlib.suppress(OSError):  # Linux only
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            row["perf/host_rss_gib"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+        self.__init__()
+        return row
+
+
+def n_params(module, trained=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+######################################### 2. randomness from progress ########################################
+
+
+def generators(seed, step, positions, stream=0):
+    """One CPU generator per GLOBAL sample position, a function of (seed, step, position, stream) and of
+    nothing else.
+
+    The same sample gets the same draws whatever the world size, so a resumed run continues exactly, and so
+    does one on another number of ranks as long as world * batch stays. `stream` separates draws of one step
+    that must not share. torch's Mersenne twister takes 32 bits of a seed, so two of N generators coincide
+    with probability N^2 / 2^33.
+    """
+    made = []
+    for position in positions:
+        key = hashlib.blake2b(f"{seed},{step},{int(position)},{stream}".encode(), digest_size=8).digest()
+        made.append(torch.Generator().manual_seed(int.from_bytes(key, "little")))
+    return made
+
+
+def randn(gens, shape, device="cpu"):
+    """Standard normal [len(gens), *shape], fp32, row i from gens[i]."""
+    out = torch.empty(len(gens), *shape)
+    for row, g in zip(out, gens):
+        row.normal_(generator=g)
+    return out.to(device, non_blocking=True)
+
+
+def rand(gens, device="cpu"):
+    """Uniform in [0, 1), [len(gens)]."""
+    return torch.tensor([torch.rand((), generator=g).item() for g in gens]).to(device)
+
+
+def randint(gens, low, high, device="cpu"):
+    """int64 uniform in [low, high), [len(gens)]."""
+    return torch.tensor([torch.randint(low, high, (), generator=g).item() for g in gens]).to(device)
+
+
+######################################## 3. optimisation #####################################################
+
+
+def lr_at(step, lr, warmup, total, kind="constant"):
+    """Learning rate at optimiser step `step`: linear warm-up over `warmup` steps, then constant, or cosine to
+    0 at `total`.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if kind == "constant":
+        return lr
+    if kind == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+    raise SystemExit(f"error: lr schedule: {kind}: use constant or cosine")
+
+
+EMA_COUNT = "_ema_updates"  # a key of EMA.state_dict(), for exact resume of the warm-up; load_state skips it
+
+
+class EMA:
+    """fp32 moving average of the parameters that train; frozen ones and buffers are read from the module
+    itself.
+
+    Update n (from 0) uses min(decay, (1 + n) / (10 + n)) with warmup, else decay; papers give the decay only.
+    """
+
+    def __init__(self, module, decay, warmup=True):
+        self.module, self.decay, self.warmup, self.n = module, decay, warmup, 0
+        self.names = [k for k, p in module.named_parameters() if p.requires_grad]
+        self.average = [p.detach().float().clone() for p in self._params()]
+
+    def _params(self):
+        params = [(k, p) for k, p in self.module.named_parameters() if p.requires_grad]
+        assert [k for k, _ in params] == self.names, "the trained parameters changed after EMA() was made"
+        return [p for _, p in params]
+
+    @torch.no_grad()
+    def update(self):
+        decay = min(self.decay, (1 + self.n) / (10 + self.n)) if self.warmup else self.decay
+        torch._foreach_lerp_(self.average, [p.detach().float() for p in self._params()], 1 - decay)
+        self.n += 1
+
+    def state_dict(self):
+        """The module's whole state with averaged weights (no copies), and the number of updates under
+        EMA_COUNT.
+        """
+        average = {id(p): a for p, a in zip(self._params(), self.average)}  # tied weights have two names
+        state = self.module.state_dict(keep_vars=True)
+        state = {k: average.get(id(v), v.detach()) for k, v in state.items()}
+        return state | {EMA_COUNT: torch.tensor(self.n)}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors):
+        _check_fit(self.module, tensors, "ema")
+        if EMA_COUNT not in tensors:
+            raise SystemExit(f"error: ema: no {EMA_COUNT}: plain weights, not an EMA state: use load_state")
+        for name, average in zip(self.names, self.average):
+            average.copy_(tensors[name])
+        self.n = int(tensors[EMA_COUNT])
+
+    @contextlib.contextmanager
+    def swapped(self):
+        """Within the block the module runs with the averaged weights. By pointer, without a copy: do not
+        train inside.
+        """
+        params = self._params()
+        raw = [p.data for p in params]
+        try:
+            for p, a in zip(params, self.average):
+                p.data = a.to(p.dtype)
+            yield self.module
+        finally:
+            for p, d in zip(params, raw):
+                p.data = d
+
+
+@torch.no_grad()
+def average_gradients(params, world, bucket_bytes=64 * 2**20):
+    """Replace every gradient by its mean over the ranks, in coalesced buckets. All ranks pass the same
+    parameters.
+
+    A gradient that is None on some ranks counts as zero there; one that is None on all of them stays None, so
+    that the optimiser skips it as it would on one rank.
+    """
+    params = [p for p in params if p.requires_grad]
+    if world == 1 or not params:
+        return
+    present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+    td.all_reduce(present)
+    if any(p.grad is None for p in params):  # only then is reading `present` worth a synchronisation
+        for p, count in zip(params, present.tolist()):
+            if p.grad is None and count:
+                p.grad = torch.zeros_like(p)
+    buckets = []  # from here on all ranks hold the same set of gradients, and cut it into the same buckets
+    for g in (p.grad for p in params if p.grad is not None):
+        last = buckets[-1] if buckets else []
+        if last and last[0].dtype == g.dtype and sum(b.nbytes for b in last) + g.nbytes <= bucket_bytes:
+            last.append(g)
+        else:
+            buckets.append([g])
+    for bucket in buckets:
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        td.all_reduce(flat)
+        parts = (flat / world).split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [f.view_as(g) for f, g in zip(parts, bucket)])
+
+
+########################################## 4. checkpoints ####################################################
+# OUT/step_00001000/{model,ema,optimizer,...}.safetensors + manifest.json. The manifest is written last, with
+# the SHA-256 of every file and of itself: a checkpoint is a folder that verifies, anything else is debris.
+
+_STEP = re.compile(r"step_(\d+)(\.old)?")  # .old: set aside while its replacement takes its name
+_FILE = re.compile(r"[\w.-]+\.safetensors")
+
+
+class _Flaw(Exception):
+    """What is wrong with a checkpoint folder: "FILE: PROBLEM"."""
+
+
+def optimizer_tensors(opt):
+    """The optimiser's state, flat: "INDEX.KEY" (index over all param groups) -> tensor. Learning rates are
+    not state.
+    """
+    flat = {}
+    for i, p in enumerate(p for g in opt.param_groups for p in g["params"]):
+        for key, value in opt.state.get(p, {}).items():
+            if value is not None:  # SGD's empty momentum
+                value = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+                flat[f"{i}.{key}"] = value
+    return flat
+
+
+def load_optimizer_tensors(opt, tensors):
+    """Restore what `optimizer_tensors` gave, exactly. SystemExit if it belongs to other parameters."""
+    params = [p for g in opt.param_groups for p in g["params"]]
+    state = {}
+    for name, value in tensors.items():
+        i, key = name.split(".", 1)
+        if int(i) >= len(params) or value.dim() and value.shape != params[int(i)].shape:
+            raise SystemExit(f"error: optimizer state: {name} {list(value.shape)}: is of other parameters, "
+                             "resume with the checkpoint's architecture, or start in a new folder")
+        state.setdefault(int(i), {})[key] = value.clone()  # load_state_dict would alias it
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+
+
+def save_checkpoint(out_dir, step, tensors, meta, keep=2, dist=Dist()):
+    """Write OUT/step_STEP, then delete all but the `keep` newest (0 = none is deleted). Every rank calls it,
+    rank 0 writes.
+
+    tensors: file name -> {key: Tensor}. meta: JSON-able; its arch, config and samples become top-level
+    manifest entries, the rest stands under "meta". Returns the folder on every rank, or None after one
+    printed line when the disk is full or failing: training goes on, and the caller counts failures in a row.
+    """
+    folder = Path(out_dir) / f"step_{step:08d}"
+    done = False
+    if dist.rank == 0:
+        for pause in (1, 2, None):
+            try:
+                write_checkpoint(folder, step, tensors, meta, dist.world)
+                done = True
+                break
+            except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
+                full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(e)
+                if pause is None or full:
+                    print0(f"warning: checkpoint {folder} not saved ({_one_line(e)}); training goes on")
+                    break
+                time.sleep(pause)
+        if done and keep:
+            _prune(folder, step, keep)
+    if dist.world > 1:
+        flag = torch.tensor(float(done), device=dist.device)
+        td.all_reduce(flag, op=td.ReduceOp.MAX)
+        done = flag.item() > 0
+    return folder if done else None
+
+
+def write_checkpoint(folder, step, tensors, meta, world=1):
+    """Write one checkpoint folder (also how assets/ are made): .tmp folder, fsync, rename. OSError leaves
+    nothing behind.
+    """
+    folder = Path(folder)
+    parent, tmp, old = folder.parent, *(folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(tmp, ignore_errors=True)
+        need = 1.1 * sum(t.nbytes for group in tensors.values() for t in group.values()) + 2**16
+        free = shutil.disk_usage(parent).free
+        if free < need:
+            raise OSError(errno.ENOSPC, f"needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
+        tmp.mkdir()
+        files = {}
+        for name, group in tensors.items():
+            path = tmp / f"{name}.safetensors"
+            save_file(_savable(group), path)
+            path.chmod(0o644)  # safetensors makes it 0600, which a shared run folder does not want
+            _fsync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        lifted = {k: meta[k] for k in ("arch", "config", "samples") if k in meta}
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        rest = {k: v for k, v in meta.items() if k not in lifted}
+        manifest = {"format": 1, "step": step, **lifted, "files": files, "torch": torch.__version__,
+                    "world": world, "git": git_revision(), "time": now, "meta": rest}
+        manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read, for the hash
+        manifest["sha256"] = _manifest_hash(manifest)
+        (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _fsync(tmp / "manifest.json")
+        _fsync(tmp)
+        if folder.exists():  # a resumed run passes this step again
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        tmp.rename(folder)
+        _fsync(parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    return folder
+
+
+def _savable(group):
+    """CPU, contiguous, no shared storage: safetensors refuses the rest."""
+    out, seen = {}, set()
+    for key, t in group.items():
+        t = t.detach().cpu().contiguous()
+        storage = t.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != t.nbytes:
+            t = t.clone()
+        seen.add(t.untyped_storage().data_ptr())
+        out[key] = t
+    return out
+
+
+def _fsync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _manifest_hash(manifest):
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _step_folders(out_dir):
+    """[(step, folder)], newest first."""
+    found = [(m, p) for p in Path(out_dir).glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    return sorted([(int(m[1]), p) for m, p in found], key=lambda f: (f[0], f[1].suffix == ""), reverse=True)
+
+
+def _prune(newest, step, keep):
+    # A folder of a later step did not verify when this run resumed before it: it is left alone until it is
+    # overwritten, and never counts among the kept.
+    earlier = [p for s, p in _step_folders(newest.parent) if s <= step]
+    for p in earlier[keep:] + list(newest.parent.glob("step_*.tmp")):
+        shutil.rmtree(p, ignore_errors=True)
+
+
+def _read(folder, names=None):
+    """(tensors, manifest) of one folder, every byte checked; raises _Flaw."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        files = {k: (v["bytes"], v["sha256"]) for k, v in manifest["files"].items()}
+        if manifest["sha256"] != _manifest_hash(manifest) or not all(_FILE.fullmatch(k) for k in files):
+            raise _Flaw("manifest.json: was changed after it was written")
+    except OSError:
+        raise _Flaw("manifest.json: cannot be read (a save that was cut off, or no checkpoint)") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _Flaw("manifest.json: damaged") from None
+    if names is not None:
+        files = {k: v for k, v in files.items() if k.removesuffix(".safetensors") in names}
+        if not files:
+            raise _Flaw(f"manifest.json: lists no file named {' or '.join(names)}")
+    tensors = {}
+    for file, (size, digest) in files.items():
+        try:
+            if (found := (folder / file).stat().st_size) != size:
+                raise _Flaw(f"{file}: {found} bytes instead of {size}")
+            if _sha256(folder / file) != digest:
+                raise _Flaw(f"{file}: SHA-256 differs from the manifest's, the file is damaged")
+            tensors[file.removesuffix(".safetensors")] = load_file(folder / file)
+        except (OSError, SafetensorError) as e:
+            raise _Flaw(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    return tensors, manifest
+
+
+def _newest(out_dir, names=None):
+    """(folder, tensors, manifest) of the newest step that verifies, loud about those that do not; None if
+    there is no step.
+    """
+    flaws = []
+    for _, folder in _step_folders(out_dir):
+        try:
+            found = folder, *_read(folder, names)
+        except _Flaw as e:
+            flaws.append(f"{folder.name}/{e}")
+            print0(f"warning: {folder}/{e}; FALLING BACK to the checkpoint before it")
+            continue
+        if flaws:
+            print0(f"warning: using {folder} instead of {len(flaws)} newer, damaged checkpoint(s)")
+        return found
+    if flaws:
+        raise SystemExit(f"error: {out_dir}: none of {len(flaws)} checkpoints verifies ({flaws[0]}): restore "
+                         "one, or move them away to start from scratch")
+
+
+def load_checkpoint(path, names=None):
+    """({file name: {key: CPU Tensor}}, manifest) of a step folder, a shipped folder, or the newest good step
+    of a run folder.
+
+    names: files to read, those of them that exist, e.g. ("ema", "model"); None = all. Nothing is unpickled.
+    SystemExit naming the file for any flaw of a folder that was named; a run folder falls back to an earlier
+    step, loudly.
+    """
+    path = Path(path)
+    names = (names,) if isinstance(names, str) else names
+    if not path.is_dir():
+        raise SystemExit(f"error: {path}: no such folder: give a run folder, a step_* in it or a shipped one")
+    if (path / "manifest.json").exists() or _STEP.fullmatch(path.name):
+        try:
+            return _read(path, names)
+        except _Flaw as e:
+            raise SystemExit(f"error: {path}/{e}: use another checkpoint or copy this one again") from None
+    found = _newest(path, names)
+    if found is None:
+        raise SystemExit(f"error: {path}: holds neither manifest.json nor step_* folders: give a folder "
+                         "that a train script wrote")
+    return found[1:]
+
+
+def load_latest(out_dir):
+    """(tensors, manifest) to resume from, or None if nothing was saved there. Every rank calls it and gets
+    the same step.
+
+    SystemExit if there are checkpoints and none verifies: training from scratch over them must be the user's
+    decision.
+    """
+    if not (td.is_initialized() and td.get_world_size() > 1):
+        found = _newest(out_dir)
+        return found and found[1:]
+    choice = [None]
+    found, error = None, None
+    if td.get_rank() == 0:
+        try:
+            found = _newest(out_dir)
+        except SystemExit as e:
+            error = str(e)
+        choice = [(found and found[0].name, error)]
+    td.broadcast_object_list(choice, device=torch.device("cuda") if td.get_backend() == "nccl" else None)
+    name, error = choice[0]
+    if error:
+        raise SystemExit(error)
+    if name is None:
+        return None
+    return found[1:] if found else load_checkpoint(Path(out_dir) / name)
+
+
+def _check_fit(module, tensors, what):
+    own = module.state_dict()
+    given = {k: v for k, v in tensors.items() if k != EMA_COUNT}
+    problems = {
+        "missing": sorted(own.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - own.keys()),
+        "of another shape": [f"{k} {list(given[k].shape)} instead of {list(own[k].shape)}" for k in own
+                             if k in given and given[k].shape != own[k].shape],
+    }
+    text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
+                     for kind, keys in problems.items() if keys)
+    if text:
+        raise SystemExit(f"error: {what}: does not fit {type(module).__name__}: {text}: another architecture "
+                         "saved it, build the model from its manifest's arch")
+
+
+def load_state(module, tensors, what):
+    """module.load_state_dict, strict. `what` names the file in the one line that SystemExit gives when they
+    do not fit.
+    """
+    _check_fit(module, tensors, what)
+    module.load_state_dict({k: v for k, v in tensors.items() if k != EMA_COUNT}, strict=True)
+
+
+def git_revision():
+    """Commit of this code, with "+" if the tree differs from it; None outside git."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+############################################ 5. metrics ######################################################
+
+
+class Metrics:
+    """Means of what was added, to stdout, OUT/metrics.jsonl and W&B. Only rank 0 writes; a failing logger
+    never stops a run.
+
+    wandb: "auto" (WANDB_MODE if set, online with an API key, otherwise offline), "online", "offline" or
+    "off". run_id: W&B id from the checkpoint (keep `metrics.run_id` in its meta), so that a resumed run
+    continues its curve. resumed_from: step of that checkpoint; a row marks it in metrics.jsonl, since rows of
+    later, repeated steps remain above.
+    """
+
+    def __init__(self, out_dir, dist, config, wandb="auto", project="feedback-editing", run_id=None,
+                 resumed_from=None):
+        self.out_dir, self.dist = Path(out_dir), dist
+        self.run_id = run_id or secrets.token_hex(4)
+        self.sums, self.counts = {}, {}
+        self.file = self.run = self.wandb = None
+        self.failures = 0
+        if dist.rank != 0:
+            return
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.out_dir / "metrics.jsonl", "a+b", buffering=0)
+            if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
+                self.file.write(b"\n")  # the last row was cut off by a kill
+        except OSError as e:
+            print0(f"warning: {self.out_dir}/metrics.jsonl: {e.strerror}; it is not written")
+        if resumed_from is not None:
+            self._row({"resumed_from": resumed_from})
+        self._start_wandb(wandb, project, config)
+
+    def _start_wandb(self, mode, project, config):
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+        if mode in ("off", "disabled"):
+            return
+        if mode not in ("online", "offline"):
+            raise SystemExit(f"error: wandb mode: {mode}: use auto, online, offline or off")
+        for mode in ("online", "offline")[mode == "offline":]:
+            try:
+                import wandb  # 0.6 s and 33 packages: only when it is used
+                settings = wandb.Settings(silent=True, console="off", init_timeout=60, reinit="create_new")
+                self.run = wandb.init(project=project, id=self.run_id, resume="allow", mode=mode,
+                                      config=config, dir=self.out_dir, settings=settings)
+                self.run.define_metric("trainer/step")
+                self.run.define_metric("*", step_metric="trainer/step")
+                self.wandb = wandb
+                where = self.run.url if mode == "online" else Path(self.run.dir).parent  # upload it with `wandb sync`
+                print0(f"wandb: {mode}, id {self.run_id}, {where}")
+                return
+            except Exception as e:  # no package, no key, no network, no space: none of them is worth a run
+                instead = "offline" if mode == "online" else "without it"
+                print0(f"warning: wandb {mode} failed ({_one_line(e)}), going on {instead}")
+                self.run = None
+
+    def add(self, **values):
+        """Add tensors (any shape, all elements count) or floats. Sums stay on the device: no
+        synchronisation.
+        """
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                self.counts[name] = self.counts.get(name, 0) + value.numel()
+                value = value.detach().sum(dtype=torch.float64)
+            else:
+                self.counts[name] = self.counts.get(name, 0) + 1
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def flush(self, step, extra={}):
+        """Means since the last flush over all ranks and elements, plus `extra` (rank 0's, not reduced), as a
+        dict of floats.
+
+        Every rank calls it. Ranks may have added different names; not-a-number is kept here and null in
+        metrics.jsonl.
+        """
+        names = list(self.sums)
+        if self.dist.world > 1:
+            everyone = [None] * self.dist.world
+            td.all_gather_object(everyone, names)
+            names = names if all(n == names for n in everyone) else sorted(set().union(*everyone))
+        like = {"dtype": torch.float64, "device": self.dist.device}
+        sums = [torch.as_tensor(self.sums.get(n, 0.0), **like) for n in names]
+        counts = torch.tensor([self.counts.get(n, 0) for n in names], **like)
+        table = torch.stack([torch.stack(sums), counts]) if names else torch.zeros(2, 0)
+        if self.dist.world > 1 and names:
+            td.all_reduce(table)
+        row = dict(zip(names, (table[0] / table[1]).tolist()))
+        row |= {k: v.item() if isinstance(v, torch.Tensor | np.generic) else v for k, v in extra.items()}
+        self.sums, self.counts = {}, {}
+        if self.dist.rank == 0:
+            shown = [f"| {k} {v:.4g}" if isinstance(v, float) else f"| {k} {v}" for k, v in row.items()]
+            print0(f"step {step:6d}", *shown[:10])
+            self._row({"step": step, "time": round(time.time(), 1), **row})
+            self._log({"trainer/step": step, **row})  # never step=: W&B drops rows of earlier steps
+        return row
+
+    def images(self, step, pictures):
+        """{key: PIL picture} to OUT/images/step_STEP_KEY.png and to W&B. Call it on rank 0, on others it does
+        nothing.
+        """
+        if self.dist.rank != 0:
+            return
+        for key, picture in pictures.items():
+            try:
+                key = re.sub(r"[^A-Za-z0-9_.-]+", "_", key)
+                path = self.out_dir / "images" / f"step_{step:08d}_{key}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+            except OSError as e:
+                print0(f"warning: {path}: {_one_line(e)}; the picture is not saved")
+        if self.run:
+            self._log({"trainer/step": step}, pictures)
+
+    def _row(self, row):
+        if self.file:
+            try:
+                self.file.write((json.dumps(_no_nan(row), default=str, allow_nan=False) + "\n").encode())
+            except OSError as e:
+                print0(f"warning: {self.out_dir}/metrics.jsonl: {e.strerror}; a row is lost")
+
+    def _log(self, row, pictures={}):
+        if not self.run:
+            return
+        try:
+            self.run.log(row | {k: self.wandb.Image(p, file_type="jpg") for k, p in pictures.items()})
+            self.failures = 0
+        except Exception as e:  # a full disk raises OSError here, out of the middle of a training step
+            self.failures += 1
+            if self.failures == 1:
+                print0(f"warning: wandb.log failed ({_one_line(e)}), going on")
+            if self.failures == 5:
+                print0("warning: wandb.log failed 5 times in a row, going on without it")
+                self.run = None
+
+    def close(self):
+        """Finish W&B and close the file."""
+        if self.run:
+            try:
+                self.run.finish()
+            except Exception as e:
+                print0(f"warning: wandb.finish failed ({_one_line(e)})")
+        if self.file:
+            self.file.close()
+        self.run = self.file = None
+
+
+def _wandb_key():
+    """Whether W&B could log in without asking: it would wait for an answer on a terminal."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        import netrc
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _one_line(e):
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+
+
+def _no_nan(value):
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+############################################ 6. pictures #####################################################
+
+
+def to_pil(picture):
+    """PIL RGB from a PIL picture, a float tensor [3, H, W] in [-1, 1] or a mask [1, H, W] in [0, 1];
+    clamps.
+    """
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    x = picture.detach().float().cpu()
+    x = x.expand(3, -1, -1) if x.shape[0] == 1 else (x + 1) / 2
+    x = (x.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
+
+
+def contact_sheet(rows, titles, row_titles=None, scale=None, smooth=False):
+    """One PIL picture from rows of pictures (PIL, tensor [3, H, W] in [-1, 1], mask [1, H, W] in [0, 1], None
+    = empty cell).
+
+    titles: one per column. row_titles: one per row, wrapped, at the left. scale: integer magnification, None
+    = up to about 128 px for pictures of at most 64. smooth: Lanczos instead of nearest, which shows the
+    pixels as they are.
+    """
+    pictures = [[None if p is None else to_pil(p) for p in row] for row in rows]
+    sides = [max(p.size) for row in pictures for p in row if p]
+    if scale is None:
+        scale = max(1, 128 // max(sides)) if sides and max(sides) <= 64 else 1
+    how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+    pictures = [[p and p.resize((p.width * scale, p.height * scale), how) for p in row] for row in pictures]
+    n = max([len(titles)] + [len(row) for row in pictures])
+    font, line, gap = ImageFont.load_default(size=14), 18, 8
+    widths = [max([48] + [row[c].width for row in pictures if c < len(row) and row[c]]) for c in range(n)]
+    titles = list(titles) + [""] * (n - len(titles))
+    heads = [_wrap(str(t), font, w + gap - 2, 3) for t, w in zip(titles, widths)]
+    left = 176 if row_titles else 0
+    sides = [_wrap(str(t), font, left - gap, 12) for t in row_titles or []] + [[]] * len(pictures)
+    heights = [max([line * len(s)] + [p.height for p in row if p]) for row, s in zip(pictures, sides)]
+    top = gap + line * max([len(h) for h in heads] + [0])
+    size = gap + left + sum(w + gap for w in widths), top + gap + sum(h + gap for h in heights)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    x0 = gap + left
+    for head, w in zip(heads, widths):
+        for i, text in enumerate(head):
+            place = x0 + w / 2, top - line * (len(head) - i)
+            draw.text(place, text, fill="#202020", font=font, anchor="ma")
+        x0 += w + gap
+    y = top + gap // 2
+    for row, side, h in zip(pictures, sides, heights):
+        for i, text in enumerate(side):
+            draw.text((gap, y + line * i), text, fill="#202020", font=font)
+        x = gap + left
+        for p, w in zip(row, widths):
+            if p:
+                sheet.paste(p, (x + (w - p.width) // 2, y))
+            x += w + gap
+        y += h + gap
+    return sheet
+
+
+def _wrap(text, font, width, limit):
+    """Lines of `text` that fit `width` pixels, at most `limit` of them."""
+    text = "".join(c if c.isprintable() else " " for c in text.encode("utf-8", "replace").decode())[:2000]
+    lines, current = [], ""
+    for word in text.split():
+        while font.getlength(word) > width and len(word) > 1:  # a word wider than the column is cut
+            cut = max(k for k in range(1, len(word)) if k == 1 or font.getlength(word[:k]) <= width)
+            lines, current, word = lines + ([current] if current else []) + [word[:cut]], "", word[cut:]
+        joined = f"{current} {word}".strip()
+        if font.getlength(joined) <= width:
+            current = joined
+        else:
+            lines, current = lines + [current], word
+    lines += [current] if current else []
+    return lines if len(lines) <= limit else lines[:limit - 1] + [lines[limit - 1] + " ..."]
