@@ -14,7 +14,7 @@ another, so removing an object leaves every other pixel bit for bit the same. Th
 import json
 import math
 import textwrap
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -159,7 +159,7 @@ def _grid(h, w, pitch):
 def _grid_for(scene, h, w):
     if h < 8 or w < 8:
         raise SystemExit(f"error: scenes.py: picture size {h}x{w}: use at least 8x8 pixels")
-    return _grid(h, w, max(2, round(min(h, w) / 24)) if scene.style == "pixel" else 1)
+    return _grid(h, w, max(2, round(min(h, w) / 28)) if scene.style == "pixel" else 1)
 
 
 _TILE = 512  # samples of a noise tile along one short side; a power of two, so that wrapping is a bit mask
@@ -321,7 +321,7 @@ def _sunset(img, g, r):
 
 
 def _night(img, g, r):
-    return img * _rgb(0.40, 0.45, 0.66) + _rgb(0.0, 0.01, 0.06)
+    return img * _rgb(0.46, 0.50, 0.70) + _rgb(0.0, 0.01, 0.06)
 
 
 def _fog(img, g, r):
@@ -396,7 +396,7 @@ _DISTANCE = {
     "ring": lambda x, y: np.abs(_hypot(x, y) - 0.68) - 0.26,
     "cross": _cross,
     "crescent": lambda x, y: np.maximum(_hypot(x + 0.04, y) - 0.94, 0.76 - _hypot(x - 0.44, y + 0.08)),
-    "flower": lambda x, y: (_hypot(x, y) - 0.72 - 0.22 * np.cos(5 * np.arctan2(x, -y))) * 0.75,
+    "flower": lambda x, y: (_hypot(x, y) - 0.58 - 0.36 * np.abs(np.cos(3 * np.arctan2(x, -y)))) * 0.8,
     "drop": _drop,
 }
 SHAPES = tuple(_DISTANCE)
@@ -625,7 +625,7 @@ def boxes(scene, h, w):
 # ---- captions -----------------------------------------------------------------------------------------------------------
 
 MAX_BYTES = 128  # of a caption: byte-level text encoders see all of it
-_COUNT = ("no", "one", "two", "three", "four", "five", "six")
+_COUNT = ("no", "one", "two", "three", "four", "five", "six", "seven")
 _SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
 _MATERIAL_WORDS = {"matte": ("matte", "plain"), "metal": ("metal", "metallic"), "dotted": ("dotted", "spotted")}
 _BACKGROUND_WORDS = {  # the first of each is the shortest
@@ -652,7 +652,7 @@ _STYLE_WORDS = {
     "photo": ("photo", "photo"), "cartoon": ("cartoon", "cartoon drawing"), "sketch": ("sketch", "pencil sketch"),
     "watercolor": ("watercolor", "watercolor painting"), "pixel": ("pixel art", "pixel art picture"),
 }  # fmt: skip
-_RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _PLACES = tuple((v, u) for v in ("top", "middle", "bottom") for u in ("left", "center", "right"))
 
 
@@ -668,6 +668,11 @@ def _place_words(place):
     if v == "middle":
         return f"on the {u}"
     return f"at the {v}" if u == "center" else f"at the {v} {u}"
+
+
+def _off(said, true):
+    """Whether a place is plainly wrong: 'on the left' is not wrong of something at the top left."""
+    return said == ("middle", "center") or (said[0] not in ("middle", true[0])) or (said[1] not in ("center", true[1]))
 
 
 @dataclass(frozen=True)
@@ -786,7 +791,7 @@ def _say(facts, u, short=False):
     if not style:
         return scene_words
     if form == 2 and not scene_words.startswith(when or " "):
-        return f"{_article(style)} of {scene_words}"
+        return f"{_article(_STYLE_WORDS[facts.style][1])} of {scene_words}"
     return f"{style}: {scene_words}" if form == 3 else f"{scene_words}, {style}"
 
 
@@ -817,7 +822,7 @@ def _wrong(facts, kind, scene, rng):
         options = {"background": BACKGROUNDS, "environment": ENVIRONMENTS, "style": STYLES}[kind]
         return None if true is None else replace(facts, **{kind: other(options, true)})
     if kind == "relation":
-        return None if facts.relation is None else replace(facts, relation=other(tuple(_RELATIONS), facts.relation))
+        return None if facts.relation is None else replace(facts, relation=_OPPOSITE[facts.relation])
     if not facts.groups:
         return None
     k = int(rng.random() * len(facts.groups))
@@ -834,9 +839,16 @@ def _wrong(facts, kind, scene, rng):
     if getattr(g, kind) is None:
         return None
     changed = replace(g, **{kind: other(options, getattr(g, kind))})
+    if kind == "place" and not all(_off(changed.place, _place_of(o)) for o in scene.objects if g.matches(o)):
+        return None
     if any(changed.matches(o) for o in scene.objects):
         return None  # it would be true of another object
     return replace(facts, groups=facts.groups[:k] + (changed,) + facts.groups[k + 1 :])
+
+
+def _stranger(rng):
+    """A random scene from a generator."""
+    return scene(int(rng.random() * 2**48), 0)
 
 
 FALSE_KINDS = ("colour", "shape", "material", "size", "place", "relation", "count", "background", "environment", "style", "scene")
@@ -854,9 +866,7 @@ def false_caption(scene, rng, kind=None):
     for name in kinds:
         for _ in range(4):
             if name == "scene":
-                stranger = scene_from(rng)
-                wrong, short_, _ = _fitting(stranger, u)
-                text = _say(wrong, u, short_)
+                wrong, _, text = _fitting(_stranger(rng), u)
             else:
                 wrong = _wrong(facts, name, scene, rng)
                 text = _say(wrong, u, short) if wrong is not None else ""
@@ -865,6 +875,263 @@ def false_caption(scene, rng, kind=None):
     raise AssertionError("no false caption")  # unreachable: the background is always named
 
 
-def scene_from(rng):
-    """A random scene from a generator."""
-    return scene(int(rng.random() * 2**48), 0)
+# ---- the seven edits of OmniEdit Table 2 ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit. task: key of EDITS; target: the scene after it; ids: labels (from 1) of the touched objects, in the target
+    for `add` and in the source otherwise; None when the whole picture is meant (background, environment, style)."""
+
+    task: str
+    target: Scene
+    instruction: str
+    ids: tuple[int, ...] | None
+
+
+_BACKGROUND_NOUNS = {"sky": "a cloudy sky", "grass": "a green lawn", "sand": "a sandy beach", "brick": "a brick wall",
+                     "water": "rippling water", "wood": "wood planks", "tiles": "a tiled floor", "snow": "a snowy field",
+                     "space": "outer space", "dunes": "desert dunes"}  # fmt: skip
+_ENVIRONMENT_NOUNS = {"clear": "a clear day", "sunset": "sunset", "night": "night", "fog": "fog", "rain": "rain",
+                      "snowfall": "snowfall"}  # fmt: skip
+
+
+def _phrase(o, fields):
+    """'the small red glass star at the top left' with only the given fields said."""
+    words = [getattr(o, f) for f in ("size", "colour", "material", "shape") if f in fields]
+    return " ".join(["the", *words] + ([_place_words(_place_of(o))] if "place" in fields else []))
+
+
+def _refer(scene, rng):
+    """(k, phrase): an object of the scene, index from 0, and words that fit it and no other."""
+    if not scene.objects:
+        raise ValueError("the scene has no object to edit")
+    u = rng.random(len(scene.objects) + 2).tolist()
+    colour = ("shape", "colour")
+    says = [("shape",), colour, (*colour, "material"), (*colour, "size"), (*colour, "place"), (*colour, "material", "size"),
+            (*colour, "material", "size", "place")]  # fmt: skip
+    for k in sorted(range(len(scene.objects)), key=u.__getitem__):
+        o = scene.objects[k]
+        unique = [f for f in says if sum(_phrase(o, f) == _phrase(q, f) for q in scene.objects) == 1]
+        if unique:
+            few = [f for f in unique[:2] if f != ("shape",) or u[-2] < 0.3] or unique[-1:]
+            return k, _phrase(o, few[0] if u[-1] < 0.7 else _pick(unique, (u[-1] - 0.7) / 0.3))
+    # only twins in the same part of the picture are left: the outermost one of a kind has a name
+    o = scene.objects[0]
+    twins = [q for q in scene.objects if _phrase(q, says[2]) == _phrase(o, says[2])]
+    far = max(("x", "y"), key=lambda a: max(getattr(q, a) for q in twins) - min(getattr(q, a) for q in twins))
+    o = min(twins, key=lambda q: getattr(q, far))
+    return scene.objects.index(o), _phrase(o, says[2]).replace("the", "the leftmost" if far == "x" else "the topmost", 1)
+
+
+def _with(scene, k, o):
+    return replace(scene, objects=scene.objects[:k] + (o,) + scene.objects[k + 1 :])
+
+
+def _other(options, true, u):
+    return _pick([o for o in options if o != true], u)
+
+
+def _colours_on(scene):
+    return [c for c in COLOURS if c not in _CLASH[scene.background]]
+
+
+def swap(scene, rng):
+    """Object swap: another shape, colour and material in the place and size of an object."""
+    k, old = _refer(scene, rng)
+    u, o = rng.random(4).tolist(), scene.objects[k]
+    new = replace(o, shape=_other(SHAPES, o.shape, u[0]), colour=_other(_colours_on(scene), o.colour, u[1]),
+                  material=_pick(MATERIALS, u[2]))  # fmt: skip
+    text = _pick(("replace {} with {}", "swap {} for {}", "turn {} into {}", "change {} into {}"), u[3])
+    return Edit("swap", _with(scene, k, new), text.format(old, _article(f"{new.colour} {new.material} {new.shape}")), (k + 1,))
+
+
+def remove(scene, rng):
+    """Object removal: the target is drawn without the object, so what lay under it is exact."""
+    k, old = _refer(scene, rng)
+    text = _pick(("remove {}", "delete {}", "erase {}", "take {} away", "remove {} from the picture"), rng.random())
+    return Edit("remove", replace(scene, objects=scene.objects[:k] + scene.objects[k + 1 :]), text.format(old), (k + 1,))
+
+
+def add(scene, rng):
+    """Object addition in a free place (of 32 tried the freest, at most slightly overlapping), on top of the others."""
+    u = rng.random(70).tolist()
+    sizes = SIZES[: 1 + int(u[0] * 3)][::-1]
+    size, place = next(((s, p) for s in sizes if (p := _place(scene.objects, s, u[6:], -0.05))), (None, None))
+    if place is None:
+        size, place = "small", _place(scene.objects, "small", u[6:], -99.0)
+    new = Object(_pick(SHAPES, u[1]), _pick(_colours_on(scene), u[2]), _pick(MATERIALS, u[3]), size,
+                 round(place[0], 4), round(place[1], 4), round((u[4] - 0.5) * 24, 2))  # fmt: skip
+    text = _pick(("add {} {}", "put {} {}", "insert {} {}", "place {} {}"), u[5])
+    text = text.format(_article(f"{new.size} {new.colour} {new.material} {new.shape}"), _place_words(_place_of(new)))
+    return Edit("add", replace(scene, objects=(*scene.objects, new)), text, (len(scene.objects) + 1,))
+
+
+def attribute(scene, rng):
+    """Attribute modification: another colour (half of the time), material or size of one object."""
+    k, old = _refer(scene, rng)
+    u, o = rng.random(3).tolist(), scene.objects[k]
+    if u[0] < 0.5:
+        new = replace(o, colour=_other(_colours_on(scene), o.colour, u[1]))
+        text = _pick(("make {} {}", "paint {} {}", "change the color of {} to {}", "recolor {} to {}"), u[2]).format(old, new.colour)
+        return Edit("attribute", _with(scene, k, new), text, (k + 1,))
+    rest = scene.objects[:k] + scene.objects[k + 1 :]
+    sizes = [s for s in SIZES if s != o.size and _gap(o.x, o.y, RADIUS[s], rest) > -0.05
+             and min(o.x, o.y, 1 - o.x, 1 - o.y) > RADIUS[s]]  # fmt: skip
+    if u[0] < 0.8 or not sizes:
+        new = replace(o, material=_other(MATERIALS, o.material, u[1]))
+        text = _pick(("make {} {}", "change the material of {} to {}", "give {} a {} look"), u[2]).format(old, new.material)
+        return Edit("attribute", _with(scene, k, new), text, (k + 1,))
+    new = replace(o, size=_pick(sizes, u[1]))
+    text = _pick(("make {} {}", "change the size of {} to {}", "resize {} to {}"), u[2]).format(old, new.size)
+    return Edit("attribute", _with(scene, k, new), text, (k + 1,))
+
+
+def background(scene, rng):
+    """Background swap; prefers backgrounds on which no object's colour would vanish."""
+    u = rng.random(2).tolist()
+    others = [b for b in BACKGROUNDS if b != scene.background]
+    b = _pick([b for b in others if not any(o.colour in _CLASH[b] for o in scene.objects)] or others, u[0])
+    text = _pick(("replace the background with {}", "change the background to {}", "swap the background for {}",
+                  "use {} as the background"), u[1]).format(_BACKGROUND_NOUNS[b])  # fmt: skip
+    return Edit("background", replace(scene, background=b), text, None)
+
+
+def environment(scene, rng):
+    """Environment change: another weather or time of day."""
+    u = rng.random(3).tolist()
+    e = _other(ENVIRONMENTS, scene.environment, u[0])
+    text = _pick(("change the scene from {0} to {1}", "change the scene to {1}", "make the scene look like {1}",
+                  "show the same scene {2}"), u[1])  # fmt: skip
+    text = text.format(_ENVIRONMENT_NOUNS[scene.environment], _ENVIRONMENT_NOUNS[e], _pick(_ENVIRONMENT_WORDS[e], u[2]))
+    return Edit("environment", replace(scene, environment=e), text, None)
+
+
+def style(scene, rng):
+    """Style transfer."""
+    u = rng.random(3).tolist()
+    s = _other(STYLES, scene.style, u[0])
+    text = _pick(("apply a {0} style to the picture", "turn the picture into {1}", "redraw it as {1}",
+                  "make it look like {1}"), u[1])  # fmt: skip
+    return Edit("style", replace(scene, style=s), text.format(_STYLE_WORDS[s][0], _article(_STYLE_WORDS[s][1])), None)
+
+
+EDITS = {"swap": swap, "remove": remove, "add": add, "attribute": attribute, "background": background,
+         "environment": environment, "style": style}  # fmt: skip
+
+
+def edit_mask(edit, source, h, w):
+    """Where an edit may change the picture, float32 [h, w], 1 = regenerate. swap, remove, add, attribute: everything the
+    touched objects draw, shadow and the style's reach included, before and after: outside it source and target are equal
+    bit for bit. background: the complement of the visible objects (through glass it still shows, as at their smoothed
+    edges). environment, style: ones."""
+    if edit.task == "background":
+        return (instances(source, h, w) == 0).astype(np.float32)
+    if edit.ids is None:
+        return np.ones((h, w), np.float32)
+    g = _grid_for(source, h, w)
+    touched = np.zeros((g.v.size, g.u.size), bool)
+    scenes = [s for s in (source, edit.target) if len(s.objects) >= max(len(source.objects), len(edit.target.objects))]
+    for o in (s.objects[k - 1] for s in scenes for k in edit.ids):
+        p = _patch(o, g, source.style)
+        if p is not None:
+            touched[p.rows, p.cols] |= (p.cover > 0) | (p.shadow > 0)
+    for _ in range(_reach(source.style, g)):
+        touched[1:] |= touched[:-1].copy()
+        touched[:-1] |= touched[1:].copy()
+        touched[:, 1:] |= touched[:, :-1].copy()
+        touched[:, :-1] |= touched[:, 1:].copy()
+    return _enlarge(touched.astype(np.float32), g)
+
+
+# ---- a dataset like any other ----------------------------------------------------------------------------------------------
+
+SPLITS = {"train": (1, 10_000_000), "heldout": (2, 100_000)}  # seed, number of scenes
+
+
+class Scenes:
+    """Source of captioned pictures (see data.py). split: train or heldout, which share no seed."""
+
+    name = "scenes"
+
+    def __init__(self, split="train"):
+        if split not in SPLITS:
+            raise SystemExit(f"error: scenes.py: split {split!r}: use one of {', '.join(SPLITS)}")
+        self.seed, self.length = SPLITS[split]
+
+    def __len__(self):
+        return self.length
+
+    def size(self, i):
+        """None: a scene is drawn at any size."""
+        return None
+
+    def scene(self, i):
+        if not 0 <= i < self.length:
+            raise IndexError(f"scene {i} of {self.length}")
+        return scene(self.seed, i)
+
+    def load(self, i, h, w):
+        """dict(image uint8 [h, w, 3], caption str, segments uint8 [h, w]), fixed for (split, i, h, w)."""
+        s = self.scene(i)
+        image, segments = _render(s, h, w)
+        return {"image": image, "caption": caption(s, rng_for(self.seed, i, 3)), "segments": segments}
+
+
+def sheet(source, n, size, columns=8):
+    """Contact sheet of the first n scenes with their captions, a PIL image."""
+    zoom = max(1, 160 // size)
+    cell, line, margin = size * zoom, 11, 10
+    high = cell + 6 * line + margin
+    page = Image.new("RGB", (columns * (cell + margin) + margin, -(-n // columns) * high + margin), "white")
+    pen = ImageDraw.Draw(page)
+    for i in range(n):
+        x, y = margin + i % columns * (cell + margin), margin + i // columns * high
+        got = source.load(i, size, size)
+        page.paste(Image.fromarray(got["image"]).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+        pen.text((x, y + cell + 2), "\n".join(textwrap.wrap(got["caption"], max(8, cell // 6))), fill=(40, 40, 40), spacing=1)
+    return page
+
+
+def export(source, folder, n, size):
+    """Write the first n scenes as an image folder: NAME.png, NAME.seg.png (8-bit label map) and metadata.jsonl."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metadata.jsonl", "w") as f:
+        for i in range(n):
+            got, name = source.load(i, size, size), f"{i:06d}"
+            Image.fromarray(got["image"]).save(folder / f"{name}.png")
+            Image.fromarray(got["segments"]).save(folder / f"{name}.seg.png")
+            f.write(json.dumps({"file_name": f"{name}.png", "text": got["caption"], "segments": f"{name}.seg.png"}) + "\n")
+
+
+@dataclass
+class Config:
+    sheet: str = ""  # write a contact sheet to this picture file
+    export: str = ""  # write an image folder here
+    n: int = 64  # how many scenes
+    size: int = 64  # width and height in pixels
+    split: str = "train"  # train or heldout
+
+
+def main(cfg):
+    source = Scenes(cfg.split)
+    if not (cfg.sheet or cfg.export):
+        raise SystemExit("error: scenes.py: nothing to do: give --sheet FILE.png or --export FOLDER")
+    if not 0 < cfg.n <= len(source):
+        raise SystemExit(f"error: scenes.py: --n {cfg.n}: use 1 to {len(source)}")
+    try:
+        if cfg.sheet:
+            sheet(source, cfg.n, cfg.size).save(cfg.sheet)
+            print(f"wrote {cfg.sheet}: {cfg.n} scenes at {cfg.size}x{cfg.size}")
+        if cfg.export:
+            export(source, cfg.export, cfg.n, cfg.size)
+            print(f"wrote {cfg.export}: {cfg.n} pictures, label maps, metadata.jsonl")
+    except (OSError, ValueError) as e:  # PIL: unknown file extension is a ValueError
+        raise SystemExit(f"error: scenes.py: {cfg.export or cfg.sheet}: {e}: choose a writable place, pictures end in .png") from None
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config))
