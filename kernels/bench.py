@@ -1,0 +1,242 @@
+"""Speed of a training step, side by side with a public implementation of the same network.
+
+    python kernels/bench.py                       # both cases, forward + backward, eager
+    python kernels/bench.py --case tiny --adamw --compile
+
+One process holds both networks with the same weights and runs them in turn, so that a busy machine slows both
+alike; what counts is the ratio within each pair of steps. Needs `diffusers`, which nothing else here does.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning costs a shared CPU up to 10x
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `python kernels/bench.py` puts kernels/, not the repository, on the path
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from model import PRESETS, EditorConfig, MMDiT  # noqa: E402
+
+####################################################################################################
+# diffusers' SD3Transformer2DModel with our weights (also what tests/test_model.py compares with)
+####################################################################################################
+
+# ours -> theirs, below a stream's block; qkv and the modulations need more than a new name
+IMAGE_NAMES = {"attn.proj": "attn.to_out.0", "attn.ln_q": "attn.norm_q", "attn.ln_k": "attn.norm_k",
+               "attn2.proj": "attn2.to_out.0", "attn2.ln_q": "attn2.norm_q", "attn2.ln_k": "attn2.norm_k",
+               "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2", "adaLN_modulation.1": "norm1.linear"}
+TEXT_NAMES = {"attn.proj": "attn.to_add_out", "attn.ln_q": "attn.norm_added_q",
+              "attn.ln_k": "attn.norm_added_k", "mlp.fc1": "ff_context.net.0.proj",
+              "mlp.fc2": "ff_context.net.2", "adaLN_modulation.1": "norm1_context.linear"}
+OUTER_NAMES = {"x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder",
+               "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+               "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+               "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+               "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+               "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear"}
+
+
+def to_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of our MMDiT (SD3's single-file names) -> state dict of diffusers' SD3Transformer2DModel.
+
+    [shift | scale] becomes [scale | shift] in exactly two places: the final layer and the text stream of the
+    last block.
+    """
+    last = max(int(key.split(".")[1]) for key in weights if key.startswith("joint_blocks."))
+    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1")
+    out = {}
+    for key, value in weights.items():
+        layer, _, kind = key.rpartition(".")
+        if layer in swapped:
+            value = torch.cat(value.chunk(2)[::-1])
+        if key == "pos_embed":
+            out["pos_embed.pos_embed"] = value
+        elif not key.startswith("joint_blocks."):
+            out[f"{OUTER_NAMES[layer]}.{kind}"] = value
+        else:
+            _, i, stream, rest = layer.split(".", 3)
+            image = stream == "x_block"
+            if rest.endswith(".qkv"):
+                for n, part in zip("qkv", value.chunk(3)):
+                    name = f"{rest.removesuffix('.qkv')}.{f'to_{n}' if image else f'add_{n}_proj'}"
+                    out[f"transformer_blocks.{i}.{name}.{kind}"] = part
+            else:
+                out[f"transformer_blocks.{i}.{(IMAGE_NAMES if image else TEXT_NAMES)[rest]}.{kind}"] = value
+    return out
+
+
+def diffusers_twin(cfg: EditorConfig, weights: dict[str, Tensor]) -> nn.Module:
+    """diffusers' SD3Transformer2DModel of the same shape with the same weights; every key is used, once."""
+    from diffusers import SD3Transformer2DModel
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it warns about .to(dtype) even when there is nothing to keep in fp32
+    twin = SD3Transformer2DModel(
+        sample_size=cfg.pos_max * cfg.patch, patch_size=cfg.patch, in_channels=cfg.in_channels,
+        num_layers=cfg.depth, attention_head_dim=cfg.head_dim, num_attention_heads=cfg.heads,
+        joint_attention_dim=cfg.txt_dim, caption_projection_dim=cfg.width, pooled_projection_dim=cfg.vec_dim,
+        out_channels=cfg.channels, pos_embed_max_size=cfg.pos_max,
+        dual_attention_layers=tuple(range(cfg.dual)), qk_norm="rms_norm" if cfg.qk_norm else None)
+    twin.to(next(iter(weights.values())).dtype).load_state_dict(to_diffusers(weights), strict=True)
+    return twin
+
+
+def run_twin(twin: nn.Module, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+    """The twin under our signature: t [B] in [0, 1]."""
+    return twin(x, txt, vec, timestep=1000 * t.float(), return_dict=False)[0]
+
+
+####################################################################################################
+# Timing
+####################################################################################################
+
+
+@dataclass(frozen=True)
+class Case:
+    cfg: EditorConfig
+    batch: int
+    latent: int  # side of the square latent
+    txt_len: int
+    goal: float  # ours / theirs must stay below
+
+
+CASES = {
+    "tiny": Case(PRESETS["tiny"], batch=64, latent=32, txt_len=32, goal=0.85),
+    "12x768": Case(replace(PRESETS["sd3-medium"], depth=12, heads=12, pos_max=64), batch=1, latent=64,
+                   txt_len=154, goal=1.05),
+}
+
+
+def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights of a trained network's scale: zero-initialised modulations would hide every mistake."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            r = torch.randn(p.shape, generator=g, dtype=torch.float32).to(p)
+            if name.endswith((".ln_q.weight", ".ln_k.weight")):
+                p.copy_(1 + 0.3 * r)
+            else:
+                p.copy_(r * (0.2 if p.ndim == 1 else 1.0 if name == "pos_embed" else p[0].numel() ** -0.5))
+    return net
+
+
+def stepper(net: nn.Module, call, inputs: tuple[Tensor, ...], adamw: bool, dtype: torch.dtype):
+    """-> a function that runs a training step (forward, backward, AdamW if asked) and returns its seconds."""
+    opt = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True) if adamw else None
+    target = torch.randn_like(inputs[0])
+
+    def step() -> float:
+        net.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            v = call(*inputs)
+        (v.float() - target).square().mean().backward()
+        if opt:
+            opt.step()
+        return time.perf_counter() - start
+
+    return step
+
+
+def quantiles(x: list[float]) -> tuple[float, float, float]:
+    q = statistics.quantiles(x, n=10, method="inclusive")
+    return q[1], statistics.median(x), q[7]
+
+
+def build_pair(case: Case, args: argparse.Namespace):
+    """-> (our stepper, their stepper), equal weights and inputs; checks that the outputs agree first."""
+    cfg = case.cfg
+    ours = randomize(MMDiT(cfg))
+    theirs = diffusers_twin(cfg, ours.state_dict())
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(case.batch, cfg.in_channels, case.latent, case.latent, generator=g)
+    t = torch.rand(case.batch, generator=g)
+    txt = torch.randn(case.batch, case.txt_len, cfg.txt_dim, generator=g)
+    vec = torch.randn(case.batch, cfg.vec_dim, generator=g)
+    with torch.no_grad():
+        a, b = ours(x, t, txt, vec), run_twin(theirs, x, t, txt, vec)
+    assert (a - b).abs().max() < 1e-4 * b.abs().max(), "the two networks disagree: their times mean nothing"
+    call_ours, call_theirs = ours, lambda *z: run_twin(theirs, *z)
+    if args.compile:
+        call_ours, call_theirs = torch.compile(call_ours), torch.compile(call_theirs)
+    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    return (stepper(ours, call_ours, (x, t, txt, vec), args.adamw, dtype),
+            stepper(theirs, call_theirs, (x, t, txt, vec), args.adamw, dtype))
+
+
+def bench(case: Case, args: argparse.Namespace) -> dict:
+    ours, theirs = build_pair(case, args)
+    for _ in range(args.warmup):
+        ours(), theirs()
+    pairs = []
+    for i in range(args.pairs):  # the order alternates: whoever runs second finds warmer caches
+        a, b = (ours(), theirs()) if i % 2 == 0 else (theirs(), ours())[::-1]
+        pairs.append((a, b))
+    return {"ours_ms": quantiles([1e3 * a for a, _ in pairs]),
+            "diffusers_ms": quantiles([1e3 * b for _, b in pairs]),
+            "ratio": quantiles([a / b for a, b in pairs]), "goal": case.goal, "pairs": len(pairs)}
+
+
+def machine() -> dict:
+    """What a reader needs to judge the numbers."""
+    import diffusers
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
+    info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__,
+            "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+            "cpu": names[0] if names else platform.processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 2),
+            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            "commit": commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--case", choices=[*CASES, "all"], default="all", help="which shape")
+    p.add_argument("--pairs", type=int, default=20, help="pairs of timed steps")
+    p.add_argument("--warmup", type=int, default=3, help="untimed steps of each before that")
+    p.add_argument("--threads", type=int, default=2, help="torch threads")
+    p.add_argument("--adamw", action="store_true", help="time the optimizer's step as well")
+    p.add_argument("--compile", action="store_true", help="torch.compile on both sides")
+    p.add_argument("--fp32", action="store_true", help="no bf16 autocast on either side")
+    p.add_argument("--json", default="out/bench.json", help="where the numbers go")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    try:
+        info = machine()
+    except ImportError:
+        raise SystemExit("error: diffusers: not installed: pip install diffusers")
+
+    print("  ".join(f"{k} {v}" for k, v in info.items()))
+    print(f"{'case':<8} {'ours ms  p20/p50/p80':>24} {'diffusers ms':>24} {'ratio':>20}  goal")
+    results = {}
+    for name in CASES if args.case == "all" else [args.case]:
+        r = results[name] = bench(CASES[name], args)
+        ms = ["/".join(f"{v:.1f}" for v in r[k]) for k in ("ours_ms", "diffusers_ms")]
+        ratio = "/".join(f"{v:.3f}" for v in r["ratio"])
+        verdict = "ok" if r["ratio"][1] <= r["goal"] else "MISSED"
+        print(f"{name:<8} {ms[0]:>24} {ms[1]:>24} {ratio:>20}  <= {r['goal']} {verdict}", flush=True)
+    path = Path(args.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": info, "options": vars(args), "cases": results}, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
