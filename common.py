@@ -658,7 +658,7 @@ class Metrics:
                 self.run.define_metric("trainer/step")
                 self.run.define_metric("*", step_metric="trainer/step")
                 self.wandb = wandb
-                where = self.run.url if mode == "online" else Path(self.run.dir).parent  # upload it with `wandb sync`
+                where = self.run.url if mode == "online" else Path(self.run.dir).parent  # for `wandb sync`
                 print0(f"wandb: {mode}, id {self.run_id}, {where}")
                 return
             except Exception as e:  # no package, no key, no network, no space: none of them is worth a run
@@ -810,7 +810,7 @@ def contact_sheet(rows, titles, row_titles=None, scale=None, smooth=False):
     pictures = [[p and p.resize((p.width * scale, p.height * scale), how) for p in row] for row in pictures]
     n = max([len(titles)] + [len(row) for row in pictures])
     font, line, gap = ImageFont.load_default(size=14), 18, 8
-    widths = [max([48] + [row[c].width for row in pictures if c < len(row) and row[c]]) for c in range(n)]
+    widths = [max([84] + [row[c].width for row in pictures if c < len(row) and row[c]]) for c in range(n)]
     titles = list(titles) + [""] * (n - len(titles))
     heads = [_wrap(str(t), font, w + gap - 2, 3) for t, w in zip(titles, widths)]
     left = 176 if row_titles else 0
