@@ -18,9 +18,9 @@ CPU_MATH_TOKENS = 512
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Plain attention, q [B, H, N, D], k and v [B, H, M, D] -> [B, H, N, D]; softmax in fp32."""
+    """Plain attention, q [B, H, N, D], k and v [B, H, M, D] -> [B, H, N, D]; softmax in fp32 (fp64 stays)."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype) @ v
 
 
 def joint_attention(q: list[Tensor], k: list[Tensor], v: list[Tensor]) -> list[Tensor]:
