@@ -1,14 +1,16 @@
 """Scenes: procedural captioned pictures whose every fact is known (numpy + PIL only).
 
-A `Scene` is a small description: objects (shape, colour, material, size, place) on a background, in an environment (weather, time
-of day) and a style. From it follow, exactly: the picture at any size, the instance label map, true and false captions, the
-seven edits of OmniEdit Table 2 with their targets and masks, and what lies under an object (draw the scene without it).
+A `Scene` is a small description: objects (shape, colour, material, size, place) on a background, in an
+environment (weather, time of day) and a style. From it follow, exactly: the picture at any size, the
+instance label map, true and false captions, the seven edits of OmniEdit Table 2 with their targets and
+masks, and what lies under an object (draw the scene without it).
 
     python scenes.py --sheet sheet.png --n 64 --size 64
     python scenes.py --export data/scenes --n 1000 --size 64 --split heldout
 
-Everything is a function of (seed, index). No global random state is used, and nothing drawn for one object depends on
-another, so removing an object leaves every other pixel bit for bit the same. The drawings are ours, no paper describes them.
+Everything is a function of (seed, index). No global random state is used, and nothing drawn for one object
+depends on another, so removing an object leaves every other pixel bit for bit the same. The drawings are
+ours, no paper describes them.
 """
 
 import json
@@ -25,21 +27,24 @@ from PIL import Image, ImageDraw
 SIZES = ("small", "medium", "large")
 RADIUS = {"small": 0.135, "medium": 0.18, "large": 0.24}  # of the short side
 COLOURS = {
-    "red": (0.86, 0.12, 0.14), "orange": (0.97, 0.53, 0.06), "yellow": (0.98, 0.86, 0.14), "green": (0.16, 0.62, 0.22),
-    "cyan": (0.16, 0.82, 0.87), "blue": (0.13, 0.27, 0.86), "purple": (0.52, 0.17, 0.72), "pink": (0.98, 0.50, 0.74),
-    "brown": (0.46, 0.26, 0.12), "white": (0.97, 0.97, 0.97), "gray": (0.52, 0.52, 0.54), "black": (0.09, 0.09, 0.11),
+    "red": (0.86, 0.12, 0.14), "orange": (0.97, 0.53, 0.06), "yellow": (0.98, 0.86, 0.14),
+    "green": (0.16, 0.62, 0.22), "cyan": (0.16, 0.82, 0.87), "blue": (0.13, 0.27, 0.86),
+    "purple": (0.52, 0.17, 0.72), "pink": (0.98, 0.50, 0.74), "brown": (0.46, 0.26, 0.12),
+    "white": (0.97, 0.97, 0.97), "gray": (0.52, 0.52, 0.54), "black": (0.09, 0.09, 0.11),
 }  # fmt: skip
 # second colour of patterned materials: a pale tint, except where the colour is itself pale or has no hue
-_SECOND = {"yellow": (0.80, 0.52, 0.05), "white": (0.62, 0.66, 0.73), "gray": (0.82, 0.82, 0.84), "black": (0.46, 0.46, 0.50),
-           "cyan": (0.05, 0.45, 0.55), "pink": (1.0, 0.92, 0.96)}  # fmt: skip
+_SECOND = {"yellow": (0.80, 0.52, 0.05), "white": (0.62, 0.66, 0.73), "gray": (0.82, 0.82, 0.84),
+           "black": (0.46, 0.46, 0.50), "cyan": (0.05, 0.45, 0.55), "pink": (1.0, 0.92, 0.96)}  # fmt: skip
 # colours that would vanish on a background are not placed there
-_CLASH = {"sky": ("cyan", "white"), "grass": ("green",), "sand": ("yellow",), "brick": ("brown",), "water": ("blue", "cyan"),
-          "wood": ("brown",), "tiles": (), "snow": ("white",), "space": ("black",), "dunes": ("orange",)}  # fmt: skip
+_CLASH = {"sky": ("cyan", "white"), "grass": ("green",), "sand": ("yellow",), "brick": ("brown",),
+          "water": ("blue", "cyan"), "wood": ("brown",), "tiles": (), "snow": ("white",), "space": ("black",),
+          "dunes": ("orange",)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Object:
-    """One object. x, y: centre as fractions of width and height; angle in degrees (a slight tilt); the rest are names."""
+    """One object. x, y: centre as fractions of width and height; angle in degrees (a slight tilt); the rest
+    are names."""
 
     shape: str
     colour: str
@@ -52,7 +57,8 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's whole description. objects: drawn in order, later ones on top. seed: phase and tone of the textures."""
+    """A picture's whole description. objects: drawn in order, later ones on top. seed: phase and tone of the
+    textures."""
 
     objects: tuple[Object, ...]
     background: str
@@ -71,11 +77,12 @@ def from_dict(d):
     return Scene(**(d | {"objects": tuple(Object(**o) for o in d["objects"])}))
 
 
-# ---- randomness: a function of integers -------------------------------------------------------------------------------
+# ---- randomness: a function of integers ----------------------------------------------------------
 
 
 def rng_for(*integers):
-    """np.random.Generator that depends only on the given integers (splitmix64 into Philox), the same on every machine."""
+    """np.random.Generator that depends only on the given integers (splitmix64 into Philox), the same on every
+    machine."""
     h = 0x9E3779B97F4A7C15
     for n in integers:
         h = (h ^ (n & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
@@ -85,7 +92,8 @@ def rng_for(*integers):
 
 
 def _pick(options, u):
-    """One of the options by a uniform draw u in [0, 1): only random() is used, its stream is stable across numpy versions."""
+    """One of the options by a uniform draw u in [0, 1): only random() is used, its stream is stable across
+    numpy versions."""
     return options[int(u * len(options))]
 
 
@@ -95,7 +103,8 @@ def _gap(x, y, r, objects):
 
 
 def _place(objects, size, us, worst=-0.3):
-    """First place that touches no object, else the best one if it overlaps by at most `worst` radii, else None."""
+    """First place that touches no object, else the best one if it overlaps by at most `worst` radii, else
+    None."""
     r = RADIUS[size]
     edge, best = r + 0.03, None
     for ux, uy in zip(us[0::2], us[1::2]):
@@ -109,8 +118,9 @@ def _place(objects, size, us, worst=-0.3):
 
 
 def scene(seed, index):
-    """Scene number `index` of stream `seed`: 1 to 4 objects, attributes independent and uniform apart from _CLASH and that
-    about one scene in eight repeats one object. Half of the scenes are photos, two fifths have clear weather."""
+    """Scene number `index` of stream `seed`: 1 to 4 objects, attributes independent and uniform apart from
+    _CLASH and that about one scene in eight repeats one object. Half of the scenes are photos, two fifths
+    have clear weather."""
     us = iter(rng_for(seed, index, 1).random(200).tolist())
     background = _pick(BACKGROUNDS, next(us))
     environment = "clear" if next(us) < 0.3 else _pick(ENVIRONMENTS, next(us))
@@ -120,18 +130,18 @@ def scene(seed, index):
     colours = [c for c in COLOURS if c not in _CLASH[background]]
     texture_seed = int(next(us) * 2**48)
     objects = []
-    for k in range(n):
-        shape, colour, material = _pick(SHAPES, next(us)), _pick(colours, next(us)), _pick(MATERIALS, next(us))
+    for _ in range(n):
+        kind = _pick(SHAPES, next(us)), _pick(colours, next(us)), _pick(MATERIALS, next(us))
         size, angle = _pick(SIZES[: 2 if n == 4 else 3], next(us)), round((next(us) - 0.5) * 24, 2)
         place = _place(objects, size, [next(us) for _ in range(36)])
         if alike and objects:
-            shape, colour, material = objects[0].shape, objects[0].colour, objects[0].material
+            kind = objects[0].shape, objects[0].colour, objects[0].material
         if place is not None:
-            objects.append(Object(shape, colour, material, size, round(place[0], 4), round(place[1], 4), angle))
+            objects.append(Object(*kind, size, round(place[0], 4), round(place[1], 4), angle))
     return Scene(tuple(objects), background, environment, style, texture_seed)
 
 
-# ---- coordinates and noise --------------------------------------------------------------------------------------------
+# ---- coordinates and noise -----------------------------------------------------------------------
 
 
 class Grid(NamedTuple):
@@ -167,9 +177,11 @@ _TILE = 512  # samples of a noise tile along one short side; a power of two, so 
 
 @lru_cache(maxsize=None)
 def _tile(name):
-    """Periodic value noise in [0, 1], [_TILE, _TILE] float32: 'smooth' has features of 1/4 .. 1/16, 'grain' of 1/64."""
+    """Periodic value noise in [0, 1], [_TILE, _TILE] float32: 'smooth' has features of 1/4 .. 1/16, 'grain'
+    of 1/64."""
     total = np.zeros((_TILE, _TILE), np.float32)
-    for cells, weight in {"smooth": ((4, 0.55), (8, 0.3), (16, 0.15)), "grain": ((64, 0.6), (128, 0.4))}[name]:
+    octaves = ((4, 0.55), (8, 0.3), (16, 0.15)) if name == "smooth" else ((64, 0.6), (128, 0.4))
+    for cells, weight in octaves:
         knots = rng_for(7, cells).random((cells, cells)).astype(np.float32)
         t = np.arange(_TILE) * cells / _TILE
         i = t.astype(int)
@@ -216,25 +228,27 @@ def _specks(g, per_side, u0, v0, radius):
     return _clip01((drawn - np.sqrt(dx * dx + dy * dy)) / g.pitch + 0.5) * np.maximum((r / drawn) ** 2, 0.2)
 
 
-# ---- backgrounds: (grid, r: 8 uniform draws of the scene) -> [H, W, 3] in [0, 1] ----------------------------------------
+# ---- backgrounds: (grid, r: 8 uniform draws of the scene) -> [H, W, 3] in [0, 1] -----------------
 
 
 def _sky(g, r):
     top = _mix(_rgb(0.30, 0.55, 0.92), _rgb(0.36, 0.66, 0.90), np.float32([r[0]]))[0]
     base = _mix(top, _rgb(0.74, 0.87, 0.98), g.down)
-    return _mix(base, _rgb(0.97, 0.98, 1.0), _clip01(_noise("smooth", g, r[1], r[2], 0.55, 1.0) * 4 - 2.1) * 0.8)
+    cloud = _clip01(_noise("smooth", g, r[1], r[2], 0.55, 1.0) * 4 - 2.1) * 0.8
+    return _mix(base, _rgb(0.97, 0.98, 1.0), cloud)
 
 
 def _grass(g, r):
     f = 0.55 * _noise("grain", g, r[1], r[2], 0.8, 0.22) + 0.45 * _noise("smooth", g, r[3], r[4])
-    dark, light = _pick(((0.18, 0.42, 0.12), (0.26, 0.44, 0.10), (0.14, 0.42, 0.22)), r[0]), (0.56, 0.76, 0.32)
-    return _mix(_rgb(*dark), _rgb(*light), f)
+    dark = _pick(((0.18, 0.42, 0.12), (0.26, 0.44, 0.10), (0.14, 0.42, 0.22)), r[0])
+    return _mix(_rgb(*dark), _rgb(0.56, 0.76, 0.32), f)
 
 
 def _sand(g, r):
-    f = np.sin((g.v * (7 + 3 * r[3]) + (r[4] - 0.5) * g.u + 0.9 * _noise("smooth", g, r[1], r[2], 0.5, 0.5)) * (2 * math.pi))
-    f = 0.5 + 0.22 * f + 0.45 * (_noise("grain", g, r[5], r[6]) - 0.5)
-    dark, light = _pick((((0.76, 0.64, 0.44), (0.95, 0.87, 0.68)), ((0.80, 0.70, 0.54), (0.97, 0.91, 0.78))), r[0])
+    phase = g.v * (7 + 3 * r[3]) + (r[4] - 0.5) * g.u + 0.9 * _noise("smooth", g, r[1], r[2], 0.5, 0.5)
+    f = 0.5 + 0.22 * np.sin(phase * (2 * math.pi)) + 0.45 * (_noise("grain", g, r[5], r[6]) - 0.5)
+    dark, light = _pick((((0.76, 0.64, 0.44), (0.95, 0.87, 0.68)),
+                         ((0.80, 0.70, 0.54), (0.97, 0.91, 0.78))), r[0])  # fmt: skip
     return _mix(_rgb(*dark), _rgb(*light), f)
 
 
@@ -254,7 +268,8 @@ def _brick(g, r):
 
 def _water(g, r):
     wave = np.sin((g.v * (6 + 2 * r[3]) + 1.6 * _noise("smooth", g, r[1], r[2], 0.6, 1.0)) * (2 * math.pi))
-    deep, light = _pick((((0.05, 0.30, 0.52), (0.26, 0.58, 0.76)), ((0.04, 0.36, 0.48), (0.26, 0.64, 0.68))), r[0])
+    deep, light = _pick((((0.05, 0.30, 0.52), (0.26, 0.58, 0.76)),
+                         ((0.04, 0.36, 0.48), (0.26, 0.64, 0.68))), r[0])  # fmt: skip
     img = _mix(_rgb(*deep), _rgb(*light), 0.35 + 0.4 * g.down + 0.25 * wave)
     return _mix(img, _rgb(0.85, 0.95, 0.98), _clip01(wave * 3 - 2.2) * 0.6)
 
@@ -278,16 +293,20 @@ def _tiles(g, r):
     for t, start in ((g.u, r[2]), (g.v, r[3])):
         t = t * per + start
         i = np.floor(t)
-        q.append(np.minimum((0.5 - np.abs(t - i - 0.5)) * (2 * g.short / per / g.pitch), 1) * (1 - 2 * (i % 2)))
+        edge = (0.5 - np.abs(t - i - 0.5)) * (2 * g.short / per / g.pitch)
+        q.append(np.minimum(edge, 1) * (1 - 2 * (i % 2)))
     a, b = _pick((((0.86, 0.84, 0.78), (0.56, 0.62, 0.66)), ((0.90, 0.88, 0.86), (0.66, 0.50, 0.46)),
-                  ((0.84, 0.88, 0.84), (0.46, 0.60, 0.52)), ((0.92, 0.90, 0.94), (0.60, 0.56, 0.70))), r[0])  # fmt: skip
-    return _mix(_rgb(*a), _rgb(*b), 0.5 + 0.5 * q[0] * q[1]) * (0.94 + 0.1 * _noise("smooth", g, r[4], r[5]))[..., None]
+                  ((0.84, 0.88, 0.84), (0.46, 0.60, 0.52)),
+                  ((0.92, 0.90, 0.94), (0.60, 0.56, 0.70))), r[0])  # fmt: skip
+    shade = 0.94 + 0.1 * _noise("smooth", g, r[4], r[5])
+    return _mix(_rgb(*a), _rgb(*b), 0.5 + 0.5 * q[0] * q[1]) * shade[..., None]
 
 
 def _snow(g, r):
     f = _clip01(_noise("smooth", g, r[1], r[2], 0.5, 1.2) * 1.6 - 0.3)
     shade = _pick(((0.72, 0.80, 0.92), (0.78, 0.82, 0.90), (0.74, 0.84, 0.90)), r[0])
-    return _mix(_mix(_rgb(*shade), _rgb(0.96, 0.98, 1.0), f), _rgb(1, 1, 1), _clip01(_noise("grain", g, r[3], r[4]) * 5 - 3.7))
+    glitter = _clip01(_noise("grain", g, r[3], r[4]) * 5 - 3.7)
+    return _mix(_mix(_rgb(*shade), _rgb(0.96, 0.98, 1.0), f), _rgb(1, 1, 1), glitter)
 
 
 def _space(g, r):
@@ -303,16 +322,18 @@ def _dunes(g, r):
     for k in range(4):
         crest = 0.16 + 0.23 * k + (0.05 + 0.02 * k) * np.sin(g.u * (3.2 + 1.4 * r[1 + k]) + 6.3 * r[2 + k])
         below = (g.down - crest) * g.h
-        img += _clip01(below / g.pitch + 0.5)[..., None] * (_mix(light, light * 0.72, _clip01(below / (0.26 * g.h))) - img)
+        slope = _mix(light, light * 0.72, _clip01(below / (0.26 * g.h)))
+        img += _clip01(below / g.pitch + 0.5)[..., None] * (slope - img)
     return img
 
 
-_DRAW_BACKGROUND = {"sky": _sky, "grass": _grass, "sand": _sand, "brick": _brick, "water": _water, "wood": _wood, "tiles": _tiles,
-                    "snow": _snow, "space": _space, "dunes": _dunes}  # fmt: skip
+_DRAW_BACKGROUND = {"sky": _sky, "grass": _grass, "sand": _sand, "brick": _brick, "water": _water,
+                    "wood": _wood, "tiles": _tiles, "snow": _snow, "space": _space,
+                    "dunes": _dunes}  # fmt: skip
 BACKGROUNDS = tuple(_DRAW_BACKGROUND)
 
 
-# ---- environments: a layer over the whole picture ----------------------------------------------------------------------
+# ---- environments: a layer over the whole picture ------------------------------------------------
 
 
 def _sunset(img, g, r):
@@ -325,7 +346,8 @@ def _night(img, g, r):
 
 
 def _fog(img, g, r):
-    return _mix(img, _rgb(0.84, 0.86, 0.88), 0.62 - 0.34 * g.down + 0.24 * (_noise("smooth", g, r[6], r[7], 0.5, 0.8) - 0.5))
+    f = 0.50 - 0.34 * g.down + 0.24 * _noise("smooth", g, r[6], r[7], 0.5, 0.8)
+    return _mix(img, _rgb(0.84, 0.86, 0.88), f)
 
 
 def _rain(img, g, r):
@@ -347,12 +369,12 @@ def _snowfall(img, g, r):
     return _mix(img, _rgb(1, 1, 1), f * 0.9)
 
 
-_DRAW_ENVIRONMENT = {"clear": lambda img, g, r: img, "sunset": _sunset, "night": _night, "fog": _fog, "rain": _rain,
-                     "snowfall": _snowfall}  # fmt: skip
+_DRAW_ENVIRONMENT = {"clear": lambda img, g, r: img, "sunset": _sunset, "night": _night, "fog": _fog,
+                     "rain": _rain, "snowfall": _snowfall}  # fmt: skip
 ENVIRONMENTS = tuple(_DRAW_ENVIRONMENT)
 
 
-# ---- shapes: signed distance on the unit disc, y downwards --------------------------------------------------------------
+# ---- shapes: signed distance on the unit disc, y downwards ---------------------------------------
 
 
 def _hypot(x, y):
@@ -377,7 +399,8 @@ def _heart(x, y):
 
 
 def _drop(x, y):
-    return np.minimum(_hypot(x, y - 0.33) - 0.62, np.maximum(np.abs(x) * 0.875 - (y + 0.95) * 0.484, y - 0.03))
+    tip = np.maximum(np.abs(x) * 0.875 - (y + 0.95) * 0.484, y - 0.03)
+    return np.minimum(_hypot(x, y - 0.33) - 0.62, tip)
 
 
 def _cross(x, y):
@@ -402,7 +425,7 @@ _DISTANCE = {
 SHAPES = tuple(_DISTANCE)
 
 
-# ---- materials: (x, y, distance on the unit disc, colour, second colour, px: pixels per radius) -> rgb, opacity ----------
+# ---- materials: (x, y, distance on the unit disc, colour, second colour, px: pixels per radius) ->
 
 
 def _matte(x, y, d, c, c2, px):
@@ -418,7 +441,8 @@ def _metal(x, y, d, c, c2, px):
 def _glass(x, y, d, c, c2, px):
     rim = _clip01(1 + d * min(px / 2.2, 5))
     glint = _clip01(1.6 - 7 * _hypot(x + 0.34, (y + 0.40) * 1.2))
-    return _mix(_mix(c * 0.85 + 0.15, c * 0.80, rim), _rgb(1, 1, 1), glint), np.maximum(0.42 + 0.5 * rim, glint * 0.9)
+    rgb = _mix(_mix(c * 0.85 + 0.15, c * 0.80, rim), _rgb(1, 1, 1), glint)
+    return rgb, np.maximum(0.42 + 0.5 * rim, glint * 0.9)
 
 
 def _pattern(f, x, y, c, c2):
@@ -446,16 +470,17 @@ def _wooden(x, y, d, c, c2, px):
     return rgb, 1.0
 
 
-_SHADE = {"matte": _matte, "metal": _metal, "glass": _glass, "striped": _striped, "dotted": _dotted, "checkered": _checkered,
-          "wooden": _wooden}  # fmt: skip
+_SHADE = {"matte": _matte, "metal": _metal, "glass": _glass, "striped": _striped, "dotted": _dotted,
+          "checkered": _checkered, "wooden": _wooden}  # fmt: skip
 MATERIALS = tuple(_SHADE)
 
 
-# ---- drawing an object -------------------------------------------------------------------------------------------------
+# ---- drawing an object ---------------------------------------------------------------------------
 
 
 class _Patch(NamedTuple):
-    """An object evaluated on its box: rows, cols (slices), x, y, distance d (unit disc), coverage and shadow [n, m]."""
+    """An object evaluated on its box: rows, cols (slices), x, y, distance d (unit disc), coverage and shadow
+    [n, m]."""
 
     rows: slice
     cols: slice
@@ -491,7 +516,8 @@ def _patch(o, g, style):
     shadow = _clip01(0.5 - d[:-shift, :-shift] * (radius / blur))
     x, y, d = x[shift:, shift:], y[shift:, shift:], d[shift:, shift:]
     cover = _clip01((0.5 + line / g.pitch) - d * (radius / g.pitch))
-    return _Patch(slice(i0, i1), slice(j0, j1), x, y, d, cover, shadow * shadow * (3 - 2 * shadow), radius / g.pitch)
+    shadow = shadow * shadow * (3 - 2 * shadow)
+    return _Patch(slice(i0, i1), slice(j0, j1), x, y, d, cover, shadow, radius / g.pitch)
 
 
 def _line(g):
@@ -516,11 +542,12 @@ def _paint(img, p, o, g, style):
     box += (p.cover * alpha)[..., None] * (rgb - box)
 
 
-# ---- styles --------------------------------------------------------------------------------------------------------------
+# ---- styles --------------------------------------------------------------------------------------
 
 
 def _spread(a, k, weight):
-    """3-tap blur (weight, 1 - 2 weight, weight) of [H, W, 3] along both axes, taps k samples apart, edges repeated."""
+    """3-tap blur (weight, 1 - 2 weight, weight) of [H, W, 3] along both axes, taps k samples apart, edges
+    repeated."""
     for axis in (0, 1):
         a = np.moveaxis(a, axis, 0)
         n = a.shape[0]
@@ -569,7 +596,8 @@ def _pixel(img, g, r):
     return np.floor(grey * 9.99) / 9.4 + 1.1 * (img - grey)
 
 
-_DRAW_STYLE = {"photo": _photo, "cartoon": _cartoon, "sketch": _sketch, "watercolor": _watercolor, "pixel": _pixel}
+_DRAW_STYLE = {"photo": _photo, "cartoon": _cartoon, "sketch": _sketch, "watercolor": _watercolor,
+               "pixel": _pixel}  # fmt: skip
 STYLES = tuple(_DRAW_STYLE)
 
 
@@ -579,7 +607,7 @@ def _reach(style, g):
     return {"sketch": k, "watercolor": 2 * k}.get(style, 0)
 
 
-# ---- pictures -----------------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def _render(scene, h, w):
@@ -603,18 +631,20 @@ def _enlarge(a, g):
 
 
 def draw(scene, h, w):
-    """Picture of a scene, uint8 [h, w, 3], any h, w >= 8. Places are fractions of w and h, sizes of the short side: shapes
-    stay round in a wide picture."""
+    """Picture of a scene, uint8 [h, w, 3], any h, w >= 8. Places are fractions of w and h, sizes of the short
+    side: shapes stay round in a wide picture."""
     return _render(scene, h, w)[0]
 
 
 def instances(scene, h, w):
-    """Label map uint8 [h, w]: 0 background, k where the k-th object (from 1) is the topmost with coverage above a half."""
+    """Label map uint8 [h, w]: 0 background, k where the k-th object (from 1) is the topmost with coverage
+    above a half."""
     return _render(scene, h, w)[1]
 
 
 def boxes(scene, h, w):
-    """Boxes of the visible parts, one (x0, y0, x1, y1) in pixels (x1, y1 exclusive) per object, None where hidden."""
+    """Boxes of the visible parts, one (x0, y0, x1, y1) in pixels (x1, y1 exclusive) per object, None where
+    hidden."""
     labels, out = instances(scene, h, w), []
     for k in range(1, len(scene.objects) + 1):
         ys, xs = np.nonzero(labels == k)
@@ -622,12 +652,13 @@ def boxes(scene, h, w):
     return out
 
 
-# ---- captions -----------------------------------------------------------------------------------------------------------
+# ---- captions ------------------------------------------------------------------------------------
 
 MAX_BYTES = 128  # of a caption: byte-level text encoders see all of it
 _COUNT = ("no", "one", "two", "three", "four", "five", "six", "seven")
 _SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
-_MATERIAL_WORDS = {"matte": ("matte", "plain"), "metal": ("metal", "metallic"), "dotted": ("dotted", "spotted")}
+_MATERIAL_WORDS = {m: (m, m) for m in MATERIALS} | {
+    "matte": ("matte", "plain"), "metal": ("metal", "metallic"), "dotted": ("dotted", "spotted")}  # fmt: skip
 _BACKGROUND_WORDS = {  # the first of each is the shortest
     "sky": ("in the sky", "against a cloudy sky", "up in the sky"),
     "grass": ("on grass", "on a green lawn", "on the grass"),
@@ -649,7 +680,8 @@ _ENVIRONMENT_WORDS = {
     "snowfall": ("in snowfall", "while it snows", "as snow falls"),
 }
 _STYLE_WORDS = {
-    "photo": ("photo", "photo"), "cartoon": ("cartoon", "cartoon drawing"), "sketch": ("sketch", "pencil sketch"),
+    "photo": ("photo", "photo"), "cartoon": ("cartoon", "cartoon drawing"),
+    "sketch": ("sketch", "pencil sketch"),
     "watercolor": ("watercolor", "watercolor painting"), "pixel": ("pixel art", "pixel art picture"),
 }  # fmt: skip
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -672,7 +704,8 @@ def _place_words(place):
 
 def _off(said, true):
     """Whether a place is plainly wrong: 'on the left' is not wrong of something at the top left."""
-    return said == ("middle", "center") or (said[0] not in ("middle", true[0])) or (said[1] not in ("center", true[1]))
+    centre = said == ("middle", "center")
+    return centre or said[0] not in ("middle", true[0]) or said[1] not in ("center", true[1])
 
 
 @dataclass(frozen=True)
@@ -693,7 +726,8 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a caption says. relation: of the first group to the second; total: the number of objects; None = not said."""
+    """What a caption says. relation: of the first group to the second; total: the number of objects; None =
+    not said."""
 
     groups: tuple[_Group, ...]
     background: str
@@ -733,7 +767,8 @@ _DRAWS = 24  # uniform draws a caption takes from its generator, whatever the sc
 
 
 def _facts(scene, u, level):
-    """Facts to say of a scene. level 0 says most; 1 drops places, 2 sizes, 3 materials; from 5 on only some objects are named."""
+    """Facts to say of a scene. level 0 says most; 1 drops places, 2 sizes, 3 materials; from 5 on only some
+    objects are named."""
     material, size = level < 3 and u[0] < 0.92, level < 2 and u[1] < 0.45
     place = level < 1 and u[2] < (0.5 if len(scene.objects) == 1 else 0.2)
     order = sorted(range(len(scene.objects)), key=lambda k: u[12 + k % 8])
@@ -763,7 +798,7 @@ def _article(words):
 def _say_group(g, u):
     shape = g.shape if g.count == 1 else g.shape + ("es" if g.shape == "cross" else "s")
     words = [_pick(_SIZE_WORDS[g.size], u[7]) if g.size else "", g.colour,
-             _pick(_MATERIAL_WORDS.get(g.material, (g.material,)), u[8]) if g.material else "", shape]  # fmt: skip
+             _pick(_MATERIAL_WORDS[g.material], u[8]) if g.material else "", shape]  # fmt: skip
     words = " ".join(word for word in words if word)
     words = _article(words) if g.count == 1 else f"{_COUNT[g.count]} {words}"
     return f"{words} {_place_words(g.place)}" if g.place else words
@@ -779,12 +814,13 @@ def _say(facts, u, short=False):
     where = _pick(_BACKGROUND_WORDS[facts.background][: 1 if short else 3], u[9])
     if facts.total is not None:
         things, where = f"{_COUNT[facts.total]} shapes", f"{where}: {things}"
-    when = _pick(_ENVIRONMENT_WORDS[facts.environment][: 1 if short else 3], u[10]) if facts.environment else ""
-    style = _pick(_STYLE_WORDS[facts.style][: 1 if short else 2], u[11]) if facts.style else ""
+    when, style = facts.environment or "", facts.style or ""
+    if when:
+        when = _pick(_ENVIRONMENT_WORDS[when][: 1 if short else 3], u[10])
+    if style:
+        style = _pick(_STYLE_WORDS[style][: 1 if short else 2], u[11])
     form = int(u[20] * 4) if not short else 0
-    if facts.total is not None and when:
-        scene_words = f"{when}, {things} {where}"
-    elif form == 1 and when:
+    if when and (form == 1 or facts.total is not None):
         scene_words = f"{when}, {things} {where}"
     else:
         scene_words = f"{things} {where} {when}".rstrip()
@@ -807,13 +843,15 @@ def _fitting(scene, u):
 
 
 def caption(scene, rng):
-    """A true caption of a scene, ASCII, at most 128 bytes. Names every object (with fewer words when there are many), the
-    background, the environment unless clear and the style unless photo (those two are said now and then)."""
+    """A true caption of a scene, ASCII, at most 128 bytes. Names every object (with fewer words when there
+    are many), the background, the environment unless clear and the style unless photo (those two are said
+    now and then)."""
     return _fitting(scene, rng.random(_DRAWS).tolist())[2]
 
 
 def _wrong(facts, kind, scene, rng):
-    """Facts with one statement of the given kind changed to a false one, or None when there is no such statement."""
+    """Facts with one statement of the given kind changed to a false one, or None when there is no such
+    statement."""
     def other(options, true):
         return _pick([o for o in options if o != true], rng.random())
 
@@ -835,7 +873,8 @@ def _wrong(facts, kind, scene, rng):
             return None
         total = None if facts.total is None else facts.total + changed.count - g.count
         return replace(facts, groups=facts.groups[:k] + (changed,) + facts.groups[k + 1 :], total=total)
-    options = {"shape": SHAPES, "colour": tuple(COLOURS), "material": MATERIALS, "size": SIZES, "place": _PLACES}[kind]
+    options = {"shape": SHAPES, "colour": tuple(COLOURS), "material": MATERIALS, "size": SIZES,
+               "place": _PLACES}[kind]  # fmt: skip
     if getattr(g, kind) is None:
         return None
     changed = replace(g, **{kind: other(options, getattr(g, kind))})
@@ -851,16 +890,19 @@ def _stranger(rng):
     return scene(int(rng.random() * 2**48), 0)
 
 
-FALSE_KINDS = ("colour", "shape", "material", "size", "place", "relation", "count", "background", "environment", "style", "scene")
+FALSE_KINDS = ("colour", "shape", "material", "size", "place", "relation", "count", "background",
+               "environment", "style", "scene")  # fmt: skip
 
 
 def false_caption(scene, rng, kind=None):
-    """(caption, kind): a caption that is false of the scene, wrong in one statement (one of FALSE_KINDS; 'scene' = a true
-    caption of another scene). From a generator in the same state, caption() gives the true sentence with the same wording,
-    so that the two differ in the fact alone. kind: ask for one; where the sentence does not allow it another is taken."""
+    """(caption, kind): a caption that is false of the scene, wrong in one statement (one of FALSE_KINDS;
+    'scene' = a true caption of another scene). From a generator in the same state, caption() gives the
+    true sentence with the same wording, so that the two differ in the fact alone. kind: ask for one; where
+    the sentence does not allow it another is taken."""
     u = rng.random(_DRAWS).tolist()
     facts, short, _ = _fitting(scene, u)
-    kinds = [FALSE_KINDS[i] for i in sorted(range(len(FALSE_KINDS)), key=rng.random(len(FALSE_KINDS)).tolist().__getitem__)]
+    ranks = dict(zip(FALSE_KINDS, rng.random(len(FALSE_KINDS)).tolist()))
+    kinds = sorted(FALSE_KINDS, key=ranks.get)
     if kind is not None:
         kinds = [kind] + [k for k in kinds if k != kind]
     for name in kinds:
@@ -875,13 +917,14 @@ def false_caption(scene, rng, kind=None):
     raise AssertionError("no false caption")  # unreachable: the background is always named
 
 
-# ---- the seven edits of OmniEdit Table 2 ---------------------------------------------------------------------------------
+# ---- the seven edits of OmniEdit Table 2 ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit. task: key of EDITS; target: the scene after it; ids: labels (from 1) of the touched objects, in the target
-    for `add` and in the source otherwise; None when the whole picture is meant (background, environment, style)."""
+    """One edit. task: key of EDITS; target: the scene after it; ids: labels (from 1) of the touched objects,
+    in the target for `add` and in the source otherwise; None when the whole picture is meant (background,
+    environment, style)."""
 
     task: str
     target: Scene
@@ -889,11 +932,12 @@ class Edit:
     ids: tuple[int, ...] | None
 
 
-_BACKGROUND_NOUNS = {"sky": "a cloudy sky", "grass": "a green lawn", "sand": "a sandy beach", "brick": "a brick wall",
-                     "water": "rippling water", "wood": "wood planks", "tiles": "a tiled floor", "snow": "a snowy field",
-                     "space": "outer space", "dunes": "desert dunes"}  # fmt: skip
-_ENVIRONMENT_NOUNS = {"clear": "a clear day", "sunset": "sunset", "night": "night", "fog": "fog", "rain": "rain",
-                      "snowfall": "snowfall"}  # fmt: skip
+_BACKGROUND_NOUNS = {"sky": "a cloudy sky", "grass": "a green lawn", "sand": "a sandy beach",
+                     "brick": "a brick wall", "water": "rippling water", "wood": "wood planks",
+                     "tiles": "a tiled floor", "snow": "a snowy field", "space": "outer space",
+                     "dunes": "desert dunes"}  # fmt: skip
+_ENVIRONMENT_NOUNS = {"clear": "a clear day", "sunset": "sunset", "night": "night", "fog": "fog",
+                      "rain": "rain", "snowfall": "snowfall"}  # fmt: skip
 
 
 def _phrase(o, fields):
@@ -908,8 +952,8 @@ def _refer(scene, rng):
         raise ValueError("the scene has no object to edit")
     u = rng.random(len(scene.objects) + 2).tolist()
     colour = ("shape", "colour")
-    says = [("shape",), colour, (*colour, "material"), (*colour, "size"), (*colour, "place"), (*colour, "material", "size"),
-            (*colour, "material", "size", "place")]  # fmt: skip
+    says = [("shape",), colour, (*colour, "material"), (*colour, "size"), (*colour, "place"),
+            (*colour, "material", "size"), (*colour, "material", "size", "place")]  # fmt: skip
     for k in sorted(range(len(scene.objects)), key=u.__getitem__):
         o = scene.objects[k]
         unique = [f for f in says if sum(_phrase(o, f) == _phrase(q, f) for q in scene.objects) == 1]
@@ -921,7 +965,8 @@ def _refer(scene, rng):
     twins = [q for q in scene.objects if _phrase(q, says[2]) == _phrase(o, says[2])]
     far = max(("x", "y"), key=lambda a: max(getattr(q, a) for q in twins) - min(getattr(q, a) for q in twins))
     o = min(twins, key=lambda q: getattr(q, far))
-    return scene.objects.index(o), _phrase(o, says[2]).replace("the", "the leftmost" if far == "x" else "the topmost", 1)
+    most = "the leftmost" if far == "x" else "the topmost"
+    return scene.objects.index(o), _phrase(o, says[2]).replace("the", most, 1)
 
 
 def _with(scene, k, o):
@@ -943,18 +988,21 @@ def swap(scene, rng):
     new = replace(o, shape=_other(SHAPES, o.shape, u[0]), colour=_other(_colours_on(scene), o.colour, u[1]),
                   material=_pick(MATERIALS, u[2]))  # fmt: skip
     text = _pick(("replace {} with {}", "swap {} for {}", "turn {} into {}", "change {} into {}"), u[3])
-    return Edit("swap", _with(scene, k, new), text.format(old, _article(f"{new.colour} {new.material} {new.shape}")), (k + 1,))
+    text = text.format(old, _article(f"{new.colour} {new.material} {new.shape}"))
+    return Edit("swap", _with(scene, k, new), text, (k + 1,))
 
 
 def remove(scene, rng):
     """Object removal: the target is drawn without the object, so what lay under it is exact."""
     k, old = _refer(scene, rng)
-    text = _pick(("remove {}", "delete {}", "erase {}", "take {} away", "remove {} from the picture"), rng.random())
-    return Edit("remove", replace(scene, objects=scene.objects[:k] + scene.objects[k + 1 :]), text.format(old), (k + 1,))
+    texts = ("remove {}", "delete {}", "erase {}", "take {} away", "remove {} from the picture")
+    target = replace(scene, objects=scene.objects[:k] + scene.objects[k + 1 :])
+    return Edit("remove", target, _pick(texts, rng.random()).format(old), (k + 1,))
 
 
 def add(scene, rng):
-    """Object addition in a free place (of 32 tried the freest, at most slightly overlapping), on top of the others."""
+    """Object addition in a free place (of 32 tried the freest, at most slightly overlapping), on top of the
+    others."""
     u = rng.random(70).tolist()
     sizes = SIZES[: 1 + int(u[0] * 3)][::-1]
     size, place = next(((s, p) for s in sizes if (p := _place(scene.objects, s, u[6:], -0.05))), (None, None))
@@ -963,7 +1011,8 @@ def add(scene, rng):
     new = Object(_pick(SHAPES, u[1]), _pick(_colours_on(scene), u[2]), _pick(MATERIALS, u[3]), size,
                  round(place[0], 4), round(place[1], 4), round((u[4] - 0.5) * 24, 2))  # fmt: skip
     text = _pick(("add {} {}", "put {} {}", "insert {} {}", "place {} {}"), u[5])
-    text = text.format(_article(f"{new.size} {new.colour} {new.material} {new.shape}"), _place_words(_place_of(new)))
+    what = _article(f"{new.size} {new.colour} {new.material} {new.shape}")
+    text = text.format(what, _place_words(_place_of(new)))
     return Edit("add", replace(scene, objects=(*scene.objects, new)), text, (len(scene.objects) + 1,))
 
 
@@ -971,20 +1020,20 @@ def attribute(scene, rng):
     """Attribute modification: another colour (half of the time), material or size of one object."""
     k, old = _refer(scene, rng)
     u, o = rng.random(3).tolist(), scene.objects[k]
-    if u[0] < 0.5:
-        new = replace(o, colour=_other(_colours_on(scene), o.colour, u[1]))
-        text = _pick(("make {} {}", "paint {} {}", "change the color of {} to {}", "recolor {} to {}"), u[2]).format(old, new.colour)
-        return Edit("attribute", _with(scene, k, new), text, (k + 1,))
     rest = scene.objects[:k] + scene.objects[k + 1 :]
     sizes = [s for s in SIZES if s != o.size and _gap(o.x, o.y, RADIUS[s], rest) > -0.05
              and min(o.x, o.y, 1 - o.x, 1 - o.y) > RADIUS[s]]  # fmt: skip
-    if u[0] < 0.8 or not sizes:
+    if u[0] < 0.5:
+        new = replace(o, colour=_other(_colours_on(scene), o.colour, u[1]))
+        texts = ("make {} {}", "paint {} {}", "change the color of {} to {}", "recolor {} to {}")
+    elif u[0] < 0.8 or not sizes:
         new = replace(o, material=_other(MATERIALS, o.material, u[1]))
-        text = _pick(("make {} {}", "change the material of {} to {}", "give {} a {} look"), u[2]).format(old, new.material)
-        return Edit("attribute", _with(scene, k, new), text, (k + 1,))
-    new = replace(o, size=_pick(sizes, u[1]))
-    text = _pick(("make {} {}", "change the size of {} to {}", "resize {} to {}"), u[2]).format(old, new.size)
-    return Edit("attribute", _with(scene, k, new), text, (k + 1,))
+        texts = ("make {} {}", "change the material of {} to {}", "give {} a {} look")
+    else:
+        new = replace(o, size=_pick(sizes, u[1]))
+        texts = ("make {} {}", "change the size of {} to {}", "resize {} to {}")
+    value = next(getattr(new, f) for f in ("colour", "material", "size") if getattr(new, f) != getattr(o, f))
+    return Edit("attribute", _with(scene, k, new), _pick(texts, u[2]).format(old, value), (k + 1,))
 
 
 def background(scene, rng):
@@ -992,8 +1041,9 @@ def background(scene, rng):
     u = rng.random(2).tolist()
     others = [b for b in BACKGROUNDS if b != scene.background]
     b = _pick([b for b in others if not any(o.colour in _CLASH[b] for o in scene.objects)] or others, u[0])
-    text = _pick(("replace the background with {}", "change the background to {}", "swap the background for {}",
-                  "use {} as the background"), u[1]).format(_BACKGROUND_NOUNS[b])  # fmt: skip
+    texts = ("replace the background with {}", "change the background to {}",
+             "swap the background for {}", "use {} as the background")  # fmt: skip
+    text = _pick(texts, u[1]).format(_BACKGROUND_NOUNS[b])
     return Edit("background", replace(scene, background=b), text, None)
 
 
@@ -1001,9 +1051,10 @@ def environment(scene, rng):
     """Environment change: another weather or time of day."""
     u = rng.random(3).tolist()
     e = _other(ENVIRONMENTS, scene.environment, u[0])
-    text = _pick(("change the scene from {0} to {1}", "change the scene to {1}", "make the scene look like {1}",
-                  "show the same scene {2}"), u[1])  # fmt: skip
-    text = text.format(_ENVIRONMENT_NOUNS[scene.environment], _ENVIRONMENT_NOUNS[e], _pick(_ENVIRONMENT_WORDS[e], u[2]))
+    text = _pick(("change the scene from {0} to {1}", "change the scene to {1}",
+                  "make the scene look like {1}", "show the same scene {2}"), u[1])  # fmt: skip
+    now, then = _ENVIRONMENT_NOUNS[scene.environment], _ENVIRONMENT_NOUNS[e]
+    text = text.format(now, then, _pick(_ENVIRONMENT_WORDS[e], u[2]))
     return Edit("environment", replace(scene, environment=e), text, None)
 
 
@@ -1013,7 +1064,8 @@ def style(scene, rng):
     s = _other(STYLES, scene.style, u[0])
     text = _pick(("apply a {0} style to the picture", "turn the picture into {1}", "redraw it as {1}",
                   "make it look like {1}"), u[1])  # fmt: skip
-    return Edit("style", replace(scene, style=s), text.format(_STYLE_WORDS[s][0], _article(_STYLE_WORDS[s][1])), None)
+    text = text.format(_STYLE_WORDS[s][0], _article(_STYLE_WORDS[s][1]))
+    return Edit("style", replace(scene, style=s), text, None)
 
 
 EDITS = {"swap": swap, "remove": remove, "add": add, "attribute": attribute, "background": background,
@@ -1021,18 +1073,19 @@ EDITS = {"swap": swap, "remove": remove, "add": add, "attribute": attribute, "ba
 
 
 def edit_mask(edit, source, h, w):
-    """Where an edit may change the picture, float32 [h, w], 1 = regenerate. swap, remove, add, attribute: everything the
-    touched objects draw, shadow and the style's reach included, before and after: outside it source and target are equal
-    bit for bit. background: the complement of the visible objects (through glass it still shows, as at their smoothed
-    edges). environment, style: ones."""
+    """Where an edit may change the picture, float32 [h, w], 1 = regenerate. swap, remove, add, attribute:
+    everything the touched objects draw, shadow and the style's reach included, before and after: outside
+    it source and target are equal bit for bit. background: the complement of the visible objects (through
+    glass it still shows, as at their smoothed edges). environment, style: ones."""
     if edit.task == "background":
         return (instances(source, h, w) == 0).astype(np.float32)
     if edit.ids is None:
         return np.ones((h, w), np.float32)
     g = _grid_for(source, h, w)
     touched = np.zeros((g.v.size, g.u.size), bool)
-    scenes = [s for s in (source, edit.target) if len(s.objects) >= max(len(source.objects), len(edit.target.objects))]
-    for o in (s.objects[k - 1] for s in scenes for k in edit.ids):
+    before = [source.objects[k - 1] for k in edit.ids if edit.task != "add"]
+    after = [edit.target.objects[k - 1] for k in edit.ids if edit.task != "remove"]
+    for o in before + after:
         p = _patch(o, g, source.style)
         if p is not None:
             touched[p.rows, p.cols] |= (p.cover > 0) | (p.shadow > 0)
@@ -1044,7 +1097,7 @@ def edit_mask(edit, source, h, w):
     return _enlarge(touched.astype(np.float32), g)
 
 
-# ---- a dataset like any other ----------------------------------------------------------------------------------------------
+# ---- a dataset like any other --------------------------------------------------------------------
 
 SPLITS = {"train": (1, 10_000_000), "heldout": (2, 100_000)}  # seed, number of scenes
 
@@ -1081,20 +1134,22 @@ class Scenes:
 def sheet(source, n, size, columns=8):
     """Contact sheet of the first n scenes with their captions, a PIL image."""
     zoom = max(1, 160 // size)
-    cell, line, margin = size * zoom, 11, 10
-    high = cell + 6 * line + margin
+    cell, line, margin = size * zoom, 11, 12
+    high = cell + 7 * line + margin
     page = Image.new("RGB", (columns * (cell + margin) + margin, -(-n // columns) * high + margin), "white")
     pen = ImageDraw.Draw(page)
     for i in range(n):
         x, y = margin + i % columns * (cell + margin), margin + i // columns * high
         got = source.load(i, size, size)
         page.paste(Image.fromarray(got["image"]).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
-        pen.text((x, y + cell + 2), "\n".join(textwrap.wrap(got["caption"], max(8, cell // 6))), fill=(40, 40, 40), spacing=1)
+        text = "\n".join(textwrap.wrap(got["caption"], max(8, cell // 6)))
+        pen.text((x, y + cell + 2), text, fill=(40, 40, 40), spacing=1)
     return page
 
 
 def export(source, folder, n, size):
-    """Write the first n scenes as an image folder: NAME.png, NAME.seg.png (8-bit label map) and metadata.jsonl."""
+    """Write the first n scenes as an image folder: NAME.png, NAME.seg.png (8-bit label map) and
+    metadata.jsonl."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metadata.jsonl", "w") as f:
@@ -1102,7 +1157,8 @@ def export(source, folder, n, size):
             got, name = source.load(i, size, size), f"{i:06d}"
             Image.fromarray(got["image"]).save(folder / f"{name}.png")
             Image.fromarray(got["segments"]).save(folder / f"{name}.seg.png")
-            f.write(json.dumps({"file_name": f"{name}.png", "text": got["caption"], "segments": f"{name}.seg.png"}) + "\n")
+            row = {"file_name": f"{name}.png", "text": got["caption"], "segments": f"{name}.seg.png"}
+            f.write(json.dumps(row) + "\n")
 
 
 @dataclass
@@ -1128,7 +1184,8 @@ def main(cfg):
             export(source, cfg.export, cfg.n, cfg.size)
             print(f"wrote {cfg.export}: {cfg.n} pictures, label maps, metadata.jsonl")
     except (OSError, ValueError) as e:  # PIL: unknown file extension is a ValueError
-        raise SystemExit(f"error: scenes.py: {cfg.export or cfg.sheet}: {e}: choose a writable place, pictures end in .png") from None
+        say = f"{cfg.export or cfg.sheet}: {e}: choose a writable place; a sheet ends in .png"
+        raise SystemExit(f"error: scenes.py: {say}") from None
 
 
 if __name__ == "__main__":
