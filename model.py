@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -58,8 +59,8 @@ class EditorConfig:
 
 PRESETS: dict[str, EditorConfig] = {
     "test": EditorConfig(depth=2, heads=2, head_dim=16, txt_dim=32, vec_dim=32, predict="x0"),
-    "tiny": EditorConfig(predict="x0"),
-    "tiny-p8": EditorConfig(predict="x0", patch=8),
+    "tiny": EditorConfig(predict="x0", qk_norm=False),
+    "tiny-p8": EditorConfig(predict="x0", qk_norm=False, patch=8),
     "small": EditorConfig(depth=12, heads=6, pos_max=64, txt_dim=384, vec_dim=384, predict="x0"),
     "sd3-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=192, learn_pos=False, txt_dim=4096,
                                vec_dim=2048, qk_norm=False, txt_bytes=0),
@@ -601,10 +602,20 @@ class PreferenceReward(nn.Module):
         self.mlp.init_weights(original_init)
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+        self.tokenizer = Tokenizer.from_str(cfg.tokenizer) if cfg.tokenizer else None
 
     @property
     def arch(self) -> dict:
         return {"kind": "reward", **asdict(self.cfg)}
+
+    def tokenize(self, captions: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """[B] captions -> ids, attend [B, L]; attend is 0 on padding. L is the longest of the batch, at most txt_len."""
+        rows = self.tokenizer.encode_batch(captions)
+        return tuple(torch.tensor([getattr(r, k) for r in rows], device=device) for k in ("ids", "attention_mask"))
+
+    def image_features(self, image: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W] in [-1, 1] -> [the image tower's tokens, B x N x D]: a perceptual distance where no VGG is given."""
+        return [self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)]
 
     def forward(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1], ids and attend [B, L] -> raw score [B] (no normalisation).
@@ -621,6 +632,11 @@ class PreferenceReward(nn.Module):
         img = self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)
         txt = self.blip["text_encoder"](ids, attend, img)
         return self.mlp(txt[:, 0].float())[:, 0]
+
+
+def build_reward(arch: dict) -> PreferenceReward:
+    """PreferenceReward from the `arch` of a manifest."""
+    return PreferenceReward(config_from(RewardConfig, arch, "reward"))
 
 
 class CoherenceReward(nn.Module):

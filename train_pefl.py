@@ -1,0 +1,388 @@
+"""Perceptual Feedback Learning: tune an inpainting editor by back-propagating reward models (ByteEdit, Sec. 3).
+
+    python train_pefl.py --base assets/base --aesthetic out/aesthetic --alignment out/alignment --out out/pefl
+    torchrun --nproc_per_node=8 train_pefl.py --base out/inpaint --aesthetic ... --alignment ... --data /photos
+
+One step, for a picture x, a mask m, a caption c (Sec. 3.1):
+    stage 1   noise the masked input x (1 - m) to the fixed step T1                       steps T .. T1 are skipped
+    stage 2   denoise T1 -> t' without gradient, t' drawn from [1, T2]
+    stage 3   predict x0' from x_t' in one network call, with gradient
+then L^G = sum of the rewards' losses + eta (L_reg + L_vgg)  (Eq. 2-4, 7, 8) for the editor, and L^D (Eq. 6, 8) for the
+coherence model, which is trained online as the discriminator. Progressive phases shrink T / T1 / T2 (Sec. 3.3).
+The same command again resumes.
+"""
+
+import contextlib
+import copy
+import re
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.checkpoint import checkpoint
+
+import common
+import data
+import flow
+import frozen
+import model
+
+
+@dataclass
+class Config:
+    base: str = "assets/base"  # checkpoint folder of the inpainting model to tune
+    aesthetic: str | None = None  # checkpoint folder of the aesthetic reward R_alpha; None = without it
+    alignment: str | None = None  # checkpoint folder of the alignment reward R_beta; None = without it
+    heldout_reward: str | None = None  # a reward that is logged and never trained on: the hacking alarm
+    out: str = "out/pefl"  # run folder: checkpoints, metrics.jsonl, sample sheets
+    data: str = "scenes"  # "scenes", a folder of pictures or a .parquet file / folder
+    image_size: int | None = None  # side of the training square; None = the base's
+    aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
+    phases: tuple[str, ...] = ("20/15/10x2000", "8/6/3x2000")  # T/T1/T2 x optimiser steps, one after the other (Sec. 3.3)
+    batch_size: int = 16  # pictures per rank and micro-batch
+    accum: int = 1  # micro-batches per optimiser step
+    p_outpaint: float = 0.35  # proportions of the tasks (default ours, paper silent): outward expansion masks
+    p_edit: float = 0.35  # inpainting-editing: an instance, dilated, joined with random masks
+    p_inpaint: float = 0.15  # irregular and square masks
+    p_erase: float = 0.15  # inpainting-erasing: holes in the background, the erase prompt
+    p_promptfree: float = 0.3  # share of outpainting and inpainting pictures without a prompt
+    w_aesthetic: float = 0.01  # weight of the aesthetic loss (Sec. 4.1)
+    w_alignment: float = 0.01  # weight of the alignment loss (Sec. 4.1)
+    w_coherence: float = 0.05  # weight of the adversarial loss (Sec. 4.1)
+    reward_loss: Literal["neg_log_sigmoid", "relu_margin"] = "neg_log_sigmoid"  # Eq. 2, or ImageReward's relu(2 - r)
+    eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
+    vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = features of the aesthetic reward's frozen tower
+    disc_width: int = 128  # coherence ViT (default ours, paper silent)
+    disc_depth: int = 4  # its blocks
+    disc_patch: int | None = None  # its patch; None = the editor's
+    disc_lr: float = 1e-4  # its learning rate (default ours, paper silent)
+    lr: float = 2e-6  # of the editor (Sec. 4.1)
+    warmup: int = 1000  # steps of linear warm-up (Sec. 4.1)
+    weight_decay: float = 0.0  # on matrices only
+    grad_clip: float = 1.0  # global norm of the editor's gradient; 0 = off
+    ema: float = 0.9999  # decay of the averaged weights (Sec. 4.1)
+    lora: int = 0  # rank of a low-rank update of the joint blocks; 0 = tune every weight
+    shift: float | None = None  # of the paper steps' times; None = the base's
+    checkpointing: bool = False  # recompute editor, decoder and reward activations in the backward pass
+    bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
+    seed: int = 0  # of data order, noise, t' and the coherence model
+    workers: int = 1  # data processes per rank
+    device: str = "auto"  # auto, cpu, cuda
+    log_every: int = 20  # steps between rows of metrics
+    sample_every: int = 200  # steps between sample sheets; 0 = never
+    save_every: int = 200  # steps between checkpoints
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+
+
+def main(cfg: Config) -> None:
+    dist = common.setup(cfg.device)
+    device = dist.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    phases = parse_phases(cfg.phases)
+    total = sum(phase[-1] for phase in phases)
+
+    # 1) the editor to tune, and a frozen copy that says how far it has moved
+    editor, manifest = load_editor(cfg.base)
+    image_size = cfg.image_size or manifest["config"].get("image_size", 32)
+    shift = manifest["config"].get("shift", 1.0) if cfg.shift is None else cfg.shift
+    if image_size % editor.cfg.patch:
+        raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of the editor's patch, {editor.cfg.patch}")
+    editor.to(device)
+    base = copy.deepcopy(editor).requires_grad_(False)
+    if cfg.lora:
+        model.add_lora(editor, cfg.lora)
+        editor.to(device)
+    editor.mmdit.checkpoint = cfg.checkpointing
+    trained = [p for p in editor.parameters() if p.requires_grad]
+    space = frozen.PixelSpace()
+
+    # 2) rewards: aesthetic and alignment are frozen; coherence learns online and is the discriminator
+    rewards = {name: load_reward(path, device) for name, path in
+               (("aesthetic", cfg.aesthetic), ("alignment", cfg.alignment), ("heldout", cfg.heldout_reward)) if path}
+    weights = {"aesthetic": cfg.w_aesthetic, "alignment": cfg.w_alignment}
+    perceptual, perceptual_name = load_perceptual(cfg, rewards, device)
+    torch.manual_seed(cfg.seed)
+    patch = cfg.disc_patch or max(editor.cfg.patch * space.stride, 4)
+    disc = model.CoherenceReward(model.CoherenceConfig(
+        image_size // patch, patch, cfg.disc_width, cfg.disc_depth, max(1, cfg.disc_width // 32))).to(device)
+    common.print0(
+        f"editor {common.n_params(editor) / 1e6:.1f} M ({sum(p.numel() for p in trained) / 1e6:.2f} M trained), rewards "
+        f"{', '.join(rewards) or 'none'}, coherence {common.n_params(disc) / 1e6:.2f} M, L_vgg from {perceptual_name}, {device}")
+
+    # 3) optimisers, averaged weights, resume
+    opt = torch.optim.AdamW(model.param_groups(editor, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.99), fused=True)
+    disc_opt = torch.optim.AdamW(disc.parameters(), lr=cfg.disc_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
+    ema = common.EMA(editor, cfg.ema)
+    step, run_id = 0, None
+    if found := common.load_latest(cfg.out):
+        tensors, saved = found
+        state = tensors["model"] if not cfg.lora else editor.state_dict() | tensors.get("lora", {})
+        common.load_state(editor, state, cfg.out)
+        ema.load_state_dict(tensors["ema"] if not cfg.lora else editor.state_dict() | tensors["lora_ema"])
+        common.load_state(disc, tensors["coherence"], cfg.out)
+        common.load_optimizer_tensors(opt, tensors["optimizer"])
+        common.load_optimizer_tensors(disc_opt, tensors["coherence_optimizer"])
+        step, run_id = saved["step"], saved["meta"].get("run_id")
+        common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
+    metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id=run_id, resumed_from=step or None)
+
+    # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions
+    source = data.open_source(cfg.data, "train")
+    tasks = {"outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint, "erase": cfg.p_erase}
+    loader = data.make_loader(
+        source, image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers,
+        start_step=step * cfg.accum, aspects=cfg.aspects, stride=max(editor.cfg.patch * space.stride, patch),
+        prompt_free={"outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
+    common.print0(loader.summary)
+    grid = heldout_grid(cfg, image_size, tasks, patch)
+    reward_loss = {"neg_log_sigmoid": lambda r: -F.logsigmoid(r), "relu_margin": lambda r: F.relu(2 - r)}[cfg.reward_loss]
+    perf, bad_steps = common.Perf(), 0
+
+    bar = common.progress(total, step, "pefl", dist)
+    while step < total:
+        phase, (T, T1, T2) = phase_at(phases, step)
+        for group in opt.param_groups:
+            group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup, total)
+        g_sum = d_sum = torch.zeros((), device=device)
+        for micro in range(cfg.accum):
+            draw = step * cfg.accum + micro
+            with perf.wait():
+                batch = next(loader)
+            x, mask, captions = batch["image"].to(device), batch["mask"].to(device), batch["caption"]
+            z, z_mask = space.encode(x), shrink(mask, space.stride)                        # latents and their mask
+            masked = space.encode(x * (1 - mask))                                          # x (1 - m)
+
+            # everything random comes from (seed, step, global position of the sample); t' is one for all ranks, so
+            # that they do equal work
+            noise = common.randn(common.generators(cfg.seed, draw, batch["position"]), z.shape[1:], device)
+            t_prime = int(common.randint(common.generators(cfg.seed, draw, [0], stream=1), 1, T2 + 1))
+
+            with autocast:
+                txt, vec = editor.encode_text(captions)
+
+                # stage 1: diffuse the masked input to step T1 (steps T .. T1 are skipped)
+                ts = flow.timesteps(T, shift, start=T1, stop=t_prime)
+                t_start, t_end = (torch.full((len(z),), ts[i], device=device) for i in (0, -1))
+                x_t = flow.interpolate(masked, noise, t_start)
+
+                # stage 2: T1 -> t', without gradient, without guidance
+                with torch.no_grad():
+                    x_t = flow.sample(lambda x, t: editor(x, t, txt.detach(), vec.detach(), z_mask, masked), x_t, ts)
+
+                # stage 3: x_t' -> x0' in one prediction, with gradient
+                v = editor(x_t, t_end, txt, vec, z_mask, masked)
+                z0 = flow.x0_from_v(x_t, v, t_end)
+                fake = maybe_checkpoint(cfg, space.decode, z0)                             # G_phi(x, m, c, t'), [B, 3, H, W]
+
+                # L_reward, Eq. 7: -log sigmoid of aesthetic, alignment and coherence
+                losses = {}
+                for name, weight in weights.items():
+                    if name in rewards and weight:
+                        net, tokens = rewards[name], rewards[name].tokenize(captions, device)
+                        score = maybe_checkpoint(cfg, net, fake, *tokens)
+                        losses[name] = (weight, reward_loss(score).mean())
+                        metrics.add(**{f"reward/{name}": score.detach()})
+                fake_logits = maybe_checkpoint(cfg, disc, fake)                            # R_gamma(z'), [B, 1, H, W]
+                losses["coherence"] = (cfg.w_coherence, reward_loss(fake_logits).mean())
+
+                # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
+                losses["reg"] = (cfg.eta, (x - fake).abs().mean())
+                losses["vgg"] = (cfg.eta, feature_l1(perceptual, x, fake))
+
+            # L^G, Eq. 8; only the editor receives this gradient
+            g_loss = sum(weight * loss for weight, loss in losses.values())
+            (g_loss / cfg.accum).backward(inputs=trained)
+
+            # L^D, Eq. 6: every pixel of x is real, every pixel of x0' is generated
+            with autocast:
+                real_logits, fake_logits = disc(x), disc(fake.detach())
+            d_loss = (F.softplus(-real_logits) + F.softplus(fake_logits)).mean()
+            (d_loss / cfg.accum).backward()
+
+            g_sum, d_sum = g_sum + g_loss.detach() / cfg.accum, d_sum + d_loss.detach() / cfg.accum
+            metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()})
+            metrics.add(**{
+                "coherence/real": real_logits, "coherence/fake": fake_logits,
+                "coherence/accuracy": torch.cat([real_logits > 0, fake_logits <= 0]).float()})
+            perf.add(len(x) * dist.world)
+
+        # 5) one verdict on both losses for all ranks; a non-finite step changes nothing
+        common.average_gradients(trained, dist.world)
+        common.average_gradients(disc.parameters(), dist.world)
+        g_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or torch.inf)
+        d_norm = torch.nn.utils.clip_grad_norm_(disc.parameters(), cfg.grad_clip or torch.inf)
+        stop, bad = common.sync_flags(dist, ~torch.isfinite(torch.stack([g_norm, d_norm, g_sum, d_sum])))
+        bad_steps = bad_steps + 1 if bad else 0
+        if bad:
+            common.print0(f"warning: step {step}: non-finite loss or gradient, skipped ({bad_steps} in a row)")
+            if bad_steps == 20:
+                raise SystemExit(f"error: {cfg.out}: 20 non-finite steps in a row: lower --lr or the reward weights")
+        else:
+            opt.step()
+            disc_opt.step()
+            ema.update()
+        opt.zero_grad(set_to_none=True)
+        disc_opt.zero_grad(set_to_none=True)
+        step += 1
+        bar.update()
+        metrics.add(**{"loss/G": g_sum, "loss/D": d_sum, "grad/G": g_norm, "grad/D": d_norm})
+
+        # 6) logs; held-out samples of the averaged weights at the phase's T, with the hacking alarms; checkpoints
+        due = bool(cfg.sample_every) and (step % cfg.sample_every == 0 or step == total)
+        extra = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
+        if due and common.is_main(dist):
+            with ema.swapped(), torch.no_grad(), autocast:
+                alarms, sheet = judge(cfg, editor, base, rewards, grid, flow.timesteps(T, shift), device)
+            metrics.images(step, {"samples": sheet})
+            extra |= alarms
+        if due or step % cfg.log_every == 0 or step == total:
+            metrics.flush(step, extra | perf.read() | {"data/skipped": loader.stats()["skipped"]})
+        if step % cfg.save_every == 0 or step == total or stop:
+            common.save_checkpoint(
+                cfg.out, step,
+                {**editor_tensors(cfg, editor, ema), "optimizer": common.optimizer_tensors(opt),
+                 "coherence": disc.state_dict(), "coherence_optimizer": common.optimizer_tensors(disc_opt)},
+                {"arch": editor.arch, "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
+                 "samples": step * cfg.batch_size * cfg.accum * dist.world, "coherence_arch": disc.arch,
+                 "run_id": metrics.run_id}, dist=dist)
+        if stop:
+            common.print0(f"stopped by a signal at step {step}; the same command resumes")
+            break
+    bar.close()
+    common.print0(common.peak_memory())
+    metrics.close()
+    common.cleanup()
+
+
+def parse_phases(texts: tuple[str, ...]) -> list[tuple[int, int, int, int]]:
+    """"T/T1/T2xSTEPS" each -> (T, T1, T2, steps). T >= T1 > T2 >= 1, so that stage 2 has something to denoise."""
+    phases = []
+    for text in texts:
+        m = re.fullmatch(r"(\d+)/(\d+)/(\d+)x(\d+)", text)
+        T, T1, T2, steps = map(int, m.groups()) if m else (0, 0, 0, 0)
+        if not T >= T1 > T2 >= 1 or not steps:
+            raise SystemExit(f"error: --phases: {text}: write T/T1/T2xSTEPS with T >= T1 > T2 >= 1, such as 20/15/10x2000")
+        phases.append((T, T1, T2, steps))
+    return phases
+
+
+def phase_at(phases: list[tuple[int, int, int, int]], step: int) -> tuple[int, tuple[int, int, int]]:
+    """Number (from 1) and (T, T1, T2) of the phase that optimiser step `step` (from 0) belongs to."""
+    for number, (*ttt, steps) in enumerate(phases, 1):
+        if step < steps:
+            return number, tuple(ttt)
+        step -= steps
+    raise ValueError("step lies behind the last phase")
+
+
+def load_editor(path: str) -> tuple[model.Editor, dict]:
+    """The averaged weights of an inpainting checkpoint, and its manifest."""
+    tensors, manifest = common.load_checkpoint(path, ("ema", "model"))
+    editor = model.build_editor(manifest["arch"])
+    if not editor.cfg.inpaint:
+        raise SystemExit(f"error: --base: {path}: a text-to-image model without mask input: run train_omni.py --stage inpaint first")
+    common.load_state(editor, tensors.get("ema") or tensors["model"], path)
+    return editor, manifest
+
+
+def load_reward(path: str, device: torch.device) -> model.PreferenceReward:
+    """A frozen reward model in evaluation mode."""
+    tensors, manifest = common.load_checkpoint(path, ("model",))
+    net = model.build_reward(manifest["arch"])
+    common.load_state(net, tensors["model"], path)
+    return net.to(device).eval().requires_grad_(False)
+
+
+def load_perceptual(cfg: Config, rewards: dict, device: torch.device):
+    """V of Eq. 3 and what it is: VGG16 where its weights are given, else the aesthetic reward's frozen image tower."""
+    if cfg.vgg:
+        return frozen.load_vgg16(cfg.vgg).to(device), f"VGG16 ({cfg.vgg})"
+    for name in ("aesthetic", "alignment"):
+        if name in rewards:
+            return rewards[name].image_features, f"the {name} reward's image tower (no --vgg given)"
+    return (lambda image: []), "nothing (neither --vgg nor a reward given)"
+
+
+def feature_l1(features, x: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """|| V(x) - V(G) ||_1, the mean over each map's elements, then over maps (Eq. 3)."""
+    with torch.no_grad():
+        real = features(x)
+    gaps = [(a - b).abs().mean() for a, b in zip(real, features(fake))]
+    return torch.stack(gaps).mean() if gaps else fake.new_zeros(())
+
+
+def maybe_checkpoint(cfg: Config, fn, *inputs):
+    """fn(*inputs); its activations are recomputed in the backward pass with --checkpointing."""
+    return checkpoint(fn, *inputs, use_reentrant=False) if cfg.checkpointing else fn(*inputs)
+
+
+def shrink(mask: torch.Tensor, stride: int) -> torch.Tensor:
+    """A pixel mask at latent size: a latent is regenerated when any of its pixels is. [B, 1, H, W] -> [B, 1, H/s, W/s]."""
+    return mask if stride == 1 else F.max_pool2d(mask, stride)
+
+
+def editor_tensors(cfg: Config, editor: model.Editor, ema: common.EMA) -> dict:
+    """model and ema as plain weights, so that sample.py needs to know nothing of LoRA; with LoRA its own factors too."""
+    if not cfg.lora:
+        return {"model": editor.state_dict(), "ema": ema.state_dict()}
+    with ema.swapped():
+        averaged = model.merged_state(editor)
+    names = {n for n, p in editor.named_parameters() if p.requires_grad}
+    return {"model": model.merged_state(editor), "ema": averaged,
+            "lora": {k: v for k, v in editor.state_dict().items() if k in names},
+            "lora_ema": {k: v for k, v in ema.state_dict().items() if k in names or k == common.EMA_COUNT}}
+
+
+def heldout_grid(cfg: Config, image_size: int, tasks: dict, stride: int) -> dict:
+    """The fixed held-out pictures, masks and captions of the judge and its sheet."""
+    source = data.open_source(cfg.data, "heldout")
+    return next(data.make_eval_batches(source, range(min(32, len(source))), image_size, 32, tasks, stride=stride))
+
+
+def image_stats(x: torch.Tensor) -> dict[str, float]:
+    """Statistics that reward hacking moves; x [B, 3, H, W] in [-1, 1]. Compare with the real pictures' (ecosystem practice):
+    saturation, contrast, Laplacian variance (sharpness or grain), share of clipped values."""
+    x = x.float()
+    grey = x.mean(1, keepdim=True)
+    laplace = 4 * grey[..., 1:-1, 1:-1] - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1] - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]
+    return {"saturation": (x.amax(1) - x.amin(1)).mean().item(), "contrast": grey.flatten(1).std(1).mean().item(),
+            "laplacian": laplace.var().item(), "clipped": (x.abs() > 0.99).float().mean().item()}
+
+
+def judge(cfg: Config, editor: model.Editor, base: model.Editor, rewards: dict, batch: dict, ts: list[float],
+          device: torch.device):
+    """Held-out samples without guidance: a sheet, rewards (trained and held out), statistics against the real pictures',
+    change outside the mask, and the distance to the frozen base in velocity and in weights."""
+    x, mask, captions = batch["image"].to(device), batch["mask"].to(device), batch["caption"]
+    space = frozen.PixelSpace()
+    z_mask, masked = shrink(mask, space.stride), space.encode(x * (1 - mask))
+    noise = common.randn(common.generators(cfg.seed, 0, range(len(x)), stream=9), masked.shape[1:], device)
+    out, v = {}, {}
+    for name, net in (("base", base), ("tuned", editor)):
+        txt, vec = net.encode_text(captions)
+        out[name] = space.decode(flow.sample(lambda x, t: net(x, t, txt, vec, z_mask, masked), noise, ts)).clamp(-1, 1)
+        half = torch.full((len(x),), 0.5, device=device)
+        v[name] = net(flow.interpolate(space.encode(x), noise, half), half, txt, vec, z_mask, masked).float()
+    row = {}
+    for name, net in rewards.items():
+        for who, image in out.items():
+            row[f"judge/{name}_{who}"] = net(image, *net.tokenize(captions, device)).mean().item()
+    real = image_stats(x)
+    row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in image_stats(out["tuned"]).items()}
+    keep = (1 - mask).expand_as(x)
+    row["alarm/change_outside_mask"] = (((out["tuned"] - x).abs() * keep).sum() / keep.sum().clamp(min=1)).item()
+    row["alarm/velocity_drift"] = ((v["tuned"] - v["base"]).norm() / v["base"].norm()).item()
+    plain, start = model.merged_state(editor), base.state_dict()
+    moved = sum((plain[k].float() - start[k].float()).square().sum() for k in start).sqrt()
+    row["alarm/weight_drift"] = (moved / sum(w.float().square().sum() for w in start.values()).sqrt()).item()
+    rows = [[a.cpu(), b.cpu(), c.cpu(), d.cpu()] for a, b, c, d in zip(x, masked, out["base"], out["tuned"])][:8]
+    sheet = common.contact_sheet(rows, ["picture", "input", "base", "tuned"], row_titles=captions[:8])
+    return row, sheet
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
+        main(tyro.cli(Config, description=__doc__, config=cli))
