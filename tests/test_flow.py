@@ -1,0 +1,211 @@
+"""Rectified flow: the convention, the paper's steps, time densities, solvers, guidance, the blend."""
+
+import math
+
+import pytest
+import torch
+
+import flow
+
+
+def pictures(n=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x0, noise = torch.randn(2, n, 3, 8, 8, generator=g)
+    return x0, noise, torch.rand(n, generator=g)
+
+
+# ---- the path ------------------------------------------------------------------------------------
+
+
+def test_ends_of_the_path():
+    x0, noise, _ = pictures()
+    assert torch.equal(flow.interpolate(x0, noise, torch.zeros(4)), x0)
+    assert torch.equal(flow.interpolate(x0, noise, torch.ones(4)), noise)
+
+
+def test_velocity_is_the_derivative_and_gives_x0_back():
+    x0, noise, t = pictures()
+    x = flow.interpolate(x0, noise, t)
+    v = flow.velocity(x0, noise)
+    assert torch.allclose(flow.interpolate(x0, noise, t + 0.1), x + 0.1 * v, atol=1e-6)
+    assert torch.allclose(flow.x0_from_v(x, v, t), x0, atol=1e-6)
+    assert flow.x0_from_v(x.bfloat16(), v.bfloat16(), t).dtype == torch.float32
+
+
+# ---- times ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_shift_fixes_the_ends_rises_and_is_undone_by_its_inverse(shift):
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    s = flow.shift_t(t, shift)
+    assert s[0] == 0 and s[-1] == 1 and (s.diff() > 0).all()
+    assert torch.allclose(flow.shift_t(s, 1 / shift), t, atol=1e-12)
+    assert shift != 1 or torch.equal(s, t)
+    assert flow.shift_t(0.5, 3.0) == 0.75
+
+
+def test_timesteps_run_from_noise_to_picture():
+    for n, shift in ((1, 1.0), (20, 1.0), (28, 3.0)):
+        ts = flow.timesteps(n, shift)
+        assert len(ts) == n + 1 and ts[0] == 1.0 and ts[-1] == 0.0
+        assert all(a > b for a, b in zip(ts, ts[1:]))
+
+
+@pytest.mark.parametrize("T, T1, T2", [(20, 15, 10), (8, 6, 3)])
+def test_paper_steps(T, T1, T2):
+    """ByteEdit counts T down to 1: both phases start from three quarters of the noise."""
+    assert flow.step_time(T, T) == 1 and flow.step_time(0, T) == 0
+    assert flow.step_time(T1, T) == 0.75
+    assert flow.step_time(T2, T) == (0.5 if T == 20 else 0.375)
+    down = flow.timesteps(T, start=T1, stop=T2)
+    assert down == [k / T for k in range(T1, T2 - 1, -1)]
+    assert flow.timesteps(T, start=T1) == flow.timesteps(T)[T - T1:]  # the same grid, entered later
+    k = torch.randint(1, T2 + 1, (100,))
+    assert torch.equal(flow.step_time(k, T), k / T)
+    assert flow.step_time(T1, T, 3.0) == pytest.approx(0.9)
+
+
+def test_logit_normal_density():
+    """P(t < sigmoid(z)) is the normal distribution function of z (Esser et al. 2024, Sec. 3.1; m = 0, s = 1)."""
+    u = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    t = flow.sample_t(u)
+    assert t.dtype == u.dtype and 0 < t.min() and t.max() < 1
+    for z in (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0):
+        share = (t < 1 / (1 + math.exp(-z))).float().mean().item()
+        assert share == pytest.approx(0.5 * (1 + math.erf(z / math.sqrt(2))), abs=0.006)  # 4 standard errors
+    assert flow.sample_t(torch.tensor([0.0, 1 - 2**-24])).isfinite().all()
+
+
+def test_other_densities():
+    u = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(flow.sample_t(u, "uniform"), u)
+    assert torch.equal(flow.sample_t(u, "uniform", 3.0), flow.shift_t(u, 3.0))
+    assert (flow.sample_t(u, shift=3.0) > flow.sample_t(u)).all()
+    with pytest.raises(SystemExit, match="error: .*'cosine'"):
+        flow.sample_t(u, "cosine")
+
+
+def test_log_snr():
+    for t in (0.01, 0.3, 0.5, 0.99):
+        assert flow.t_from_logsnr(2 * math.log((1 - t) / t)) == pytest.approx(t)
+    assert flow.t_from_logsnr(-4.649) == pytest.approx(0.9109, abs=1e-4)
+
+
+# ---- solvers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_a_straight_flow_is_solved_exactly(solver, n):
+    x0, noise, _ = pictures()
+    x = flow.sample(lambda x, t: noise - x0, noise, flow.timesteps(n, 3.0), solver)
+    assert torch.allclose(x, x0, atol=1e-5)
+
+
+def curved(x, t):
+    """Velocity of the flow that carries N(0, 1) to N(0, 1/4): x_t = x_1 s(t), s(t)^2 = (1-t)^2/4 + t^2."""
+    t = flow.bcast(t)
+    return x * (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(solver, order):
+    """Stops at t = 0.25, where the exact scale is known: heun's last step, to 0, is Euler's by design."""
+    x = torch.ones(1, 1, 1, 1)
+    exact = math.sqrt(0.75**2 / 4 + 0.25**2)
+    errors = [abs(flow.sample(curved, x, flow.timesteps(n, stop=n // 4), solver).item() - exact)
+              for n in (8, 16, 32)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+def test_heun_is_better_to_the_end_and_costs_two_calls_a_step():
+    x, calls = torch.ones(1, 1, 1, 1), []
+
+    def counted(x, t):
+        calls.append(t.item())
+        return curved(x, t)
+
+    err = {}
+    for solver in ("euler", "heun"):
+        calls.clear()
+        err[solver] = abs(flow.sample(counted, x, flow.timesteps(16), solver).item() - 0.5)
+        assert len(calls) == (16 if solver == "euler" else 31) and min(calls) > 0
+    assert err["heun"] < err["euler"] / 2
+    with pytest.raises(SystemExit, match="error: .*'dpm'"):
+        flow.sample(curved, x, [1.0, 0.0], "dpm")
+
+
+def test_one_step_of_euler_from_any_time_is_the_x0_prediction():
+    x, v, _ = pictures()
+    for t in (1.0, 0.75, 0.1):
+        assert torch.allclose(flow.euler_step(x, v, t, 0.0), flow.x0_from_v(x, v, torch.full((4,), t)))
+
+
+def test_sampling_stays_in_fp32():
+    x = flow.sample(lambda x, t: (0.1 * x).bfloat16(), torch.randn(1, 3, 4, 4).bfloat16(), flow.timesteps(4))
+    assert x.dtype == torch.float32
+
+
+def test_gradients_flow_through_sampling():
+    weight = torch.tensor(0.5, requires_grad=True)
+    known, noise, _ = pictures(1)
+    start = noise.clone().requires_grad_()
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    x = flow.sample(lambda x, t: weight * x, start, flow.timesteps(4), "euler", known, noise, mask)
+    x.sum().backward()
+    assert weight.grad.abs() > 0 and start.grad[..., :4].abs().min() > 0
+    assert start.grad[..., 4:].abs().max() == 0  # the known region ends as it is
+
+
+# ---- the known region ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_known_region_is_kept_exactly(solver):
+    known, noise, _ = pictures()
+    mask = (torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(3)) > 0.5).float()
+    x = flow.sample(lambda x, t: 3 * x + 1, noise, flow.timesteps(5), solver, known, noise, mask)
+    keep = mask.expand_as(x) == 0
+    assert torch.equal(x[keep], known[keep])
+    assert (x[~keep] - known[~keep]).abs().mean() > 0.1
+
+
+def test_known_region_stands_at_its_noise_level_on_the_way():
+    known, noise, _ = pictures()
+    seen = []
+
+    def denoise(x, t):
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    flow.sample(denoise, noise, flow.timesteps(4), "euler", known, noise, torch.zeros(4, 1, 8, 8))
+    for x, t in seen:
+        assert torch.allclose(x, flow.interpolate(known, noise, t), atol=1e-6)
+
+
+def test_soft_masks_interpolate():
+    known, noise, t = pictures()
+    x, mask = torch.randn(4, 3, 8, 8), torch.rand(4, 1, 8, 8)
+    out = flow.blend_known(x, known, noise, mask, t)
+    assert torch.allclose(out, mask * x + (1 - mask) * flow.interpolate(known, noise, t), atol=1e-6)
+    assert torch.equal(flow.blend_known(x, known, noise, torch.ones_like(mask), t), x)
+    same = flow.blend_known(x, known, noise, mask, 0.3)
+    assert torch.allclose(same, flow.blend_known(x, known, noise, mask, torch.full((4,), 0.3)), atol=1e-6)
+    assert flow.blend_known(x.bfloat16(), known, noise, mask, t).dtype == torch.bfloat16
+
+
+# ---- guidance ------------------------------------------------------------------------------------
+
+
+def test_guidance_algebra():
+    cond, null, t = pictures()
+    for g, expected in ((0.0, null), (1.0, cond), (3.0, 3 * cond - 2 * null)):
+        assert torch.allclose(flow.guide(lambda x, t: (cond, null), g)(cond, t), expected, atol=1e-5)
+    # guiding v and guiding the x0 it implies are the same
+    x = torch.randn_like(cond)
+    guided = flow.x0_from_v(x, flow.guide(lambda x, t: (cond, null), 3.0)(x, t), t)
+    a, b = flow.x0_from_v(x, cond, t), flow.x0_from_v(x, null, t)
+    assert torch.allclose(guided, b + 3 * (a - b), atol=1e-5)
