@@ -622,7 +622,7 @@ def _render(scene, h, w):
             _paint(img, p, o, g, scene.style)
             labels[p.rows, p.cols][p.d < 0] = k
     img = _DRAW_STYLE[scene.style](_DRAW_ENVIRONMENT[scene.environment](img, g, r), g, r)
-    img = (_clip01(img) * 255 + 0.5).astype(np.uint8)
+    img = (_clip01(img) * 255 + 0.5).astype(np.uint8, order="C")
     return _enlarge(img, g), _enlarge(labels, g)
 
 
@@ -655,7 +655,7 @@ def boxes(scene, h, w):
 # ---- captions ------------------------------------------------------------------------------------
 
 MAX_BYTES = 128  # of a caption: byte-level text encoders see all of it
-_COUNT = ("no", "one", "two", "three", "four", "five", "six", "seven")
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 _SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
 _MATERIAL_WORDS = {m: (m, m) for m in MATERIALS} | {
     "matte": ("matte", "plain"), "metal": ("metal", "metallic"), "dotted": ("dotted", "spotted")}  # fmt: skip
@@ -791,6 +791,10 @@ def _facts(scene, u, level):
     )  # fmt: skip
 
 
+def _number(n):
+    return _NUMBERS[n] if n < len(_NUMBERS) else str(n)
+
+
 def _article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
@@ -800,7 +804,7 @@ def _say_group(g, u):
     words = [_pick(_SIZE_WORDS[g.size], u[7]) if g.size else "", g.colour,
              _pick(_MATERIAL_WORDS[g.material], u[8]) if g.material else "", shape]  # fmt: skip
     words = " ".join(word for word in words if word)
-    words = _article(words) if g.count == 1 else f"{_COUNT[g.count]} {words}"
+    words = _article(words) if g.count == 1 else f"{_number(g.count)} {words}"
     return f"{words} {_place_words(g.place)}" if g.place else words
 
 
@@ -813,7 +817,7 @@ def _say(facts, u, short=False):
         things = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names) or "nothing"
     where = _pick(_BACKGROUND_WORDS[facts.background][: 1 if short else 3], u[9])
     if facts.total is not None:
-        things, where = f"{_COUNT[facts.total]} shapes", f"{where}: {things}"
+        things, where = f"{_number(facts.total)} shapes", f"{where}: {things}"
     when, style = facts.environment or "", facts.style or ""
     if when:
         when = _pick(_ENVIRONMENT_WORDS[when][: 1 if short else 3], u[10])
