@@ -67,7 +67,7 @@ def test_paper_steps(T, T1, T2):
 
 
 def test_logit_normal_density():
-    """P(t < sigmoid(z)) is the normal distribution function of z (Esser et al. 2024, Sec. 3.1; m = 0, s = 1)."""
+    """P(t < sigmoid(z)) is the normal distribution function of z (Esser et al. 2024, Sec. 3.1)."""
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
     t = flow.sample_t(u)
     assert t.dtype == u.dtype and 0 < t.min() and t.max() < 1

@@ -410,7 +410,7 @@ def test_coherence_scores_every_pixel(h, w):
 
 
 def test_head_initialisation_keeps_gradients_alive():
-    """ImageReward's own initialisation is the plateau at 0.6931: the backbone's gradient is below Adam's eps."""
+    """ImageReward's own initialisation is the plateau at 0.6931: gradients below Adam's eps."""
     size, head = {}, model.RewardHead(768).eval()
     for original in (False, True):
         torch.manual_seed(0)
