@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import math
+import netrc
 import os
 import re
 import secrets
@@ -47,8 +48,7 @@ class Dist:
 
 
 def setup(device="auto"):
-    """Join torchrun's process group (gloo on CPU, nccl on GPU, 10 minute timeout), or stay alone without
-    torchrun.
+    """Join torchrun's process group (gloo on CPU, nccl on GPU, 10 minute timeout); alone without torchrun.
 
     device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N"; under torchrun each rank takes its
     own GPU. From here on SIGTERM and SIGUSR1 only set a flag that `sync_flags` reports on every rank.
@@ -58,10 +58,9 @@ def setup(device="auto"):
     local_rank = int(env.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise SystemExit(f"error: --device: {device}: use auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise SystemExit(f"error: --device: {device}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(device)
     if device.type == "cuda":
         index = device.index if world == 1 and device.index is not None else local_rank
         if index >= torch.cuda.device_count():
@@ -111,11 +110,10 @@ def progress(total, start=0, desc="", dist=Dist()):
 
 
 def sync_flags(dist, bad=False):
-    """(stop, bad) on all ranks: any rank got SIGTERM/SIGUSR1, any rank's `bad` (bool or tensor) is true. One
-    all-reduce.
+    """(stop, bad), equal on all ranks: one got SIGTERM or SIGUSR1; one's `bad` (bool, tensor) is true.
 
-    Workers are signalled one after the other, each at its own point of a step: acting on a local flag would
-    let one rank save alone and hang. The same holds for a loss that is not finite on one rank only.
+    One all-reduce. Workers are signalled one after the other, each at its own point of a step: acting on a
+    local flag would let one rank save alone and hang. The same holds for a loss that is NaN on one rank only.
     """
     bad = bad.detach().any() if isinstance(bad, torch.Tensor) else torch.tensor(bool(bad))
     stop = torch.tensor(float(_stop_signal is not None))
@@ -141,9 +139,7 @@ def peak_memory():
 
 
 class Perf:
-    """Throughput and data wait: `with perf.wait(): batch = next(it)`, `perf.add(images)`, `perf.read()` at
-    each flush.
-    """
+    """Throughput and data wait: `with perf.wait(): batch = next(it)`, `perf.add(images)`, `perf.read()`."""
 
     def __init__(self):
         self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
@@ -158,9 +154,7 @@ class Perf:
         self.images += images
 
     def read(self):
-        """Images per second over all that was added, fraction of time spent waiting, host memory; starts
-        anew.
-        """
+        """Images per second, fraction of the time spent waiting, host memory, since the last read."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         row = {"perf/img_s": self.images / seconds, "perf/data_wait": self.waited / seconds}
         with contextlib.suppress(OSError):  # Linux only
@@ -178,8 +172,7 @@ def n_params(module, trained=False):
 
 
 def generators(seed, step, positions, stream=0):
-    """One CPU generator per GLOBAL sample position, a function of (seed, step, position, stream) and of
-    nothing else.
+    """One CPU generator per GLOBAL sample position, a function of (seed, step, position, stream) alone.
 
     The same sample gets the same draws whatever the world size, so a resumed run continues exactly, and so
     does one on another number of ranks as long as world * batch stays. `stream` separates draws of one step
@@ -215,9 +208,7 @@ def randint(gens, low, high, device="cpu"):
 
 
 def lr_at(step, lr, warmup, total, kind="constant"):
-    """Learning rate at optimiser step `step`: linear warm-up over `warmup` steps, then constant, or cosine to
-    0 at `total`.
-    """
+    """Learning rate at optimiser step `step`: linear warm-up, then constant or cosine to 0 at `total`."""
     if step < warmup:
         return lr * (step + 1) / warmup
     if kind == "constant":
@@ -231,8 +222,7 @@ EMA_COUNT = "_ema_updates"  # a key of EMA.state_dict(), for exact resume of the
 
 
 class EMA:
-    """fp32 moving average of the parameters that train; frozen ones and buffers are read from the module
-    itself.
+    """fp32 moving average of the parameters that train; frozen ones and buffers are the module's own.
 
     Update n (from 0) uses min(decay, (1 + n) / (10 + n)) with warmup, else decay; papers give the decay only.
     """
@@ -254,9 +244,7 @@ class EMA:
         self.n += 1
 
     def state_dict(self):
-        """The module's whole state with averaged weights (no copies), and the number of updates under
-        EMA_COUNT.
-        """
+        """The module's whole state, with averaged weights (not copied), and EMA_COUNT, the number of updates."""
         average = {id(p): a for p, a in zip(self._params(), self.average)}  # tied weights have two names
         state = self.module.state_dict(keep_vars=True)
         state = {k: average.get(id(v), v.detach()) for k, v in state.items()}
@@ -273,9 +261,7 @@ class EMA:
 
     @contextlib.contextmanager
     def swapped(self):
-        """Within the block the module runs with the averaged weights. By pointer, without a copy: do not
-        train inside.
-        """
+        """In the block the module has the averaged weights, by pointer, not copied: do not train there."""
         params = self._params()
         raw = [p.data for p in params]
         try:
@@ -289,8 +275,7 @@ class EMA:
 
 @torch.no_grad()
 def average_gradients(params, world, bucket_bytes=64 * 2**20):
-    """Replace every gradient by its mean over the ranks, in coalesced buckets. All ranks pass the same
-    parameters.
+    """Replace gradients by their mean over the ranks, in large buckets. All ranks pass the same parameters.
 
     A gradient that is None on some ranks counts as zero there; one that is None on all of them stays None, so
     that the optimiser skips it as it would on one rank.
@@ -314,7 +299,7 @@ def average_gradients(params, world, bucket_bytes=64 * 2**20):
     for bucket in buckets:
         flat = torch.cat([g.reshape(-1) for g in bucket])
         td.all_reduce(flat)
-        parts = (flat / world).split([g.numel() for g in bucket])
+        parts = flat.div_(world).split([g.numel() for g in bucket])
         torch._foreach_copy_(bucket, [f.view_as(g) for f, g in zip(parts, bucket)])
 
 
@@ -331,9 +316,7 @@ class _Flaw(Exception):
 
 
 def optimizer_tensors(opt):
-    """The optimiser's state, flat: "INDEX.KEY" (index over all param groups) -> tensor. Learning rates are
-    not state.
-    """
+    """The optimiser's state: "INDEX.KEY" (index over all groups) -> tensor. Learning rates are not state."""
     flat = {}
     for i, p in enumerate(p for g in opt.param_groups for p in g["params"]):
         for key, value in opt.state.get(p, {}).items():
@@ -357,8 +340,7 @@ def load_optimizer_tensors(opt, tensors):
 
 
 def save_checkpoint(out_dir, step, tensors, meta, keep=2, dist=Dist()):
-    """Write OUT/step_STEP, then delete all but the `keep` newest (0 = none is deleted). Every rank calls it,
-    rank 0 writes.
+    """Write OUT/step_STEP, then delete all but the `keep` newest (0: none). All ranks call it, rank 0 writes.
 
     tensors: file name -> {key: Tensor}. meta: JSON-able; its arch, config and samples become top-level
     manifest entries, the rest stands under "meta". Returns the folder on every rank, or None after one
@@ -388,9 +370,7 @@ def save_checkpoint(out_dir, step, tensors, meta, keep=2, dist=Dist()):
 
 
 def write_checkpoint(folder, step, tensors, meta, world=1):
-    """Write one checkpoint folder (also how assets/ are made): .tmp folder, fsync, rename. OSError leaves
-    nothing behind.
-    """
+    """Write one checkpoint folder, assets/ too: .tmp folder, fsync, rename. Errors leave nothing behind."""
     folder = Path(folder)
     parent, tmp, old = folder.parent, *(folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     try:
@@ -447,6 +427,9 @@ def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(fd)
 
@@ -505,9 +488,7 @@ def _read(folder, names=None):
 
 
 def _newest(out_dir, names=None):
-    """(folder, tensors, manifest) of the newest step that verifies, loud about those that do not; None if
-    there is no step.
-    """
+    """(folder, tensors, manifest) of the newest step that verifies; None without any step."""
     flaws = []
     for _, folder in _step_folders(out_dir):
         try:
@@ -525,8 +506,7 @@ def _newest(out_dir, names=None):
 
 
 def load_checkpoint(path, names=None):
-    """({file name: {key: CPU Tensor}}, manifest) of a step folder, a shipped folder, or the newest good step
-    of a run folder.
+    """({file: {key: CPU Tensor}}, manifest) of a step or shipped folder, or of a run's newest good step.
 
     names: files to read, those of them that exist, e.g. ("ema", "model"); None = all. Nothing is unpickled.
     SystemExit naming the file for any flaw of a folder that was named; a run folder falls back to an earlier
@@ -549,17 +529,14 @@ def load_checkpoint(path, names=None):
 
 
 def load_latest(out_dir):
-    """(tensors, manifest) to resume from, or None if nothing was saved there. Every rank calls it and gets
-    the same step.
+    """(tensors, manifest) to resume from, or None if nothing was saved. All ranks call it, and agree.
 
-    SystemExit if there are checkpoints and none verifies: training from scratch over them must be the user's
-    decision.
+    SystemExit if there are checkpoints and none verifies: starting from scratch is for the user to decide.
     """
     if not (td.is_initialized() and td.get_world_size() > 1):
         found = _newest(out_dir)
         return found and found[1:]
-    choice = [None]
-    found, error = None, None
+    choice, found, error = [None], None, None
     if td.get_rank() == 0:
         try:
             found = _newest(out_dir)
@@ -592,9 +569,7 @@ def _check_fit(module, tensors, what):
 
 
 def load_state(module, tensors, what):
-    """module.load_state_dict, strict. `what` names the file in the one line that SystemExit gives when they
-    do not fit.
-    """
+    """module.load_state_dict, strict; else SystemExit with one line, in which `what` names the file."""
     _check_fit(module, tensors, what)
     module.load_state_dict({k: v for k, v in tensors.items() if k != EMA_COUNT}, strict=True)
 
@@ -613,13 +588,11 @@ def git_revision():
 
 
 class Metrics:
-    """Means of what was added, to stdout, OUT/metrics.jsonl and W&B. Only rank 0 writes; a failing logger
-    never stops a run.
+    """Means, to stdout, OUT/metrics.jsonl and W&B. Rank 0 writes. A failing logger never stops a run.
 
-    wandb: "auto" (WANDB_MODE if set, online with an API key, otherwise offline), "online", "offline" or
-    "off". run_id: W&B id from the checkpoint (keep `metrics.run_id` in its meta), so that a resumed run
-    continues its curve. resumed_from: step of that checkpoint; a row marks it in metrics.jsonl, since rows of
-    later, repeated steps remain above.
+    wandb: "auto" (WANDB_MODE if set, else online with an API key, else offline), "online", "offline", "off".
+    run_id: W&B id from the checkpoint (put `metrics.run_id` into its meta): a resumed run goes on there.
+    resumed_from: step of that checkpoint. A row marks it, as rows of steps that are now repeated stand above.
     """
 
     def __init__(self, out_dir, dist, config, wandb="auto", project="feedback-editing", run_id=None,
@@ -667,9 +640,7 @@ class Metrics:
                 self.run = None
 
     def add(self, **values):
-        """Add tensors (any shape, all elements count) or floats. Sums stay on the device: no
-        synchronisation.
-        """
+        """Add tensors (every element counts) or floats. Sums stay on the device: no synchronisation."""
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 self.counts[name] = self.counts.get(name, 0) + value.numel()
@@ -679,11 +650,9 @@ class Metrics:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def flush(self, step, extra={}):
-        """Means since the last flush over all ranks and elements, plus `extra` (rank 0's, not reduced), as a
-        dict of floats.
+        """{name: mean over ranks and elements since the last flush} | extra (rank 0's, not reduced).
 
-        Every rank calls it. Ranks may have added different names; not-a-number is kept here and null in
-        metrics.jsonl.
+        Every rank calls it. Ranks may have added different names. NaN is kept here, null in metrics.jsonl.
         """
         names = list(self.sums)
         if self.dist.world > 1:
@@ -707,9 +676,7 @@ class Metrics:
         return row
 
     def images(self, step, pictures):
-        """{key: PIL picture} to OUT/images/step_STEP_KEY.png and to W&B. Call it on rank 0, on others it does
-        nothing.
-        """
+        """{key: PIL picture} to OUT/images/step_STEP_KEY.png and to W&B, on rank 0."""
         if self.dist.rank != 0:
             return
         for key, picture in pictures.items():
@@ -761,7 +728,6 @@ def _wandb_key():
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        import netrc
         return netrc.netrc().authenticators("api.wandb.ai") is not None
     except (OSError, netrc.NetrcParseError):
         return False
@@ -783,9 +749,7 @@ def _no_nan(value):
 
 
 def to_pil(picture):
-    """PIL RGB from a PIL picture, a float tensor [3, H, W] in [-1, 1] or a mask [1, H, W] in [0, 1];
-    clamps.
-    """
+    """PIL RGB from a PIL picture, a float tensor [3, H, W] in [-1, 1] or a mask [1, H, W] in [0, 1]."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     x = picture.detach().float().cpu()
@@ -795,17 +759,15 @@ def to_pil(picture):
 
 
 def contact_sheet(rows, titles, row_titles=None, scale=None, smooth=False):
-    """One PIL picture from rows of pictures (PIL, tensor [3, H, W] in [-1, 1], mask [1, H, W] in [0, 1], None
-    = empty cell).
+    """One PIL picture from rows of what `to_pil` takes, or None for an empty cell.
 
-    titles: one per column. row_titles: one per row, wrapped, at the left. scale: integer magnification, None
-    = up to about 128 px for pictures of at most 64. smooth: Lanczos instead of nearest, which shows the
-    pixels as they are.
+    titles: one per column. row_titles: one per row, wrapped, at the left. scale: integer magnification; None
+    brings pictures of at most 64 px to about 128. smooth: Lanczos; nearest shows the pixels as they are.
     """
     pictures = [[None if p is None else to_pil(p) for p in row] for row in rows]
-    sides = [max(p.size) for row in pictures for p in row if p]
+    longest = max([1] + [max(p.size) for row in pictures for p in row if p])
     if scale is None:
-        scale = max(1, 128 // max(sides)) if sides and max(sides) <= 64 else 1
+        scale = 128 // longest if longest <= 64 else 1
     how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
     pictures = [[p and p.resize((p.width * scale, p.height * scale), how) for p in row] for row in pictures]
     n = max([len(titles)] + [len(row) for row in pictures])
@@ -841,7 +803,7 @@ def contact_sheet(rows, titles, row_titles=None, scale=None, smooth=False):
 
 def _wrap(text, font, width, limit):
     """Lines of `text` that fit `width` pixels, at most `limit` of them."""
-    text = "".join(c if c.isprintable() else " " for c in text.encode("utf-8", "replace").decode())[:2000]
+    text = "".join(c if c.isprintable() else " " for c in text.encode("utf-8", "replace").decode())[:400]
     lines, current = [], ""
     for word in text.split():
         while font.getlength(word) > width and len(word) > 1:  # a word wider than the column is cut

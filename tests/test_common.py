@@ -330,6 +330,8 @@ def test_wrong_architecture_is_one_clear_line():
     text = str(error.value)
     assert text.startswith("error: runs/a/model.safetensors: does not fit Sequential: 7 missing (1.bias, ")
     assert "0.weight [9, 9] instead of [8, 8]" in text and "\n" not in text and ", ...)" in text
+    common.load_state(narrow, common.EMA(net(8, seed=3), 0.9).state_dict(), "ema")  # its counter is no weight
+    assert torch.equal(narrow[0].weight, net(8, seed=3)[0].weight)
     with pytest.raises(SystemExit, match="plain weights"):
         common.EMA(narrow, 0.9).load_state_dict(narrow.state_dict())
     opt = torch.optim.AdamW(wide.parameters())
