@@ -244,7 +244,7 @@ class EMA:
         self.n += 1
 
     def state_dict(self):
-        """The module's whole state, with averaged weights (not copied), and EMA_COUNT, the number of updates."""
+        """The whole state, averaged weights in it (not copied), and EMA_COUNT, the number of updates."""
         average = {id(p): a for p, a in zip(self._params(), self.average)}  # tied weights have two names
         state = self.module.state_dict(keep_vars=True)
         state = {k: average.get(id(v), v.detach()) for k, v in state.items()}
