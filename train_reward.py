@@ -1,0 +1,379 @@
+"""Train a reward model R(c, x) on preferences: aesthetic (ByteEdit Eq. 1) or alignment (Eq. 5).
+
+    python train_reward.py --pairs pairs/aesthetic.jsonl --out out/aesthetic  # caption, two pictures
+    python train_reward.py --pairs pairs/alignment.jsonl --out out/alignment  # picture, two captions
+    torchrun --nproc_per_node=8 train_reward.py --pairs train.json --preset imagereward --batch_size 8
+
+The same command again resumes. Which of the two rewards comes out is a matter of the pair file alone (see
+data.py, open_pairs): what is compared is always two (caption, picture) couples. The run folder is complete,
+its manifest holds the architecture and the tokenizer.
+"""
+
+import contextlib
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+import common
+import data
+import model
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive forking workers
+
+
+@dataclass
+class Config:
+    pairs: str  # preference file(s), PATH or PATH,PATH: ImageReward JSON or JSON lines (data.py, open_pairs)
+    out: str = "out/reward"  # run folder: checkpoints, metrics.jsonl
+    images: str | None = None  # folder the pictures' names are relative to; None: the pair file's own
+    val_pairs: str | None = None  # held-out file(s); None: a part of --pairs, by whole prompts (or pictures)
+    val_fraction: float = 0.1  # that part; 0 = train on everything and report no held-out accuracy
+    preset: str = "tiny"  # architecture, see REWARD_PRESETS in model.py; ignored with --init
+    init: str | None = None  # reward checkpoint folder to start from; a fresh head if it has none
+    original_init: bool = False  # ImageReward's initialisation of the head, which waits long at loss 0.6931
+    freeze: float = 0.0  # fraction of the first ViT blocks and text layers left as is (ImageReward: 0.7)
+    dropout: float | None = None  # in the head; None: ImageReward's 0.2, 0.2, 0.1
+    augment: int = 0  # both pictures of a pair are shifted alike by up to so many pixels of the model's input
+    batch_size: int = 64  # pairs per rank and micro-batch
+    accum: int = 1  # micro-batches per optimiser step
+    steps: int = 2_000  # optimiser steps
+    lr: float = 1e-5  # peak learning rate of Adam: 1e-5 fine-tunes published models, from scratch take 5e-4
+    lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warm-up; cosine to 0 as ImageReward
+    warmup: int = 0  # steps of linear warm-up; from scratch take 50
+    grad_clip: float = 0.0  # global norm; 0 = off, as ImageReward
+    bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
+    seed: int = 0  # of weights, data order, dropout
+    workers: int = 1  # data processes per rank
+    device: str = "auto"  # auto, cpu, cuda
+    log_every: int = 50  # steps between rows of metrics
+    eval_every: int = 500  # steps between held-out accuracies; 0 = only at the end
+    eval_pairs: int = 2_000  # held-out pairs used while training (at the end all are); 0 = all
+    plateau_warn: int = 300  # warn when the loss stays within 0.693 +- 0.002 for so many steps; 0 = never
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+    project: str = "feedback-editing"  # W&B project
+
+
+LN2 = math.log(2)  # the loss of a model that scores everything alike
+
+
+def main(cfg: Config) -> None:
+    check(cfg)
+    dist = common.setup(cfg.device)
+    device = dist.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+
+    # 1) preferences, and those held out
+    if cfg.val_pairs:
+        pairs, held = open_all(cfg.pairs, "all", cfg), open_all(cfg.val_pairs, "all", cfg)
+    elif cfg.val_fraction:
+        pairs, held = open_all(cfg.pairs, "train", cfg), open_all(cfg.pairs, "heldout", cfg)
+    else:
+        pairs, held = open_all(cfg.pairs, "all", cfg), None
+    common.print0(f"{len(pairs):,} pairs to train on, {len(held) if held else 0:,} held out")
+
+    # 2) architecture and weights: those of --out if there is something to resume, of --init, or from scratch
+    torch.manual_seed(cfg.seed)
+    found, weights = common.load_latest(cfg.out), None
+    if found:
+        same_run(cfg, found[1])
+        arch = model.config_from(model.RewardConfig, found[1]["arch"], "reward")
+    elif cfg.init:
+        tensors, manifest = common.load_checkpoint(cfg.init, "model")
+        weights, arch = tensors["model"], model.config_from(model.RewardConfig, manifest["arch"], "reward")
+    else:
+        arch = model.REWARD_PRESETS[cfg.preset]
+        arch = replace(arch, tokenizer=train_tokenizer(captions_of(pairs), arch.vocab, arch.txt_len))
+    if not arch.tokenizer:
+        raise SystemExit(f"error: {cfg.init}: holds no tokenizer: use a folder that train_reward.py wrote")
+    reward = model.PreferenceReward(arch, cfg.original_init)
+    if weights:
+        if not any(k.startswith("mlp.") for k in weights):
+            common.print0(f"{cfg.init}: a backbone without a head; the head starts fresh")
+            weights = {**weights, **{f"mlp.{k}": v for k, v in reward.mlp.state_dict().items()}}
+        common.load_state(reward, weights, cfg.init)
+    for m in reward.modules():
+        if isinstance(m, torch.nn.Dropout) and cfg.dropout is not None:
+            m.p = cfg.dropout
+    freeze(reward, cfg.freeze)
+    reward.to(device).train()
+    total, trained = common.n_params(reward) / 1e6, common.n_params(reward, trained=True) / 1e6
+    common.print0(f"reward: {total:.1f} M parameters, {trained:.1f} M train, {device}, {dist.world} rank(s)")
+    sample = reward.tokenizer.encode_batch(captions_of(pairs)[:1000])
+    if cut := sum(bool(e.overflowing) for e in sample) / len(sample):
+        common.print0(f"warning: {cut:.0%} of the captions are longer than {arch.txt_len} tokens and cut")
+
+    # 3) optimiser: Adam without weight decay, as ImageReward
+    params = [p for p in reward.parameters() if p.requires_grad]
+    opt = torch.optim.Adam(params, lr=cfg.lr, fused=True)
+
+    # 4) resume: the newest checkpoint of --out that verifies
+    step, best, run_id = 0, 0.0, None
+    if found:
+        tensors, manifest = found
+        common.load_state(reward, tensors["model"], cfg.out)
+        common.load_optimizer_tensors(opt, tensors["optimizer"])
+        step, best, run_id = manifest["step"], manifest["meta"]["best"], manifest["meta"]["run_id"]
+        common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
+    metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
+
+    # 5) data: batch s is a function of (seed, s, rank, world)
+    batches = data.pair_loader(
+        pairs, arch.image_size, cfg.batch_size, seed=cfg.seed, rank=dist.rank, world=dist.world,
+        workers=cfg.workers, start_step=step * cfg.accum, stride=arch.patch)
+    perf = common.Perf()
+    bad_steps, lost_saves, flat_since, warned = 0, 0, None, False
+
+    bar = common.progress(cfg.steps, step, "reward", dist)
+    while step < cfg.steps:
+        for group in opt.param_groups:
+            group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_schedule)
+        # dropout draws from the global generator: seeded from progress, a resumed run repeats it
+        torch.manual_seed(common.generators(cfg.seed, step, [dist.rank], stream=1)[0].initial_seed())
+        loss_sum = torch.zeros((), device=device)
+        for micro in range(cfg.accum):
+            with perf.wait():
+                batch = next(batches)
+            if cfg.augment:
+                gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
+                batch |= shift_pairs(batch["better"], batch["worse"], gens, cfg.augment)
+
+            # 6) Eq. 1: -log sigmoid(R(c, x_p) - R(c, x_n)).  Eq. 5: -log sigmoid(R(c_p, x) - R(c_n, x)).
+            with autocast:
+                r_better, r_worse = score_pairs(reward, batch, device)          # [B], [B]
+            loss = F.softplus(r_worse - r_better).mean()
+            (loss / cfg.accum).backward()
+            loss_sum += loss.detach() / cfg.accum
+            metrics.add(**{"train/loss": loss, "train/acc": (r_better > r_worse).float(),
+                           "train/margin": r_better - r_worse,
+                           "reward/better": r_better, "reward/worse": r_worse})
+            perf.add(2 * len(r_better) * dist.world)
+
+        # 7) one verdict for all ranks; a non-finite step changes nothing
+        common.average_gradients(params, dist.world)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or torch.inf)
+        stop, bad = common.sync_flags(dist, ~torch.isfinite(grad_norm) | ~torch.isfinite(loss_sum))
+        bad_steps = bad_steps + 1 if bad else 0
+        if bad:
+            common.print0(f"warning: step {step}: loss or gradient not finite, skipped ({bad_steps} running)")
+            if bad_steps == 20:
+                raise SystemExit(f"error: {cfg.out}: 20 steps in a row were not finite: lower --lr")
+        else:
+            opt.step()
+        opt.zero_grad(set_to_none=True)
+        step += 1
+        bar.update()
+        last = step == cfg.steps
+        metrics.add(**{"train/grad_norm": grad_norm})
+
+        # 8) logs, and the plateau: gradients of a head that starts too small are below Adam's eps
+        if step % cfg.log_every == 0 or last:
+            row = metrics.flush(step, {"lr": opt.param_groups[0]["lr"], **perf.read()})
+            flat = abs(row["train/loss"] - LN2) <= 0.002
+            flat_since = (step - cfg.log_every if flat_since is None else flat_since) if flat else None
+            if flat and not warned and cfg.plateau_warn and step - flat_since >= cfg.plateau_warn:
+                common.print0(plateau_text(cfg, step, row))
+            warned = flat and (warned or bool(cfg.plateau_warn) and step - flat_since >= cfg.plateau_warn)
+
+        # 9) held-out accuracy, checkpoints
+        if held and (last or cfg.eval_every and step % cfg.eval_every == 0):
+            every = 1 if last or not cfg.eval_pairs else max(1, len(held) // cfg.eval_pairs)
+            result = accuracy(reward, held, every, cfg, dist, autocast)
+            best = max(best, result["val/acc"])
+            metrics.flush(step, {**result, "val/best": best})
+        if step % cfg.save_every == 0 or last or stop:
+            saved = common.save_checkpoint(
+                cfg.out, step, {"model": reward.state_dict(), "optimizer": common.optimizer_tensors(opt)},
+                {"arch": reward.arch, "config": asdict(cfg), "run_id": metrics.run_id, "best": best,
+                 "samples": step * cfg.batch_size * dist.world * cfg.accum}, cfg.keep, dist)
+            lost_saves = 0 if saved else lost_saves + 1
+            if lost_saves and (last or stop or lost_saves == 3):
+                raise SystemExit(f"error: {cfg.out}: {lost_saves} checkpoint(s) running were not saved: free "
+                                 "some space, then the same command resumes")
+        if stop:
+            common.print0(f"stopped by a signal at step {step}; the same command resumes")
+            break
+    bar.close()
+    common.print0(common.peak_memory())
+    metrics.close()
+    batches.close()
+    common.cleanup()
+
+
+def check(cfg: Config) -> None:
+    """Refuse values and combinations that cannot work, before anything is loaded."""
+    def refuse(flag, text):
+        raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
+
+    if cfg.preset not in model.REWARD_PRESETS:
+        refuse("preset", f"use one of {', '.join(model.REWARD_PRESETS)}")
+    for flag in ("batch_size", "accum", "steps", "log_every", "save_every"):
+        if getattr(cfg, flag) < 1:
+            refuse(flag, "must be at least 1")
+    if not 0 <= cfg.val_fraction < 1:
+        refuse("val_fraction", "must be at least 0 and below 1")
+    if not 0 <= cfg.freeze <= 1:
+        refuse("freeze", "must be a fraction from 0 to 1 (1 trains the head alone)")
+    if cfg.freeze and not cfg.init:
+        refuse("freeze", "would keep random weights as they are: give --init, or leave it at 0")
+    if cfg.original_init and cfg.init:
+        refuse("original_init", "concerns fresh models only: leave out --init or --original_init")
+    if cfg.dropout is not None and not 0 <= cfg.dropout < 1:
+        refuse("dropout", "must be at least 0 and below 1")
+
+
+def same_run(cfg: Config, manifest: dict) -> None:
+    """Refuse to continue a run of another model; say what else differs from the command that began it."""
+    before, now = manifest["config"], asdict(cfg)
+    for key in ("preset", "init", "freeze", "original_init"):
+        if before[key] != now[key]:
+            raise SystemExit(f"error: {cfg.out}: began with --{key} {before[key]}, not {now[key]}: repeat "
+                             "that command to resume it, or give another --out")
+    for key in ("pairs", "val_pairs", "val_fraction", "images", "augment", "dropout", "batch_size", "accum",
+                "steps", "lr", "lr_schedule", "warmup", "grad_clip", "bf16", "seed"):
+        if before[key] != now[key]:
+            common.print0(f"warning: {cfg.out}: began with --{key} {before[key]}, goes on with {now[key]}")
+
+
+def open_all(paths: str, split: str, cfg: Config) -> data.Pairs:
+    """Pairs of one or several files (PATH,PATH) as one list; split as in data.open_pairs."""
+    files = [data.open_pairs(p, split, cfg.images, cfg.val_fraction) for p in paths.split(",")]
+    if len(files) == 1:
+        return files[0]
+    joined, root = data.Pairs(), os.path.commonpath([os.path.abspath(f.root) for f in files])
+    joined.name, joined.root, joined.bad_rows = paths, root, sum(f.bad_rows for f in files)
+    for f in files:
+        sub = os.path.relpath(f.root, root)
+        joined += [p._replace(image_better=f"{sub}/{p.image_better}", image_worse=f"{sub}/{p.image_worse}")
+                   for p in f]
+    return joined
+
+
+def captions_of(pairs: data.Pairs) -> list[str]:
+    """Every distinct caption once, in order."""
+    both = (c for p in pairs for c in (p.caption_better, p.caption_worse))
+    return [data.clean_caption(c)[0] for c in dict.fromkeys(both)]
+
+
+def freeze(reward: model.PreferenceReward, fraction: float) -> None:
+    """Stop the gradients of the first `fraction` of ViT blocks and text layers, with stem and embeddings.
+
+    ImageReward's 0.7: blocks 0-15 of 24 and layers 0-7 of 12; not, as there by an off-by-one in a comparison
+    of names, the first tensor of the layer after. 1: everything but the head.
+    """
+    if not fraction:
+        return
+    vit, text = reward.blip["visual_encoder"], reward.blip["text_encoder"]
+    for p in (vit.cls_token, vit.pos_embed, *vit.patch_embed.parameters(), *text.embeddings.parameters()):
+        p.requires_grad_(False)
+    for layers in (vit.blocks, text.encoder["layer"]):
+        layers[:int(fraction * len(layers))].requires_grad_(False)
+    if fraction == 1:
+        vit.norm.requires_grad_(False)
+
+
+def shift_pairs(better: Tensor, worse: Tensor, gens: list, reach: int) -> dict[str, Tensor]:
+    """Both pictures [B, 3, H, W] of a pair, moved alike by up to `reach` pixels each way, edges repeated."""
+    H, W = better.shape[-2:]
+    padded = F.pad(torch.cat([better, worse], 1), (reach,) * 4, mode="replicate")  # [B, 6, H + 2r, W + 2r]
+    at = [torch.randint(0, 2 * reach + 1, (2,), generator=g).tolist() for g in gens]
+    moved = torch.stack([p[:, y:y + H, x:x + W] for p, (y, x) in zip(padded, at)])
+    return {"better": moved[:, :3], "worse": moved[:, 3:]}
+
+
+def score_pairs(reward: model.PreferenceReward, batch: dict, device) -> tuple[Tensor, Tensor]:
+    """R of the better and of the worse couples of a batch, fp32 [B] each, in one pass over both."""
+    image = torch.cat([batch["better"], batch["worse"]]).to(device, non_blocking=True)  # [2B, 3, H, W]
+    tokens = reward.tokenize(batch["caption_better"] + batch["caption_worse"], device)
+    return reward(image, *tokens).float().chunk(2)
+
+
+@torch.no_grad()
+def accuracy(reward, held: data.Pairs, every: int, cfg: Config, dist: common.Dist, autocast) -> dict:
+    """Held-out accuracy on each `every`-th pair: the better couple must score higher, a tie is wrong.
+
+    With its 95 % Wilson interval, the loss, and the accuracy of every kind where the pairs have one. All
+    ranks get the same.
+    """
+    pairs = data.Pairs(held[::every])
+    pairs.name, pairs.root = held.name, held.root
+    kinds = [getattr(p, "kind", None) for p in pairs]
+    rows = {"": 0, **{k: i for i, k in enumerate(sorted({k for k in kinds if k}), 1)}}
+    sums = torch.zeros(len(rows), 3, dtype=torch.float64)  # right, loss, pairs
+    loader = data.pair_loader(pairs, reward.cfg.image_size, cfg.batch_size, rank=dist.rank, world=dist.world,
+                              workers=cfg.workers, stride=reward.cfg.patch, once=True)
+    reward.eval()
+    for batch in loader:
+        with autocast:
+            r_better, r_worse = score_pairs(reward, batch, dist.device)
+        one = torch.stack([r_better > r_worse, F.softplus(r_worse - r_better), torch.ones_like(r_better)], 1)
+        for i, values in zip(batch["index"].tolist(), one.double().cpu()):
+            for kind in {"", kinds[i] or ""}:
+                sums[rows[kind]] += values
+    reward.train()
+    loader.close()
+    sums = sums.to(dist.device)
+    if dist.world > 1:
+        torch.distributed.all_reduce(sums)
+    (right, loss, n), *by_kind = sums.tolist()
+    low, high = wilson(right, n)
+    return {"val/acc": right / n, "val/low": low, "val/high": high, "val/pairs": int(n), "val/loss": loss / n,
+            **{f"val/acc_{kind}": r[0] / r[2] for kind, r in zip(list(rows)[1:], by_kind) if r[2]}}
+
+
+def wilson(right: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a fraction right / n (Wilson 1927), 95 % by default; (0, 1) for n = 0.
+
+    Pairs of one prompt are not independent: with many pairs per prompt the true interval is wider.
+    """
+    if not n:
+        return 0.0, 1.0
+    centre = (right + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def plateau_text(cfg: Config, step: int, row: dict) -> str:
+    """The warning of a run whose loss stays at ln 2, with the remedy."""
+    remedy = "raise --lr (from scratch 5e-4 with --warmup 50), or check that better and worse are told right"
+    if cfg.original_init:
+        remedy = "gradients are below Adam's eps: start a new run without --original_init"
+    return (f"warning: step {step}: the loss has stayed at 0.693 +- 0.002 for {cfg.plateau_warn} steps, as "
+            f"if all were scored alike (mean margin {row['train/margin']:.1e}): {remedy}")
+
+
+def train_tokenizer(captions: list[str], vocab: int, length: int) -> str:
+    """JSON of a lower-casing byte-level BPE learned from `captions`, for rewards that train from scratch.
+
+    vocab: tokens at most, at least 260: [PAD] = 0, [CLS] = 1, [SEP] = 2, [UNK] = 3, all bytes (so any caption
+    can be written), merges. length: tokens a caption is cut to, [CLS] first and [SEP] last included. The same
+    list gives the same JSON. Default ours: the paper's models bring BERT's tokenizer.
+    """
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    if vocab < 260:
+        raise SystemExit(f"error: tokenizer: vocab {vocab}: must be at least 260 (4 special, 256 bytes)")
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    tokenizer.enable_truncation(length)
+    return tokenizer.to_str()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main(tyro.cli(Config, description=__doc__, config=(
+            tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)))
