@@ -109,6 +109,8 @@ def main(cfg: Config) -> None:
                 jobs.append(load_job(item, cfg.task, size, editor.cfg, aspects))
             except SystemExit as e:
                 if not many:
+                    bar.leave = False
+                    bar.close()
                     raise
                 skipped += 1
                 bar.total -= cfg.num_samples * calls
@@ -256,19 +258,9 @@ def list_items(cfg: Config) -> tuple[list[dict], int]:
     """-> dicts of TAKES[task], prompt, seed, name (of the results: unique, safe); the number of bad lines."""
     base = {key: getattr(cfg, key) for key in (*TAKES[cfg.task], "seed")}
     bad = 0
-
-    def from_row(row: dict) -> dict:
-        item = base | {key: row[key] for key in base if key in row}
-        for key in {"image", "mask"} & item.keys() & row.keys():
-            if isinstance(item[key], str):
-                item[key] = str(Path(cfg.jsonl).parent / item[key])
-        return complete(item, cfg.task)
-
     try:
         if cfg.jsonl:
-            if not Path(cfg.jsonl).is_file():
-                raise ValueError(f"jsonl: {cfg.jsonl}: no such file")
-            items, bad = data.read_jsonl(cfg.jsonl, from_row)
+            items, bad = read_jsonl(Path(cfg.jsonl), base, cfg.task)
         elif cfg.image and Path(cfg.image).is_dir():
             files = sorted(p for p in Path(cfg.image).iterdir()
                            if p.suffix.lower() in data.SUFFIXES and not p.stem.endswith(".mask"))
@@ -289,6 +281,31 @@ def list_items(cfg: Config) -> tuple[list[dict], int]:
             name = f"{stem}-{n}_{cfg.task}"
         used.add(name.lower())
         item["name"] = name
+    return items, bad
+
+
+def read_jsonl(path: Path, base: dict, task: str) -> tuple[list[dict], int]:
+    """Items of a JSONL file, `base` filling what a line leaves out; bad lines are named and counted."""
+    if not path.is_file():
+        raise ValueError(f"jsonl: {path}: no such file: correct the path")
+    items, bad = [], 0
+    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ValueError("not JSON") from None
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+            item = base | {key: row[key] for key in base if key in row}
+            for key in {"image", "mask"} & item.keys() & row.keys():
+                item[key] = str(path.parent / item[key]) if isinstance(item[key], str) else item[key]
+            items.append(complete(item, task))
+        except ValueError as e:
+            bad += 1
+            common.print0(f"skipped: {path}:{n}: {data.printable(str(e))}")
     return items, bad
 
 
@@ -474,19 +491,19 @@ def finish(x0: Tensor, job: Job, seam: int) -> np.ndarray:
 def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dict) -> None:
     """Write one result and append its row; several ranks append to one file, a line at a time."""
     file = result_file(job.name, k, cfg.num_samples)
-    write(out / file, Image.fromarray(result))
     keys = ("task", "steps", "guidance", "solver", "seam", "keep_known", "weights", "bf16", "ckpt")
     row = {"file": file, **job.about, "prompt": job.prompt, "seed": job.seed, "sample": k,
            "height": result.shape[0], "width": result.shape[1], "work": list(job.mask_in.shape[1:]),
            "mask_area": round(float(job.mask.mean()), 4),
            **{key: getattr(cfg, key) for key in keys}, **more}
-    with open(out / "samples.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
+    write(out / file, Image.fromarray(result), json.dumps(row) + "\n")
 
 
-def write(path: Path, picture: Image.Image) -> None:
+def write(path: Path, picture: Image.Image, row: str = "") -> None:
     try:
         picture.save(path)
+        with open(path.with_name("samples.jsonl"), "a") as f:
+            f.write(row)
     except OSError as e:
         raise SystemExit(f"error: {path}: {e.strerror or e}: free some space or give another --out") from None
 
