@@ -1,0 +1,999 @@
+"""The scenes judge, and preferences from the known truth.
+
+    python evaluate.py parser  --out assets/parser --steps 6000          # the judge's parser
+    python evaluate.py scenes  --ckpt assets/base,out/pefl --n 500       # tables, results.json, contact sheet
+    python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad
+    python evaluate.py prefs   --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8
+
+A scene's description is known, so the judge needs no human: a parser network reads attributes back from the
+picture, and the exact picture that belongs in the hole is drawn again. The judge is never a reward:
+training on it would end its use. Tasks are the paper's (ByteEdit Sec. 4.2): outpaint, edit
+(inpainting-editing), erase (inpainting-erasing). Masks depend on the scene, noise on (seed, scene): equal for every
+checkpoint, so that all comparisons are paired. Intervals are 95% bootstraps over scenes. Every picture is
+judged as 8 bits per channel and with the known pixels pasted back.
+
+    1. Config     2. Statistics                3. Parser    4. Cases: picture, mask, truth
+    5. Results    6. Metrics of a picture      7. parser, scenes, compare              8. prefs
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import Tensor
+
+import common
+import data
+import flow
+import model
+import scenes
+
+####################################################################################################
+# 1. Config
+####################################################################################################
+
+TASKS = ("outpaint", "edit", "erase")
+
+
+@dataclass
+class Config:
+    task: tyro.conf.Positional[Literal["parser", "scenes", "compare", "prefs"]]
+    ckpt: str = ""  # checkpoints, folders of saved pictures, with commas; prefs: the base
+    out: str = "out/evaluate"  # folder for results.json and the sheet, for the parser, or for the preferences
+    save: str = ""  # scenes: also keep the pictures here, a folder for each checkpoint, for a later `compare`
+    parser: str = "assets/parser"  # the judge's parser
+    n: int = 500  # scenes for each task; prefs: prompts
+    offset: int = 0  # first scene
+    steps: str = "20"  # of sampling, for all or for each checkpoint (prefs: each of k); parser: of training
+    guidance: float = 1.0  # classifier-free guidance; 1 = off
+    solver: Literal["euler", "heun"] = "euler"  # of the sampler
+    seeds: str = "0"  # noise seeds, with commas
+    k: int = 4  # prefs: pictures for each prompt, of which the best and the worst are kept
+    batch_size: int = 64  # pictures sampled together; parser: scenes in a training batch
+    lr: float = 2e-3  # parser: peak learning rate, cosine
+    tie: float = 0.05  # compare: errors that differ by less than this fraction are a tie
+    rows: int = 4  # rows of the contact sheet for each task
+    bf16: bool = True  # autocast; the samples themselves stay fp32
+    device: str = "auto"  # auto, cpu, cuda
+
+
+def numbers(text: str, what: str, low: int) -> list[int]:
+    """ "20,8" -> [20, 8]."""
+    try:
+        found = [int(x) for x in text.split(",")]
+    except ValueError:
+        raise SystemExit(f"error: --{what}: {text!r}: use whole numbers with commas between them") from None
+    if min(found) < low:
+        raise SystemExit(f"error: --{what}: {min(found)}: use at least {low}")
+    return found
+
+
+####################################################################################################
+# 2. Statistics
+####################################################################################################
+
+
+def bootstrap(values: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
+    """Mean and 95% percentile interval of values [N] over resampled scenes; not-a-number = not asked of
+    this scene.
+
+    -> {"mean", "low", "high", "n"}, not-a-number without values.
+    """
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features [N, D] -> mean [D], covariance [D, D], in float64."""
+    x = np.asarray(x, np.float64)
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
+    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
+    equal N only."""
+    (ma, ca), (mb, cb) = moments(a), moments(b)
+    w, v = np.linalg.eigh(ca)
+    root = (v * np.sqrt(np.maximum(w, 0))) @ v.T
+    # tr (C_a C_b)^(1/2) = sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cb @ root), 0)).sum()
+    return float(max(((ma - mb) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * cross, 0))
+
+
+def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 0) -> dict:
+    """Frechet distance of paired features [S, N, D] (S noise seeds) with an interval of 1.96 bootstrap
+    standard deviations.
+
+    Not the percentiles: a resample repeats scenes, which shifts the distance itself upwards.
+    """
+    S, N, D = a.shape
+    rng = np.random.default_rng(seed)
+    value = frechet(a.reshape(-1, D), b.reshape(-1, D))
+    resampled = []
+    for _ in range(draws):
+        i = rng.integers(0, N, N)
+        resampled.append(frechet(a[:, i].reshape(-1, D), b[:, i].reshape(-1, D)))
+    half = 1.96 * float(np.std(resampled))
+    return {"mean": value, "low": max(value - half, 0.0), "high": value + half, "n": N}
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p of a fair coin; ties are left out."""
+    n, k = wins + losses, min(wins, losses)
+    if n == 0:
+        return 1.0
+    logs = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
+    return min(1.0, 2 * sum(math.exp(x - n * math.log(2)) for x in logs))
+
+
+####################################################################################################
+# 3. Parser: what does the picture show? Trained on clean renders of train scenes, never a reward
+####################################################################################################
+
+SIDE = 32  # pixels of what the network sees, crops and whole pictures alike
+CONTEXT = 1.35  # half side of an object's crop in radii
+PICTURE_HEADS = {"background": scenes.BACKGROUNDS, "environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}
+OBJECT_HEADS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "material": scenes.MATERIALS,
+                "object": ("no", "yes")}
+SPELLINGS = {"matte": ("matte", "plain"), "dotted": ("dotted", "spotted")}  # captions use synonyms
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
+    layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+    return nn.Sequential(layer, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True))
+
+
+class Parser(nn.Module):
+    """One convolutional trunk reads the whole picture and the crop around an object; linear heads name what
+    they show.
+
+    An object's heads see both features: without the picture, white at night and grey by day are one colour.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            conv(3, 48, 5, 2), conv(48, 64, 3, 1), conv(64, 96, 3, 2), conv(96, 128, 3, 1),
+            conv(128, 96, 3, 2), nn.Flatten(), nn.Linear(96 * 16, 128), nn.SiLU())
+        self.join = nn.Sequential(nn.Linear(256, 128), nn.SiLU())
+        self.picture = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in PICTURE_HEADS.items()})
+        self.object = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in OBJECT_HEADS.items()})
+
+    @property
+    def arch(self) -> dict:
+        heads = {**PICTURE_HEADS, **OBJECT_HEADS}
+        return {"kind": "parser", "labels": {k: list(v) for k, v in heads.items()}}
+
+    def features(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, 128], for the heads and the Frechet distance."""
+        if image.shape[-2:] != (SIDE, SIDE):
+            image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True)
+        return self.trunk(image)
+
+    def forward(self, image: Tensor, which: Tensor, boxes: Tensor) -> tuple[dict, dict]:
+        """image [B, 3, H, W]; boxes [M, 4] = x0, y0, x1, y1 as fractions, of the pictures which [M].
+
+        -> logits by head, of the pictures [B, ...] and of the boxes [M, ...].
+        """
+        f = self.features(image)
+        g = self.join(torch.cat([self.trunk(crops(image, which, boxes)), f[which]], dim=1))
+        of_pictures = {k: head(f) for k, head in self.picture.items()}
+        return of_pictures, {k: head(g) for k, head in self.object.items()}
+
+
+def crops(image: Tensor, which: Tensor, boxes: Tensor) -> Tensor:
+    """Bilinear crops [M, 3, SIDE, SIDE] of the pictures image[which]; beyond the picture its edge is
+    repeated."""
+    if max(image.shape[-2:]) > 2 * SIDE:  # grid_sample does not smooth
+        image = F.interpolate(image, (2 * SIDE, 2 * SIDE), mode="bilinear", antialias=True)
+    at = (torch.arange(SIDE, device=image.device) + 0.5) / SIDE
+    x = 2 * (boxes[:, 0:1] + at * (boxes[:, 2:3] - boxes[:, 0:1])) - 1                     # [M, SIDE]
+    y = 2 * (boxes[:, 1:2] + at * (boxes[:, 3:4] - boxes[:, 1:2])) - 1
+    grid = torch.stack([x[:, None].expand(-1, SIDE, -1), y[:, :, None].expand(-1, -1, SIDE)], dim=-1)
+    return F.grid_sample(image[which], grid, padding_mode="border", align_corners=False)
+
+
+def object_box(x: float, y: float, radius: float, h: int, w: int) -> tuple[float, float, float, float]:
+    """Box with context around a centre (fractions); the radius is in short sides."""
+    rx, ry = CONTEXT * radius * min(h, w) / w, CONTEXT * radius * min(h, w) / h
+    return x - rx, y - ry, x + rx, y + ry
+
+
+def picture_labels(s: scenes.Scene) -> list[int]:
+    return [v.index(getattr(s, k)) for k, v in PICTURE_HEADS.items()]
+
+
+def object_labels(o: scenes.Object) -> list[int]:
+    return [v.index(getattr(o, k)) for k, v in OBJECT_HEADS.items() if k != "object"] + [1]
+
+
+def to_float(image: np.ndarray | Tensor) -> Tensor:
+    """uint8 [..., H, W, 3] -> float [..., 3, H, W] in [-1, 1]."""
+    return torch.as_tensor(image).movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """float [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]; clamps."""
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+class ParserBatches(torch.utils.data.Dataset):
+    """Item s is a batch of clean renders: pictures, their labels, one box on each object and one on free
+    background.
+
+    Boxes are off by up to an eighth of a radius and a tenth in size, since an edited object need not sit
+    where the original did. Every fourth batch is drawn at twice the size.
+    """
+
+    def __init__(self, source: scenes.Scenes, start: int, batch_size: int, steps: int, sizes: tuple[int, ...],
+                 jitter: bool):
+        self.source, self.start, self.batch_size, self.steps = source, start, batch_size, steps
+        self.sizes, self.jitter = sizes, jitter
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        size = self.sizes[step % len(self.sizes)]
+        images, pictures, which, boxes, objects = [], [], [], [], []
+        for j in range(self.batch_size):
+            index = self.start + step * self.batch_size + j
+            s, rng = self.source.scene(index), scenes.rng_for(self.source.seed, index, 11)
+            images.append(scenes.draw(s, size, size))
+            pictures.append(picture_labels(s))
+            places = [(o.x, o.y, scenes.RADIUS[o.size], object_labels(o)) for o in s.objects]
+            for _ in range(8):
+                x, y, r = *rng.uniform(0.1, 0.9, 2), list(scenes.RADIUS.values())[rng.integers(3)]
+                # as near to objects as scenes puts them to each other: what erasing leaves behind
+                if all(math.hypot(x - o.x, y - o.y) > scenes.RADIUS[o.size] + 0.7 * r for o in s.objects):
+                    places.append((x, y, r, [-100, -100, -100, 0]))  # -100: cross_entropy's ignore_index
+                    break
+            for x, y, r, labels in places:
+                if self.jitter:
+                    dx, dy = rng.uniform(-0.12, 0.12, 2)
+                    x, y, r = x + r * dx, y + r * dy, r * rng.uniform(0.9, 1.1)
+                which.append(j)
+                boxes.append(object_box(x, y, r, size, size))
+                objects.append(labels)
+        return (torch.from_numpy(np.stack(images)), torch.tensor(pictures), torch.tensor(which),
+                torch.tensor(boxes, dtype=torch.float32), torch.tensor(objects))
+
+
+def one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True) -> Parser:
+    """A parser trained from scratch on train scenes drawn at 32 x 32 (three batches of four) and 64 x 64."""
+    torch.manual_seed(0)
+    net = Parser().to(device, memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(model.param_groups(net, 0.05), lr=lr, betas=(0.9, 0.99))
+    sizes = (SIDE, SIDE, SIDE, 2 * SIDE)
+    batches = ParserBatches(scenes.Scenes("train"), 0, batch_size, steps, sizes, jitter=True)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, worker_init_fn=one_thread)
+    bar = common.progress(steps, desc="parser")
+    for step, batch in enumerate(loader):
+        images, pictures, which, boxes, objects = (x.to(device) for x in batch)
+        for group in opt.param_groups:
+            group["lr"] = common.lr_at(step, lr, min(200, steps // 10 + 1), steps, "cosine")
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            images = to_float(images).contiguous(memory_format=torch.channels_last)
+            of_pictures, of_objects = net(images, which, boxes)
+            loss = sum(F.cross_entropy(x, pictures[:, i]) for i, x in enumerate(of_pictures.values()))
+            loss = loss + sum(F.cross_entropy(x, objects[:, i]) for i, x in enumerate(of_objects.values()))
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        bar.update()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+    return net.eval()
+
+
+@torch.inference_mode()
+def parser_accuracy(net: Parser, size: int, n: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Right or wrong (1, 0) of every head on clean held-out renders; not-a-number where a box holds no
+    object."""
+    start = len(scenes.Scenes("heldout")) - 20_000  # far from the scenes that checkpoints are judged on
+    right = {k: [] for k in (*PICTURE_HEADS, *OBJECT_HEADS)}
+    batches = ParserBatches(scenes.Scenes("heldout"), start, 100, n // 100, (size,), jitter=False)
+    for images, pictures, which, boxes, objects in map(batches.__getitem__, range(len(batches))):
+        said = net(to_float(images.to(device)), which.to(device), boxes.to(device))
+        for logits, labels in zip(said, (pictures, objects)):
+            for i, (k, x) in enumerate(logits.items()):
+                ok = (x.argmax(1).cpu() == labels[:, i]).double().masked_fill(labels[:, i] < 0, math.nan)
+                right[k].append(ok.numpy())
+    return {k: np.concatenate(v) for k, v in right.items()}
+
+
+def load_parser(path: str, device: torch.device) -> Parser:
+    """The judge from its folder; SystemExit when it is missing, damaged, of another kind or has other
+    labels."""
+    if not Path(path).is_dir():
+        raise SystemExit(f"error: --parser: {path}: no such folder: train the judge: `python"
+                         f" evaluate.py parser --out {path} --steps 6000`")
+    weights, manifest = common.load_checkpoint(path, ("model",))
+    net = Parser()
+    if manifest.get("arch") != net.arch:
+        kind = manifest.get("arch", {}).get("kind")
+        raise SystemExit(f"error: --parser: {path}: holds a {kind!r}, or other labels than scenes.py: train the"
+                         " judge: `python evaluate.py parser --out FOLDER --steps 6000`")
+    common.load_state(net, {k: v.float() for k, v in weights["model"].items()}, path)
+    return net.to(device).eval().requires_grad_(False)
+
+
+####################################################################################################
+# 4. Cases: picture, mask, caption and truth of held-out scenes
+####################################################################################################
+
+
+@dataclass
+class Cases:
+    """What one task asks of N scenes. Pictures [N, 3, H, W] in [-1, 1], masks [N, 1, H, W], 1 = make new."""
+
+    task: str
+    indices: list[int]
+    image: Tensor
+    mask: Tensor
+    truth: Tensor  # the picture that belongs there
+    certain: Tensor  # [N, 1, H, W] pixels of the hole whose truth is determined: no object or shadow there
+    caption: list[str]
+    pictures: Tensor  # [N, 3] labels of PICTURE_HEADS
+    which: Tensor  # [M] scene of a judged box
+    boxes: Tensor  # [M, 4]
+    objects: Tensor  # [M, 4] labels of OBJECT_HEADS, -100 = not asked
+
+
+def named(o: scenes.Object, caption: str) -> list[int]:
+    """Labels of an object; the material counts only where the caption names it."""
+    labels = object_labels(o)
+    if not any(word in caption for word in SPELLINGS.get(o.material, (o.material,))):
+        labels[list(OBJECT_HEADS).index("material")] = -100
+    return labels
+
+
+def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) -> Cases:
+    """outpaint: data.py's outward mask; judged are the objects that lie mainly in the hole (60% of their
+    area). edit: the largest instance, dilated by 8% of the side (ByteEdit Sec. 4.1); the caption is the
+    scene's, so that this object must come back. erase: all that this object draws (its shadow too), dilated
+    by a pixel; the truth is the scene drawn without it, the prompt ERASE_PROMPT. Masks are a function of
+    (scene, size)."""
+    rows, which, boxes, objects = [], [], [], []
+    for j, index in enumerate(indices):
+        s, item = source.scene(index), source.load(index, size, size)
+        image, labels, caption = item["image"], item["segments"], item["caption"]
+        truth, judged = image, []
+        area = [int((labels == k).sum()) for k in range(1, len(s.objects) + 1)]
+        biggest = int(np.argmax(area)) + 1
+        if task == "outpaint":
+            rng = np.random.Generator(np.random.PCG64(scenes.rng_for(source.seed, index, 12).integers(2**32)))
+            mask = data.make_mask("outward", size, size, rng) > 0
+            judged = [k for k, n in enumerate(area, 1) if n and mask[labels == k].mean() >= 0.6]
+        elif task == "edit":
+            mask = data.dilate(labels == biggest, max(1, round(0.08 * size)))
+            judged = [biggest]
+        elif task == "erase":
+            without = scenes.replace(s, objects=s.objects[:biggest - 1] + s.objects[biggest:])
+            truth = scenes.draw(without, size, size)
+            mask = data.dilate((truth != image).any(-1) | (labels == biggest), max(1, round(size / 64)))
+            caption = data.ERASE_PROMPT
+        else:
+            raise ValueError(f"task {task!r}")
+        if task == "erase":
+            o = s.objects[biggest - 1]
+            which.append(j)
+            boxes.append(object_box(o.x, o.y, scenes.RADIUS[o.size], size, size))
+            objects.append([-100, -100, -100, 0])
+            certain = mask
+        else:
+            for k in judged:
+                o = s.objects[k - 1]
+                which.append(j)
+                boxes.append(object_box(o.x, o.y, scenes.RADIUS[o.size], size, size))
+                objects.append(named(o, caption))
+            bare = scenes.draw(scenes.replace(s, objects=()), size, size)
+            certain = mask & (bare == image).all(-1)
+        rows.append((image, mask, truth, certain, caption, picture_labels(s)))
+    image, mask, truth, certain, caption, pictures = zip(*rows)
+    mask, certain = (torch.from_numpy(np.stack(x))[:, None].float() for x in (mask, certain))
+    image, truth = (to_float(np.stack(x)) for x in (image, truth))
+    which, objects = (torch.tensor(x, dtype=torch.int64) for x in (which, objects))
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    return Cases(task, list(indices), image, mask, truth, certain, list(caption), torch.tensor(pictures), which,
+                 boxes, objects.view(-1, 4))
+
+
+####################################################################################################
+# 5. Results: pictures of an editor, or of a folder
+####################################################################################################
+
+
+@dataclass
+class Editor:
+    """A checkpoint ready to sample from."""
+
+    net: model.Editor
+    size: int
+    shift: float
+    device: torch.device
+    bf16: bool
+
+
+def load_editor(path: str, device: torch.device, bf16: bool) -> Editor:
+    """Averaged weights if there are any; SystemExit unless it is an inpainting editor in pixel space."""
+    weights, manifest = common.load_checkpoint(path, ("ema", "model"))
+    net = model.build_editor(manifest.get("arch", {}))
+    if not net.cfg.inpaint:
+        raise SystemExit(f"error: {path}: is a text-to-image base without mask input: train it with"
+                         " `train_omni.py --stage inpaint`")
+    if not net.cfg.txt_bytes:
+        raise SystemExit(f"error: {path}: needs a VAE and text encoders: the judge samples only pixel-space"
+                         " editors, give it a folder of pictures in the layout of --save")
+    common.load_state(net, weights.get("ema") or weights["model"], path)
+    config = manifest.get("config", {})
+    if "image_size" not in config:
+        raise SystemExit(f"error: {path}/manifest.json: config has no image_size: use a checkpoint that"
+                         " train_omni.py or train_pefl.py wrote")
+    net = net.to(device).eval().requires_grad_(False)
+    return Editor(net, int(config["image_size"]), float(config.get("shift", 1.0)), device, bf16)
+
+
+@torch.inference_mode()
+def generate(e: Editor, image: Tensor, mask: Tensor, caption: list[str], noise: Tensor, steps: int,
+             guidance: float = 1.0, solver: str = "euler") -> Tensor:
+    """Pictures [B, 3, H, W] as the network returns them, known pixels not pasted; arguments as in Cases,
+    noise [B, 3, H, W]."""
+    image, mask, x = image.to(e.device), mask.to(e.device), noise.to(e.device)
+    masked = image * (1 - mask)
+    with torch.autocast(e.device.type, torch.bfloat16, enabled=e.bf16):
+        txt, vec = e.net.encode_text(caption)
+        null = e.net.encode_text([""] * len(caption))
+
+        def cond(x: Tensor, t: Tensor) -> Tensor:
+            return e.net(x, t, txt, vec, mask, masked)
+
+        def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return cond(x, t), e.net(x, t, *null, mask, masked)
+
+        denoise = cond if guidance == 1 else flow.guide(both, guidance)
+        return flow.sample(denoise, x, flow.timesteps(steps, e.shift), solver).cpu()
+
+
+@dataclass
+class Result:
+    """One column of the tables: raw pictures uint8 [S, N, H, W, 3] for each task; the known pixels are
+    pasted by the judge."""
+
+    name: str
+    size: int
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def sample_result(result: Result, e: Editor, cases: dict[str, Cases], cfg: Config, steps: int,
+                  seeds: list[int]) -> None:
+    """Fill `result` with pictures of one editor."""
+    bar = common.progress(len(seeds) * sum(len(c.indices) for c in cases.values()), desc=result.name)
+    for task, c in cases.items():
+        out = np.empty((len(seeds), len(c.indices), e.size, e.size, 3), np.uint8)
+        for s, seed in enumerate(seeds):
+            for i in range(0, len(c.indices), cfg.batch_size):
+                part = slice(i, i + cfg.batch_size)
+                # a function of (seed, scene, task): the same for every checkpoint and batch size
+                gens = common.generators(seed, 0, c.indices[part], stream=TASKS.index(task))
+                noise = common.randn(gens, c.image.shape[1:])
+                got = generate(e, c.image[part], c.mask[part], c.caption[part], noise, steps, cfg.guidance,
+                               cfg.solver)
+                out[s, part] = to_uint8(got).numpy()
+                bar.update(len(got))
+        result.pictures[task] = out
+    bar.close()
+
+
+def save_result(result: Result, cases: dict[str, Cases], seeds: list[int], folder: Path) -> None:
+    """FOLDER/TASK/seed_S/INDEX.png and judge.json."""
+    for task, pictures in result.pictures.items():
+        for seed, row in zip(seeds, pictures):
+            at = folder / task / f"seed_{seed}"
+            at.mkdir(parents=True, exist_ok=True)
+            for index, picture in zip(cases[task].indices, row):
+                Image.fromarray(picture).save(at / f"{index:06d}.png")
+    (folder / "judge.json").write_text(json.dumps({"name": result.name, "size": result.size}))
+
+
+def read_result(result: Result, folder: Path, cases: dict[str, Cases], seeds: list[int]) -> None:
+    for task, c in cases.items():
+        rows = []
+        for seed in seeds:
+            for index in c.indices:
+                file = folder / task / f"seed_{seed}" / f"{index:06d}.png"
+                picture = data.read_image(file)
+                if picture.shape != (result.size, result.size, 3):
+                    h, w = picture.shape[:2]
+                    raise SystemExit(f"error: {file}: {w}x{h}: judge.json says {result.size}x{result.size}:"
+                                     " save the pictures again")
+                rows.append(picture)
+        result.pictures[task] = np.stack(rows).reshape(len(seeds), len(c.indices), *rows[0].shape)
+
+
+def gather(cfg: Config, device: torch.device) -> tuple[list[Result], dict[str, Cases], list[int]]:
+    """Every entry of --ckpt sampled or read, on the same scenes, masks and noise."""
+    entries = [x.strip() for x in cfg.ckpt.split(",") if x.strip()]
+    if not entries:
+        raise SystemExit("error: --ckpt: is empty: give checkpoints or folders of saved pictures, with commas")
+    seeds, steps = numbers(cfg.seeds, "seeds", 0), numbers(cfg.steps, "steps", 1)
+    if len(steps) not in (1, len(entries)):
+        raise SystemExit(f"error: --steps: {cfg.steps}: give one number or {len(entries)}, one for each")
+    source = scenes.Scenes("heldout")
+    if cfg.n < 2 or cfg.offset < 0 or cfg.offset + cfg.n > len(source):
+        raise SystemExit(f"error: --n: {cfg.n}: use 2 to {len(source)} scenes, --offset included")
+    steps = steps * (len(entries) // len(steps))
+    opened, results = [], []
+    for entry, k in zip(entries, steps):  # all are opened before the first is sampled: an error costs no time
+        saved = Path(entry) / "judge.json"
+        if saved.is_file():
+            try:
+                info = json.loads(saved.read_text())
+                results.append(Result(str(info["name"]), int(info["size"])))
+            except (ValueError, KeyError, TypeError):
+                raise SystemExit(f"error: {saved}: damaged: save the pictures again") from None
+            opened.append(None)
+        else:
+            opened.append(load_editor(entry, device, cfg.bf16))
+            results.append(Result(f"{entry.rstrip('/')}@{k}", opened[-1].size))
+        if results[-1].size != results[0].size:
+            raise SystemExit(f"error: --ckpt: {entry}: makes {results[-1].size}-pixel pictures, {entries[0]}"
+                             f" {results[0].size}: compare editors of one size")
+    names = [r.name for r in results]
+    for i, r in enumerate(results):
+        r.name += f" ({i})" if names.count(names[i]) > 1 else ""
+    indices = list(range(cfg.offset, cfg.offset + cfg.n))
+    cases = {task: make_cases(task, indices, results[0].size, source) for task in TASKS}
+    for entry, k, e, r in zip(entries, steps, opened, results):
+        if e is None:
+            read_result(r, Path(entry), cases, seeds)
+        else:
+            sample_result(r, e, cases, cfg, k, seeds)
+    return results, cases, seeds
+
+
+####################################################################################################
+# 6. Metrics: one number for each scene, errors in [0, 1] units
+####################################################################################################
+
+
+def masked_mean(x: Tensor, m: Tensor) -> np.ndarray:
+    """Mean of x [N, C, H, W] where m [N, 1, H, W] is 1 -> [N]; not-a-number where it is nowhere."""
+    total, area = (x.mean(1, keepdim=True) * m).sum((1, 2, 3)).double(), m.sum((1, 2, 3)).double()
+    return torch.where(area > 0, total / area.clamp(min=1), math.nan).numpy()
+
+
+def seam_error(x: Tensor, truth: Tensor, mask: Tensor) -> np.ndarray:
+    """Mean absolute error of the differences between neighbours across the mask's boundary [N]: a visible
+    seam is large, a continued edge is not."""
+    total, count = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
+    for axis in (-1, -2):
+        across = mask.diff(dim=axis).abs()
+        wrong = (x.diff(dim=axis) - truth.diff(dim=axis)).abs().mean(1, keepdim=True)
+        total += (wrong * across).sum((1, 2, 3))
+        count += across.sum((1, 2, 3))
+    return torch.where(count > 0, total / 2 / count.clamp(min=1), math.nan).numpy()  # / 2: [-1, 1] -> [0, 1]
+
+
+def gradient(x: Tensor) -> Tensor:
+    """|d/dx| + |d/dy|, mean over channels: [N, 3, H, W] -> [N, 1, H, W], in the units of x."""
+    dx, dy = x.diff(dim=-1, append=x[..., -1:]), x.diff(dim=-2, append=x[..., -1:, :])
+    return (dx.abs() + dy.abs()).mean(1, keepdim=True)
+
+
+def paste(raw: Tensor, c: Cases) -> Tensor:
+    """Known pixels put back."""
+    return raw * c.mask + c.image * (1 - c.mask)
+
+
+@torch.inference_mode()
+def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
+    """Metrics [N] of pictures raw [N, 3, H, W] in [-1, 1]; not-a-number where a scene asks nothing of the
+    kind.
+
+    Higher is better: shape, colour, material (mean over the judged objects), background, environment,
+    style, empty (erase: no object at the box), attributes (mean of all that the task asks). Lower is
+    better: exact (mean |x - truth| over pixels whose truth is determined), hole (over all of the hole),
+    seam, outside_raw (change of known pixels before pasting), outside (after). sharpness: gradient in the
+    hole over the truth's; 1 is right, below is blur, above noise.
+    """
+    x = paste(raw, c)
+    device = next(net.parameters()).device
+    of_pictures, of_objects = net(x.to(device), c.which.to(device), c.boxes.to(device))
+    out = {}
+    N = len(x)
+    asked = list(OBJECT_HEADS)
+    kinds = {"edit": asked[:3], "outpaint": asked[:3] + list(PICTURE_HEADS), "erase": ["object"]}[c.task]
+    for kind in kinds:
+        if kind in PICTURE_HEADS:
+            said = of_pictures[kind].argmax(1).cpu()
+            out[kind] = (said == c.pictures[:, list(PICTURE_HEADS).index(kind)]).double().numpy()
+            continue
+        labels = c.objects[:, asked.index(kind)]
+        use = labels >= 0
+        ok = (of_objects[kind].argmax(1).cpu() == labels).double()[use]
+        total = torch.zeros(N, dtype=torch.float64).index_add_(0, c.which[use], ok)
+        count = torch.zeros(N, dtype=torch.float64).index_add_(0, c.which[use], torch.ones_like(ok))
+        share = torch.where(count > 0, total / count.clamp(min=1), math.nan).numpy()
+        out["empty" if kind == "object" else kind] = share
+    stacked = np.stack(list(out.values()))
+    out["attributes"] = np.nansum(stacked, 0) / np.maximum((~np.isnan(stacked)).sum(0), 1)
+    out["attributes"][np.isnan(stacked).all(0)] = math.nan
+    error = (x - c.truth).abs() / 2
+    out["exact"] = masked_mean(error, c.certain)
+    out["hole"] = masked_mean(error, c.mask)
+    out["seam"] = seam_error(x, c.truth, c.mask)
+    out["outside_raw"] = masked_mean((raw - c.image).abs() / 2, 1 - c.mask)
+    out["outside"] = masked_mean((x - c.image).abs() / 2, 1 - c.mask)
+    detail, true_detail = (masked_mean(gradient(y), c.mask) for y in (x, c.truth))
+    out["sharpness"] = detail / np.maximum(true_detail, 1e-3)
+    return out
+
+
+@torch.inference_mode()
+def frechet_features(x: Tensor, c: Cases, net: Parser) -> tuple[np.ndarray, np.ndarray]:
+    """Parser features [N, 128] of the whole pictures and of the boxes around their holes."""
+    device = next(net.parameters()).device
+    boxes = []
+    for m in c.mask[:, 0] > 0:
+        ys, xs = m.any(1).nonzero()[:, 0].tolist(), m.any(0).nonzero()[:, 0].tolist()
+        h, w = m.shape
+        boxes.append((xs[0] / w, ys[0] / h, (xs[-1] + 1) / w, (ys[-1] + 1) / h))
+    hole = crops(x.to(device), torch.arange(len(x), device=device), torch.tensor(boxes, device=device))
+    return net.features(x.to(device)).cpu().numpy(), net.features(hole).cpu().numpy()
+
+
+def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dict]:
+    """pictures uint8 [S, N, H, W, 3] -> metrics [S, N], and {metric: mean and interval} with the Frechet
+    distances."""
+    per_seed = [judge(to_float(p), c, net) for p in pictures]
+    scores = {k: np.stack([m[k] for m in per_seed]) for k in per_seed[0]}
+    summary = {k: bootstrap(v.mean(0)) for k, v in scores.items()}  # not-a-number depends on the scene alone
+    of_truth = frechet_features(c.truth, c, net)
+    of_result = zip(*(frechet_features(paste(to_float(p), c), c, net) for p in pictures))
+    for name, a, b in zip(("frechet", "frechet_hole"), of_result, of_truth):
+        summary[name] = frechet_interval(np.stack(a), np.broadcast_to(b, (len(a), *b.shape)))
+    return scores, summary
+
+
+####################################################################################################
+# 7. parser, scenes, compare
+####################################################################################################
+
+# printed in percent
+SHARE = ("shape", "colour", "material", "background", "environment", "style", "empty", "attributes")
+ORDER = (*SHARE, "exact", "hole", "seam", "sharpness", "outside_raw", "outside", "frechet", "frechet_hole")
+
+
+def provenance(started: float) -> dict:
+    device = f"{torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": common.git_revision(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}", "torch": torch.__version__,
+            "date": now.isoformat(timespec="seconds"), "seconds": round(time.time() - started, 1)}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Not-a-number becomes null."""
+    def clean(x):
+        if isinstance(x, dict):
+            return {k: clean(v) for k, v in x.items()}
+        if isinstance(x, list):
+            return [clean(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    path.write_text(json.dumps(clean(content), indent=1) + "\n")
+
+
+def cell(name: str, v: dict) -> str:
+    if v["n"] == 0:
+        return "-"
+    if name in SHARE:
+        return f"{100 * v['mean']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
+    return f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  ".join([r[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(r[1:], widths[1:]))])
+                     for r in [head, *rows])
+
+
+def sheet(results: list[Result], cases: dict[str, Cases], rows: int) -> Image.Image:
+    """source | mask | each result, pasted | truth, for the first scenes of every task."""
+    pictures, names = [], []
+    for task, c in cases.items():
+        for i in range(min(rows, len(c.indices))):
+            got = [paste(to_float(r.pictures[task][0]), c)[i] for r in results]
+            pictures.append([c.image[i], c.image[i] * (1 - c.mask[i]) + c.mask[i], *got, c.truth[i]])
+            names.append(f"{task}: {c.caption[i]}")
+    titles = ["source", "hole", *(r.name for r in results), "truth"]
+    return common.contact_sheet(pictures, titles, row_titles=names)
+
+
+def open_out(folder: str) -> Path:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"error: --out: {folder}: {e.strerror}: choose another folder") from None
+    return Path(folder)
+
+
+def run_parser(cfg: Config, device: torch.device) -> None:
+    started = time.time()
+    (steps,) = numbers(cfg.steps, "steps", 1)[:1]
+    net = train_parser(steps, cfg.batch_size, cfg.lr, device, cfg.bf16)
+    weights = {k: v.bfloat16() for k, v in net.state_dict().items()}
+    net.load_state_dict({k: v.float() for k, v in weights.items()})  # judged as it ships
+    held = {}
+    for size, n in ((SIDE, 5000), (2 * SIDE, 2000)):
+        held[f"{size}x{size}"] = {k: bootstrap(v) for k, v in parser_accuracy(net, size, n, device).items()}
+    heads = list(next(iter(held.values())))
+    print("held-out accuracy on clean renders, percent [95% interval]")
+    print(table(["", *held], [[k, *(cell("shape", v[k]) for v in held.values())] for k in heads]))
+    meta = {"arch": net.arch, "config": asdict(cfg), "samples": steps * cfg.batch_size, "heldout": held,
+            **provenance(started)}
+    try:
+        common.write_checkpoint(cfg.out, steps, {"model": weights}, meta)
+    except OSError as e:
+        raise SystemExit(f"error: --out: {cfg.out}: {e}: free some space or choose another folder") from None
+    print(f"wrote {cfg.out}: {common.n_params(net) / 1e6:.2f} M parameters, {time.time() - started:.0f} s")
+
+
+def run_scenes(cfg: Config, device: torch.device) -> None:
+    started = time.time()
+    out = open_out(cfg.out)
+    net = load_parser(cfg.parser, device)
+    results, cases, seeds = gather(cfg, device)
+    truth = Result("truth", results[0].size, {t: to_uint8(c.truth)[None].numpy() for t, c in cases.items()})
+    report = {}
+    for task, c in cases.items():
+        report[task] = {r.name: judge_result(r.pictures[task], c, net)[1] for r in [*results, truth]}
+        names = [k for k in ORDER if k in report[task]["truth"]]
+        print(f"\n{task}: {len(c.indices)} held-out scenes, {len(seeds)} seed(s), mean [95% interval]")
+        rows = [[k, *(cell(k, v[k]) for v in report[task].values())] for k in names]
+        print(table(["", *report[task]], rows))
+    if cfg.save:
+        for r in results:
+            save_result(r, cases, seeds, Path(cfg.save) / r.name.replace("/", "_"))
+    sheet(results, cases, cfg.rows).save(out / "sheet.png")
+    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "tasks": report})
+    print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
+
+
+def verdicts(a: np.ndarray, b: np.ndarray, higher: bool, tie: float) -> np.ndarray:
+    """+1 where a is better, -1 where b is, 0 for a tie (or where neither was asked). Errors tie within the
+    fraction `tie` of the larger one, or within half a level of 8 bits; shares tie only when equal."""
+    a, b = np.nan_to_num(a), np.nan_to_num(b)
+    if higher:
+        return np.sign(np.round(a - b, 9))
+    return np.where(np.abs(a - b) <= np.maximum(tie * np.maximum(a, b), 0.5 / 255), 0, np.sign(b - a))
+
+
+def gsb(v: np.ndarray) -> dict:
+    """Good, same, bad of verdicts [S, N]; superiority (G+S)/(S+B) in percent as in ByteEdit Sec. 4.3; net
+    preference (G-B)/(G+S+B) with its interval; sign test over scenes (majority of the seeds)."""
+    good, same, bad = int((v > 0).sum()), int((v == 0).sum()), int((v < 0).sum())
+    majority = np.sign(v.sum(0))
+    return {"good": good, "same": same, "bad": bad, "superiority": 100 * (good + same) / max(same + bad, 1),
+            "net": bootstrap(v.mean(0)), "p": sign_test(int((majority > 0).sum()), int((majority < 0).sum()))}
+
+
+def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tie: float) -> dict[str, dict]:
+    """GSB of metrics [S, N] by criterion. overall: more attributes right wins, and where they are equal the
+    smaller exact error (where the scene has none, the smaller seam error)."""
+    each = {k: verdicts(a[k], b[k], k == "attributes", tie) for k in ("attributes", "exact", "seam")}
+    second = np.where(np.isnan(a["exact"]), each["seam"], each["exact"])
+    overall = np.where(each["attributes"] != 0, each["attributes"], second)
+    return {k: gsb(v) for k, v in {"overall": overall, **each}.items()}
+
+
+def run_compare(cfg: Config, device: torch.device) -> None:
+    started = time.time()
+    out = open_out(cfg.out)
+    net = load_parser(cfg.parser, device)
+    if len([x for x in cfg.ckpt.split(",") if x.strip()]) != 2:
+        raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: compare needs exactly two, A,B")
+    (a, b), cases, seeds = gather(cfg, device)
+    report = {}
+    print(f"A = {a.name}\nB = {b.name}\ngood: A is better; overall: attributes first, then exact error"
+          f" (a tie within {100 * cfg.tie:.0f}%)")
+    for task, c in cases.items():
+        of_a, of_b = judge_result(a.pictures[task], c, net)[0], judge_result(b.pictures[task], c, net)[0]
+        report[task] = {"gsb": compare(of_a, of_b, cfg.tie),
+                        "difference": {k: bootstrap((of_a[k] - of_b[k]).mean(0)) for k in of_a}}
+        print(f"\n{task}: {len(c.indices)} scenes, {len(seeds)} seed(s)")
+        print(table(["", "good", "same", "bad", "(G+S)/(S+B)", "(G-B)/n % [95%]", "sign test p"], [
+            [k, str(v["good"]), str(v["same"]), str(v["bad"]), f"{v['superiority']:.0f}%",
+             cell("attributes", v["net"]), f"{v['p']:.2g}"] for k, v in report[task]["gsb"].items()]))
+        rows = [[k, cell(k, report[task]["difference"][k])] for k in ORDER if k in of_a]
+        print(table(["A - B", "mean [95%]"], rows))
+    sheet([a, b], cases, cfg.rows).save(out / "sheet.png")
+    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "a": a.name, "b": b.name,
+                                      "tasks": report})
+    print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
+
+
+####################################################################################################
+# 8. Preferences as the paper's come about: several generations of the base, ranked; here by the known truth
+####################################################################################################
+
+
+def truth_distance(x: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
+    """How far pictures [N, 3, H, W] are from the truth in the hole, [N], in [0, 1] units; 0 for the truth
+    itself.
+
+    Pixel L1 plus twice the L1 between local gradient energies (5 x 5 means). Pixel or gradient L1 alone
+    would prefer blur to a sharp texture that lies a little off; local energy counts lost and invented
+    detail alike. The judge's parser has no part in it.
+    """
+    def energy(y: Tensor) -> Tensor:
+        return F.avg_pool2d(gradient(y), 5, 1, 2, count_include_pad=False)
+
+    d = (x - truth).abs().mean(1, keepdim=True) + 2 * (energy(x) - energy(truth)).abs()
+    return (d * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1) / 2
+
+
+def _blur(x: Tensor, rng: np.random.Generator) -> Tensor:
+    k = int(rng.integers(3, 6))
+    for _ in range(2):
+        x = F.avg_pool2d(F.pad(x[None], (k // 2, (k - 1) // 2) * 2, mode="replicate"), k, 1)[0]
+    return x
+
+
+def _noise(x: Tensor, rng: np.random.Generator) -> Tensor:
+    return x + torch.from_numpy(rng.standard_normal(x.shape, np.float32)) * float(rng.uniform(0.1, 0.5))
+
+
+def _colour(x: Tensor, rng: np.random.Generator) -> Tensor:
+    cast = rng.uniform(-0.35, 0.35, (3, 1, 1)).astype(np.float32)
+    return x * float(rng.uniform(0.7, 1.3)) + torch.from_numpy(cast)
+
+
+def _blocks(x: Tensor, rng: np.random.Generator) -> Tensor:
+    k = int(rng.integers(2, 6))
+    h, w = x.shape[-2:]
+    return F.interpolate(F.interpolate(x[None], (max(1, h // k), max(1, w // k)), mode="area"), (h, w))[0]
+
+
+def _shift(x: Tensor, rng: np.random.Generator) -> Tensor:
+    most = max(2, x.shape[-1] // 12)
+    dy, dx = (int(rng.integers(1, most + 1)) * int(rng.choice((-1, 1))) for _ in range(2))
+    return x.roll((dy, dx), (1, 2))
+
+
+def _ghost(x: Tensor, rng: np.random.Generator) -> Tensor:
+    return x + float(rng.uniform(0.3, 0.6)) * (_shift(_shift(x, rng), rng) - x)
+
+
+DEGRADATIONS = {"blur": _blur, "noise": _noise, "colour": _colour, "blocks": _blocks, "shift": _shift,
+                "ghost": _ghost}
+
+
+def degrade(x: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, str]:
+    """A worse version of a picture x [3, H, W] in the hole mask [1, H, W], and what was done: blur, noise,
+    colour shift, blocks, content shifted against the seam, ghosting. Strong enough to be seen: mean change
+    of the hole at least 3%."""
+    names = list(DEGRADATIONS)
+    order = [names[i] for i in rng.permutation(len(names))]
+    for name in [*order, "colour", "noise"]:
+        y = (x + mask * (DEGRADATIONS[name](x, rng) - x)).clamp(-1, 1)
+        if float((y - x).abs().sum() / mask.sum().clamp(min=1) / 6) >= 0.03:
+            break
+    return y, name
+
+
+def run_prefs(cfg: Config, device: torch.device) -> None:
+    """Writes OUT/images/*.png, OUT/aesthetic.json (ImageReward's items: truth, best and worst of k; a
+    picture and its degraded copy) and OUT/alignment.jsonl ({image, better, worse, kind}: true and false
+    caption)."""
+    started = time.time()
+    steps = numbers(cfg.steps, "steps", 1)
+    (seed,) = numbers(cfg.seeds, "seeds", 0)[:1]
+    if cfg.k < 2:
+        raise SystemExit(f"error: --k: {cfg.k}: ranking needs at least 2 pictures")
+    source = scenes.Scenes("train")
+    if cfg.n < 1 or cfg.offset < 0 or cfg.offset + cfg.n > len(source):
+        raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)} scenes, with --offset")
+    if not cfg.ckpt or "," in cfg.ckpt:
+        raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: prefs needs one checkpoint folder, the base")
+    e = load_editor(cfg.ckpt, device, cfg.bf16)
+    out = open_out(cfg.out)
+    (out / "images").mkdir(exist_ok=True)
+    items, captions, wins = [], [], 0
+    bar = common.progress(cfg.n, desc="preferences")
+    for start in range(cfg.offset, cfg.offset + cfg.n, cfg.batch_size):
+        indices = list(range(start, min(start + cfg.batch_size, cfg.offset + cfg.n)))
+        B = len(indices)
+        rngs = [np.random.Generator(np.random.PCG64([seed, i, 13])) for i in indices]
+        loaded = [source.load(i, e.size, e.size) for i in indices]
+        truth = to_float(np.stack([x["image"] for x in loaded]))
+        prompts = [x["caption"] for x in loaded]
+        tasks = [("inpaint", "edit", "outpaint")[rng.integers(3)] for rng in rngs]
+        mask = np.stack([data.task_mask(task, e.size, e.size, rng, x["segments"])[0]
+                         for task, rng, x in zip(tasks, rngs, loaded)])
+        mask = torch.from_numpy(mask)[:, None]
+
+        # 1) k pictures of the base for every prompt, with their own noise and number of steps
+        made = []
+        for k in range(cfg.k):
+            noise = common.randn(common.generators(seed, k, indices, stream=7), truth.shape[1:])
+            raw = generate(e, truth, mask, prompts, noise, steps[k % len(steps)], cfg.guidance, cfg.solver)
+            made.append(to_float(to_uint8(raw * mask + truth * (1 - mask))))
+        distance = torch.stack([truth_distance(x, truth, mask) for x in made])               # [k, B]
+        made = torch.stack(made)
+        best, worst = distance.argmin(0), distance.argmax(0)
+
+        # 2) ranked by the known truth, and controlled degradations of the true and of the best picture
+        for j, (index, rng) in enumerate(zip(indices, rngs)):
+            near, far = float(distance[best[j], j]), float(distance[worst[j], j])
+            clear = far - near >= 0.1 * far  # closer ones are a tie, which readers skip
+            wins += clear
+            pictures = {"truth": truth[j], "best": made[best[j], j], "worst": made[worst[j], j]}
+            pictures["truth_bad"], how_truth = degrade(truth[j], mask[j], rng)
+            pictures["best_bad"], how_best = degrade(pictures["best"], mask[j], rng)
+            files = {k: f"images/{index:08d}_{k}.png" for k in pictures}
+            for k, x in pictures.items():
+                Image.fromarray(to_uint8(x).numpy()).save(out / files[k])
+            items.append({"prompt": prompts[j], "generations": [files[k] for k in ("truth", "best", "worst")],
+                          "ranking": [1, 2, 3 if clear else 2], "kind": "generated"})
+            for k, how in (("truth", how_truth), ("best", how_best)):
+                items.append({"prompt": prompts[j], "generations": [files[k], files[f"{k}_bad"]],
+                              "ranking": [1, 2], "kind": how})
+
+            # 3) false captions; of a generated picture only such as its known part belies
+            s = source.scene(index)
+            asks = (("truth", None), ("truth", None), ("best", ("background", "scene")[index % 2]))
+            for draw, (k, ask) in enumerate(asks):
+                say = (seed, index, 14 + draw)
+                better = scenes.caption(s, scenes.rng_for(*say))
+                worse, kind = scenes.false_caption(s, scenes.rng_for(*say), ask)
+                captions.append({"image": files[k], "better": better, "worse": worse, "kind": kind})
+        bar.update(B)
+    bar.close()
+    (out / "aesthetic.json").write_text(json.dumps(items))
+    (out / "alignment.jsonl").write_text("".join(json.dumps(x) + "\n" for x in captions))
+    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "items": len(items),
+                                      "captions": len(captions)})
+    print(f"best and worst differ clearly for {100 * wins / cfg.n:.0f}% of {cfg.n} prompts\n"
+          f"wrote {out / 'aesthetic.json'} ({len(items)} items) and {out / 'alignment.jsonl'}"
+          f" ({len(captions)} pairs) in {time.time() - started:.0f} s")
+
+
+def main(cfg: Config) -> None:
+    device = common.setup(cfg.device).device
+    run = {"parser": run_parser, "scenes": run_scenes, "compare": run_compare, "prefs": run_prefs}
+    run[cfg.task](cfg, device)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
