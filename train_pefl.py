@@ -40,7 +40,7 @@ class Config:
     data: str = "scenes"  # "scenes", a folder of pictures or a .parquet file / folder
     image_size: int | None = None  # side of the training square; None = the base's
     aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
-    phases: tuple[str, ...] = ("20/15/10x2000", "8/6/3x2000")  # T/T1/T2 x optimiser steps, one after the other (Sec. 3.3)
+    phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 x optimiser steps, one after the other (Sec. 3.3)
     batch_size: int = 16  # pictures per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
     p_outpaint: float = 0.35  # proportions of the tasks (default ours, paper silent): outward expansion masks
@@ -256,14 +256,14 @@ def main(cfg: Config) -> None:
     common.cleanup()
 
 
-def parse_phases(texts: tuple[str, ...]) -> list[tuple[int, int, int, int]]:
-    """"T/T1/T2xSTEPS" each -> (T, T1, T2, steps). T >= T1 > T2 >= 1, so that stage 2 has something to denoise."""
+def parse_phases(text: str) -> list[tuple[int, int, int, int]]:
+    """"T/T1/T2xSTEPS,..." -> [(T, T1, T2, steps), ...]. T >= T1 > T2 >= 1, so that stage 2 has something to denoise."""
     phases = []
-    for text in texts:
-        m = re.fullmatch(r"(\d+)/(\d+)/(\d+)x(\d+)", text)
+    for part in text.split(","):
+        m = re.fullmatch(r"(\d+)/(\d+)/(\d+)x(\d+)", part.strip())
         T, T1, T2, steps = map(int, m.groups()) if m else (0, 0, 0, 0)
         if not T >= T1 > T2 >= 1 or not steps:
-            raise SystemExit(f"error: --phases: {text}: write T/T1/T2xSTEPS with T >= T1 > T2 >= 1, such as 20/15/10x2000")
+            raise SystemExit(f"error: --phases: {part}: write T/T1/T2xSTEPS with T >= T1 > T2 >= 1, such as 20/15/10x2000")
         phases.append((T, T1, T2, steps))
     return phases
 
