@@ -2,14 +2,7 @@
 
     python data.py check photos/        # counts, broken files, shapes, captions, mask areas, a sample sheet
 
-1. readers      read_image, read_mask: untrusted files -> RGB uint8, mask float [0, 1]
-2. sources      open_source: "scenes", an image folder, parquet
-3. geometry     bucket, fit: the shape a picture trains at; resize to cover and crop, never squash
-4. masks        make_mask, task_mask: the four kinds and the instance masks of ByteEdit Sec. 4.1
-5. order        permute, Sampler: the batch at step s is a function of (seed, s, rank, world)
-6. loaders      make_loader, make_eval_batches
-7. preferences  open_pairs, pair_loader: ImageReward's JSON and flat JSONL
-
+Readers of untrusted files, sources, geometry, masks (ByteEdit Sec. 4.1), order, loaders, preferences, check.
 Masks are 1 where the picture is to be regenerated. Pictures leave this file as float [-1, 1].
 """
 
@@ -20,20 +13,18 @@ import math
 import os
 import re
 import sys
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")  # no TIFF or PSD: far larger decoders for untrusted files
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no TIFF or PSD: far larger decoders for untrusted files
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # refused before decoding: a PNG of 10 kB can claim 400 MB
-MAX_CAPTION = 2_000  # bytes of UTF-8
-MAX_BAD = 100
+MAX_CAPTION, MAX_BAD = 2_000, 100  # bytes of UTF-8; bad files before a run stops
 CACHE_BYTES = 256 << 20  # parquet row groups kept per process
 HELDOUT = 0.05  # of a source that has no held-out part of its own
 HELDOUT_NAMES = ("heldout", "val", "valid", "validation", "test", "dev")
@@ -61,13 +52,7 @@ def too_many(bad, read, limit=MAX_BAD):
     return bad > min(limit, max(10, read / 10))
 
 
-def skipped(problem):
-    print("skipped: " + str(problem).removeprefix("error: "), file=sys.stderr, flush=True)
-
-
 #### 1. readers ##############################################################################################
-
-
 def _open(source, name):
     """PIL image from a path or bytes, header only; refuses unknown formats and sizes beyond the caps."""
     name = name or ("picture in memory" if isinstance(source, bytes) else source)
@@ -105,14 +90,10 @@ def _decode(im, name):
     return im
 
 
-def _levels(im, name):
-    """Picture of any mode -> its luma, float32 [h, w] in [0, 1]. Pillow's own I;16 -> L saturates, not
-    scales."""
+def _luma(im):
+    """Picture of any mode -> float32 [h, w] in [0, 1]. 16 bit is scaled; Pillow's own I;16 -> L saturates."""
     deep = im.mode.startswith("I")
-    a = np.asarray(im if deep else im.convert("L"), np.float32)
-    if im.mode == "F" or a.max(initial=0) > 65535:
-        raise BadFile(name, f"pixel mode {im.mode}", "save it with 8 or 16 bits")
-    return a / (65535 if deep else 255)
+    return np.clip(np.asarray(im if deep else im.convert("L"), np.float32) / (65535 if deep else 255), 0, 1)
 
 
 def image_size(source, name=None):
@@ -134,38 +115,30 @@ def read_image(source, name=None, cover=None):
         scale = min(1, 2 * max(h / im.height, w / im.width))
         im.draft("RGB", (math.ceil(im.width * scale), math.ceil(im.height * scale)))
     im = _decode(im, name)
-    if im.mode.startswith("I") or im.mode == "F":
-        return np.repeat((_levels(im, name) * 255 + 0.5).astype(np.uint8)[..., None], 3, axis=2)
+    if im.mode.startswith("I"):
+        return np.repeat((_luma(im) * 255 + 0.5).astype(np.uint8)[..., None], 3, axis=2)
     if im.has_transparency_data:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return np.array(im.convert("RGB"))
 
 
-def read_mask(source, h=None, w=None, name=None, channel="auto", invert=False, log=None):
-    """Path or bytes of a mask -> float32 [h, w] in [0, 1], 1 = regenerate. BadFile also when it selects
-    nothing.
+def read_mask(source, h=None, w=None, name=None, invert=False, log=None):
+    """Path or bytes of a mask -> float32 [h, w] in [0, 1], 1 = regenerate. BadFile if it selects nothing.
 
-    channel "auto" is luma, unless an alpha channel varies: then alpha is the mask if what is visible has one
-    colour (UltraEdit: painted = regenerate), else the transparent part is (MagicBrush: a hole in the
-    picture). "luma" and "alpha" force the plain reading; `invert` turns the result round. A mask of two
-    values, one of them 0, is binary whatever the other is (0/1, 0/255, a palette). A mask of another size is
-    stretched to (h, w): nearest if binary, antialiased bilinear if soft. `log` (print, say) is given one line
-    with the area.
-    """
+    Luma, unless an alpha channel varies: then alpha is the mask if what is visible has one colour (UltraEdit:
+    painted = regenerate), else the transparent part is (MagicBrush: a hole in a picture). `invert` turns the
+    result round. Two values, one of them 0, are a binary mask whatever the other is (0/1, 0/255, a palette).
+    Another size is stretched to (h, w), nearest if binary, else antialiased. `log` (print) gets the area."""
     im, name = _open(source, name)
-    im, how, alpha = _decode(im, name), "luma", None
-    if channel != "luma" and im.has_transparency_data:
-        rgba = np.asarray(im.convert("RGBA"))
-        alpha = rgba[..., 3].astype(np.float32) / 255
-    if channel == "alpha" and alpha is None:
-        raise BadFile(name, "no alpha channel", "use channel auto or luma")
-    if alpha is not None and (channel == "alpha" or alpha.min() < alpha.max()):
-        seen = rgba[..., :3][alpha > 0.5]
-        hole = channel == "auto" and seen.size and int(np.ptp(seen, axis=0).max()) > 16
-        m, how = (1 - alpha, "transparent part") if hole else (alpha, "alpha")
+    im, how = _decode(im, name), "luma"
+    rgba = np.asarray(im.convert("RGBA")) if im.has_transparency_data else np.zeros((1, 1, 4), np.uint8)
+    if rgba[..., 3].min() < rgba[..., 3].max():
+        seen, m = rgba[..., :3][rgba[..., 3] > 127], rgba[..., 3].astype(np.float32) / 255
+        hole = seen.size and int(np.ptp(seen, axis=0).max()) > 16
+        m, how = (1 - m, "transparent part") if hole else (m, "alpha")
     else:
-        m = _levels(im if im.mode[0] in "IF" else im.convert("RGB"), name)
+        m = _luma(im if im.mode.startswith("I") else im.convert("RGB"))
     top = m.max(initial=0)
     binary = bool(top > 0 and np.all((m == 0) | (m == top)))
     m = (m > 0).astype(np.float32) if binary else m
@@ -199,8 +172,7 @@ def clean_caption(text):
 
 
 def inside(root, name):
-    """Path of `name` under the folder `root`; BadFile if it would leave it (absolute, "..", a symbolic
-    link)."""
+    """Path of `name` under the folder `root`; BadFile if it leaves it (absolute, "..", a symbolic link)."""
     if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
         raise BadFile(root, f"{str(name)[:80]!r} is not a file name", "correct the row")
     base = os.path.realpath(root)
@@ -211,23 +183,21 @@ def inside(root, name):
 
 
 def _checked(rows, check):
-    """`check(row)` of every (place, row or ValueError), those that raise ValueError named and left out.
+    """check(row) of every (place, row), rows with which it raises ValueError named and left out.
 
-    -> (results, number of bad rows). SystemExit when there are too many."""
+    row may itself be a ValueError. -> (results, number of bad rows); SystemExit when there are too many."""
     good, bad = [], 0
     for n, (place, row) in enumerate(rows, 1):
         try:
-            if isinstance(row, ValueError):
-                raise row
             if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
+                raise row if isinstance(row, ValueError) else ValueError("not a JSON object")
             good.append(check(row))
         except ValueError as e:
             bad += 1
             problem = BadFile(place, str(e), f"repair or remove it (bad so far: {bad})")
             if too_many(bad, n):
                 raise problem from None
-            skipped(problem)
+            print(f"skipped: {str(problem).removeprefix('error: ')}", file=sys.stderr)
     return good, bad
 
 
@@ -235,28 +205,23 @@ def _json_lines(path):
     with open(path, "rb") as f:
         for n, line in enumerate(iter(lambda: f.readline(1 << 20), b""), 1):
             try:
-                if line.strip():
-                    yield f"{path} line {n}", json.loads(line)
+                row = json.loads(line) if line.strip() else None
             except (ValueError, RecursionError):
-                yield f"{path} line {n}", ValueError("not JSON, or longer than 1 MiB")
+                row = ValueError("not JSON, or longer than 1 MiB")
+            if line.strip():
+                yield f"{path} line {n}", row
 
 
 #### 2. sources ##############################################################################################
 # A source has len(), .name, .size(i) -> (h, w) or None when it draws at any size, and .load(i, h, w) ->
 # dict(image uint8 [h', w', 3] covering (h, w) if it can, caption str, segments int [h'', w''] or None).
 # Optional: .runs and .window, rows that are read together (see `shuffled`).
-
-
 def held_out(key, fraction):
     """Stable split: a key falls on the same side in every process and version."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:6]) < fraction * 2**48
 
 
-class Row(NamedTuple):
-    file: str
-    caption: str | None  # None: look for NAME.txt
-    segments: str | None
-    mask: str | None = None
+Row = namedtuple("Row", "file caption segments mask")  # caption None: look for NAME.txt
 
 
 def _metadata_row(row):
@@ -269,9 +234,8 @@ def _metadata_row(row):
 
 
 class Folder:
-    """Folder of pictures with `metadata.jsonl` in the Hugging Face imagefolder form (file_name; text, caption
-    or prompt; optionally segments = a label map or mask = the object's mask), or NAME.txt, NAME.seg.png
-    beside NAME.jpg."""
+    """Folder of pictures with metadata.jsonl as in Hugging Face's imagefolder (file_name; text, caption or
+    prompt; perhaps segments = label map, mask = an object's mask), or NAME.txt, NAME.seg.png beside each."""
 
     def __init__(self, root, split, share):
         self.root, self.name, self.bad_lines = str(root), str(root), 0
@@ -281,16 +245,14 @@ class Folder:
             files = sorted(os.path.relpath(os.path.join(at, f), root) for at, _, names in os.walk(root)
                            for f in names if f.lower().endswith(SUFFIXES) and not f.startswith("."))
             maps = {f.removesuffix(".seg.png"): f for f in files if f.endswith(".seg.png")}
-            rows = [Row(f, None, maps.get(os.path.splitext(f)[0])) for f in files if f[-8:] != ".seg.png"]
+            rows = [Row(f, None, maps.get(os.path.splitext(f)[0]), None) for f in files
+                    if not f.endswith(".seg.png")]
         if not rows:
             raise BadFile(root, "no pictures", f"use metadata.jsonl, parquet or {', '.join(SUFFIXES)}")
         self.rows = [r for r in rows if split == "all" or held_out(r.file, share) == (split == "heldout")]
 
     def __len__(self):
         return len(self.rows)
-
-    def where(self, i):
-        return os.path.join(self.root, self.rows[i].file)
 
     def size(self, i):
         return image_size(inside(self.root, self.rows[i].file))
@@ -313,8 +275,7 @@ class Folder:
 
 class Parquet:
     """Parquet files with a picture column (Hugging Face struct {bytes, path}, raw bytes, or a path under the
-    file's folder), optionally captions and segments. Random access by row group, of which the last few stay
-    in memory."""
+    file's folder) and perhaps captions (string or list). The row groups last used stay in memory."""
 
     def __init__(self, files, name, split, share):
         import pyarrow.parquet as pq
@@ -326,9 +287,10 @@ class Parquet:
             except Exception as e:  # ArrowInvalid, OSError
                 raise BadFile(file, f"not parquet ({printable(str(e))[:80]})", "download it again") from None
             kinds = {field.name: str(field.type) for field in f.schema_arrow}
-            columns = (_column(kinds, ("image", "img", "picture", "jpg", "png", "image_path"), picture=True),
-                       _column(kinds, ("caption", "text", "prompt")), _column(kinds, ("segments",)))
-            if columns[0] is None:
+            structs = [n for n, t in kinds.items() if t.startswith("struct<bytes")]
+            pictures = [n for n in ("image", "img", "jpg", "png", "image_path") if n in kinds] + structs
+            captions = [n for n in ("caption", "text", "prompt") if n in kinds]
+            if not pictures:
                 raise BadFile(file, f"no picture column among {', '.join(kinds) or 'its none'}",
                               "name it image: a struct {bytes, path}, bytes or a path")
             for g in range(f.metadata.num_row_groups):
@@ -336,7 +298,7 @@ class Parquet:
                 if group.total_byte_size > 2 << 30:
                     raise BadFile(file, f"row group {g} is over 2 GiB", "write smaller row groups")
                 largest = max(largest, group.total_byte_size)
-                self.groups.append((file, g, columns))
+                self.groups.append((file, g, pictures[0], captions[0] if captions else None))
                 runs.append(group.num_rows)
         self.window = max(1, CACHE_BYTES // largest)
         self.first = np.concatenate([[0], np.cumsum(runs)]).astype(np.int64)
@@ -349,66 +311,51 @@ class Parquet:
     def __len__(self):
         return len(self.rows)
 
-    def _at(self, i):
-        g = int(np.searchsorted(self.first, self.rows[i], "right")) - 1
-        return g, int(self.rows[i] - self.first[g]), *self.groups[g]
+    def _row(self, i):
+        """-> (file, picture cell, caption cell)."""
+        import pyarrow.parquet as pq
 
-    def _cell(self, i, which):
-        g, row, file, group, columns = self._at(i)
-        if columns[which] is None:
-            return None
+        g = int(np.searchsorted(self.first, self.rows[i], "right")) - 1
+        file, group, picture, caption = self.groups[g]
         if self.pid != os.getpid():  # a worker starts with its own cache
             self.pid, self.cache = os.getpid(), OrderedDict()
         if g not in self.cache:
-            import pyarrow.parquet as pq
-
             try:
-                self.cache[g] = pq.ParquetFile(file).read_row_group(group, columns=[c for c in columns if c])
+                columns = [picture, caption] if caption else [picture]
+                self.cache[g] = pq.ParquetFile(file).read_row_group(group, columns=columns)
             except Exception as e:
-                raise BadFile(f"{file} row group {group}", f"damaged ({printable(str(e))[:80]})",
-                              "download the file again") from None
+                what = f"damaged ({printable(str(e))[:80]})"
+                raise BadFile(f"{file} row group {group}", what, "download the file again") from None
             while len(self.cache) > 1 and sum(t.nbytes for t in self.cache.values()) > CACHE_BYTES:
                 self.cache.popitem(last=False)
         self.cache.move_to_end(g)
-        value = self.cache[g][columns[which]][row].as_py()
-        return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+        row = int(self.rows[i] - self.first[g])
+        return file, *(self.cache[g][c][row].as_py() if c else "" for c in (picture, caption))
 
-    def _file(self, i, which):
-        value = self._cell(i, which)
-        if not value:
-            raise BadFile(self.where(i), "no picture in it", "remove the row")
-        return inside(os.path.dirname(self._at(i)[2]) or ".", value) if isinstance(value, str) else value
-
-    def where(self, i):
-        return f"{self._at(i)[2]} row {self.rows[i]}"
+    def _picture(self, i):
+        """-> (bytes or path, name for messages, caption cell)."""
+        file, value, caption = self._row(i)
+        value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+        name = f"{file} row {self.rows[i]}"
+        if not isinstance(value, bytes | str) or not value:
+            raise BadFile(name, "no picture in it", "remove the row")
+        return inside(os.path.dirname(file) or ".", value) if isinstance(value, str) else value, name, caption
 
     def size(self, i):
-        return image_size(self._file(i, 0), self.where(i))
+        return image_size(*self._picture(i)[:2])
 
     def load(self, i, h, w):
-        image, caption, segments = read_image(self._file(i, 0), self.where(i), (h, w)), self._cell(i, 1), None
-        if isinstance(caption, list):
-            caption = next((c for c in caption if isinstance(c, str)), "")
-        if self._cell(i, 2):
-            segments = _read_labels(self._file(i, 2), self.where(i))
-        return dict(image=image, caption=caption or "", segments=segments)
-
-
-def _column(kinds, names, picture=False):
-    """The first of `names` with a usable type; for pictures else the first column that is a Hugging Face
-    struct."""
-    usable = ("struct<bytes", "binary", "large_binary", "string", "large_string", "list<string")
-    found = next((n for n in names if kinds.get(n, "").startswith(usable)), None)
-    return found or next((n for n, t in kinds.items() if picture and t.startswith("struct<bytes")), None)
+        picture, name, caption = self._picture(i)
+        texts = [c for c in (caption if isinstance(caption, list) else [caption]) if isinstance(c, str)]
+        image = read_image(picture, name, cover=(h, w))
+        return dict(image=image, caption=texts[0] if texts else "", segments=None)
 
 
 def open_source(spec, split="train"):
-    """"scenes", a folder of pictures, a parquet file or a folder of them -> source. SystemExit on anything
-    else.
+    """"scenes", a folder of pictures, a parquet file or a folder of them -> source; SystemExit on all else.
 
-    split "train", "heldout" or "all". A folder with a held-out part (a subfolder or parquet files called
-    heldout, val, validation, test or dev) uses it; else 5% of the rows, by a hash of the file name or row
-    number, are held out."""
+    split "train", "heldout" or "all". A folder's held-out part is its subfolder or parquet files of a name in
+    HELDOUT_NAMES, otherwise 5% of the rows, by a hash of the file name or row number."""
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
     if spec == "scenes":
@@ -437,7 +384,6 @@ def open_source(spec, split="train"):
 
 
 #### 3. geometry #############################################################################################
-
 SCENE_RATIOS = (1, 2 / 3, 3 / 2, 3 / 4, 4 / 3, 9 / 16, 16 / 9)  # the seven of OmniEdit
 RATIOS = SCENE_RATIOS + (1 / 2, 2, 1 / 3, 3, 1 / 4, 4)
 
@@ -447,10 +393,8 @@ def shapes(image_size, stride, ratios=RATIOS):
     """(h, w) of every ratio h / w: multiples of `stride` with about image_size**2 pixels."""
     if image_size < stride or image_size % stride:
         raise SystemExit(f"error: image_size: {image_size}: use a multiple of {stride}")
-    def side(r):
-        return max(stride, round(image_size * math.sqrt(r) / stride) * stride)
-
-    return tuple(dict.fromkeys((side(r), side(1 / r)) for r in ratios))
+    sides = [[round(image_size * s / stride) * stride or stride for s in (r**0.5, r**-0.5)] for r in ratios]
+    return tuple(dict.fromkeys(map(tuple, sides)))
 
 
 def bucket(h, w, image_size, stride, aspects):
@@ -465,8 +409,7 @@ def bucket(h, w, image_size, stride, aspects):
 def fit(image, h, w, y=0.5, x=0.5, segments=None):
     """Resize to cover (h, w) and crop at (y, x) in [0, 1], 0.5 = centre. uint8 [h', w', 3] -> [h, w, 3].
 
-    segments, int32 of any size and stretched to the picture, get the same crop by nearest neighbour -> [h,
-    w]."""
+    segments of any size, taken as stretched to the picture, get the same crop, nearest -> int32 [h, w]."""
     ih, iw = image.shape[:2]
     scale = max(h / ih, w / iw)
     bh, bw = min(ih, h / scale), min(iw, w / scale)
@@ -477,8 +420,10 @@ def fit(image, h, w, y=0.5, x=0.5, segments=None):
         box = (left * sx, top * sy, min(im.width, (left + bw) * sx), min(im.height, (top + bh) * sy))
         return np.array(im.resize((w, h), how, box, gap))
 
-    if segments is not None and (segments.shape != (h, w) or (ih, iw) != (h, w)):
-        segments = crop(Image.fromarray(segments), Image.Resampling.NEAREST)
+    if segments is not None:
+        segments = np.asarray(segments, np.int32)
+        if (ih, iw) != (h, w) or segments.shape != (h, w):
+            segments = crop(Image.fromarray(segments), Image.Resampling.NEAREST)
     if (ih, iw) != (h, w):
         image = crop(Image.fromarray(image), Image.Resampling.LANCZOS, 3.0)
     return image, segments
@@ -486,14 +431,13 @@ def fit(image, h, w, y=0.5, x=0.5, segments=None):
 
 #### 4. masks ################################################################################################
 # Kinds as in ByteEdit Sec. 4.1; every size and probability is ours, the paper gives none.
-
-
 def dilate(m, r):
     """bool [h, w] grown by r pixels in every direction (a square), in time independent of r."""
     for axis in (0, 1) if r > 0 else ():
-        n = m.shape[axis]
-        c = np.insert(np.cumsum(m, axis, dtype=np.int32), 0, 0, axis)
-        m = c.take(np.minimum(np.arange(n) + r + 1, n), axis) > c.take(np.maximum(np.arange(n) - r, 0), axis)
+        n, c = m.shape[axis], np.cumsum(m, axis, dtype=np.int32)
+        after, before = np.arange(n) + r, np.arange(n) - r - 1
+        first = (before >= 0)[:, None] if axis == 0 else before >= 0
+        m = c.take(np.minimum(after, n - 1), axis) > c.take(np.maximum(before, 0), axis) * first
     return m
 
 
@@ -503,8 +447,7 @@ def _box(m):
 
 
 def _strokes(h, w, rng, area, box=None):
-    """Brush strokes along random walks that start in `box` (top, left, bottom, right), until `area` is
-    covered."""
+    """Brush strokes along random walks from `box` (top, left, bottom, right) on, until `area` is covered."""
     im = Image.new("L", (w, h))
     draw, side = ImageDraw.Draw(im), math.sqrt(h * w)
     top, left, bottom, right = box or (0, 0, h, w)
@@ -514,9 +457,10 @@ def _strokes(h, w, rng, area, box=None):
         step = side * rng.uniform(0.05, 0.2, n)
         xs = np.clip(rng.uniform(left, right) + np.cumsum(step * np.cos(angle)), 0, w - 1)
         ys = np.clip(rng.uniform(top, bottom) + np.cumsum(step * np.sin(angle)), 0, h - 1)
-        draw.line(np.stack([xs, ys], 1).ravel().tolist(), fill=1, width=width, joint="curve")
-        for px, py in ((xs[0], ys[0]), (xs[-1], ys[-1])):
-            draw.ellipse((px - width / 2, py - width / 2, px + width / 2, py + width / 2), fill=1)
+        path, r = np.stack([xs, ys], 1).tolist(), width / 2
+        draw.line([tuple(p) for p in path], fill=1, width=width)
+        for px, py in path:  # round joints: joint="curve" is slower
+            draw.ellipse((px - r, py - r, px + r, py + r), fill=1)
         m = np.asarray(im)
         if m.mean() >= area:
             break
@@ -552,18 +496,15 @@ def _outward(h, w, rng):
 def instances(segments):
     """Label map -> (labels of instances, bool map of what erasing must not touch).
 
-    With a background label 0, instances are the other labels of at least 0.2% of the picture. Without
-    (BSDS500: one label per region), regions of 1% to 50%; if these leave no background, the largest region
-    counts as background."""
-    labels, area = np.unique(segments, return_counts=True)
-    area = area / segments.size
-    if (labels == 0).any():
-        return labels[(labels != 0) & (area >= 0.002)], segments != 0
+    With a background label 0: the other labels of at least 0.2% of the picture. Without (BSDS500: a label per
+    region): regions of 1% to 50%, and if these leave no background, the largest region counts as it."""
+    area = np.bincount(segments.ravel()) / segments.size  # [labels], labels are small and not negative
+    if area[0] > 0:
+        return np.flatnonzero(area[1:] >= 0.002) + 1, segments != 0
     keep = (area >= 0.01) & (area <= 0.5)
     solid = keep.copy()
-    if area[~solid].sum() < 0.05:
-        solid[area.argmax()] = False
-    return labels[keep], np.isin(segments, labels[solid])
+    solid[area.argmax()] &= area[~solid].sum() >= 0.05
+    return np.flatnonzero(keep), solid[segments]
 
 
 def make_mask(kind, h, w, rng, segments=None):
@@ -600,7 +541,7 @@ def make_mask(kind, h, w, rng, segments=None):
             m[int(max(0, top - grow)):int(bottom + grow), int(max(0, left - grow)):int(right + grow)] = True
     elif kind == "background":
         labels, solid = instances(segments) if segments is not None else ((), np.zeros((h, w), bool))
-        solid = dilate(solid, max(1, round(side / 64)))
+        solid = dilate(solid, max(1, round(side / 64)) if len(labels) else 0)
         free = np.flatnonzero(~solid)
         if not len(free):
             return None
@@ -615,8 +556,8 @@ def make_mask(kind, h, w, rng, segments=None):
                 m[y:y + bottom - top, x:x + right - left] = one[top:bottom, left:right]
                 m = dilate(m, max(1, round(side * rng.uniform(0.01, 0.06))))
             else:
-                m = _strokes(h, w, rng, area / 2, (y, x, y, x)) if what < 0.75 else \
-                    _rectangle(h, w, rng, area, (y, x))
+                shape = (_strokes, area / 2, (y, x, y, x)) if what < 0.75 else (_rectangle, area, (y, x))
+                m = shape[0](h, w, rng, *shape[1:])
             m = m & ~solid
             if m.mean() >= 0.01:
                 break
@@ -629,8 +570,7 @@ def make_mask(kind, h, w, rng, segments=None):
 
 def task_mask(task, h, w, rng, segments=None):
     """(mask, task): "t2i" global, "inpaint" irregular or square, "edit" instance, "outpaint" outward, "erase"
-    background. Where there is no instance to edit, or no background to erase from, the task becomes
-    "inpaint"."""
+    background. Without an instance to edit, or background to erase from, the task becomes "inpaint"."""
     kind = {"t2i": "global", "edit": "instance", "outpaint": "outward", "erase": "background"}.get(task)
     if kind and (m := make_mask(kind, h, w, rng, segments)) is not None:
         return m, task
@@ -638,8 +578,6 @@ def task_mask(task, h, w, rng, segments=None):
 
 
 #### 5. order ################################################################################################
-
-
 def _mix(z):
     """Bits of uint64 [n] scrambled (splitmix64); arithmetic wraps."""
     z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -647,22 +585,17 @@ def _mix(z):
     return z ^ (z >> np.uint64(31))
 
 
-@lru_cache(maxsize=256)
-def _round_keys(key):
-    return np.random.SeedSequence(key).generate_state(6, np.uint64)
-
-
 def permute(i, n, key):
-    """Keyed bijection of [0, n) applied to integers [k] (key: tuple of ints >= 0) -> int64 [k]: a shuffle of
-    any length that is never stored. A six-round Feistel network on an even number of bits, walked until it
-    lands below n."""
+    """Keyed bijection of [0, n), applied to integers [k] -> int64 [k]: a shuffle that is never stored.
+
+    A Feistel network on an even number of bits, walked until it lands below n. key: tuple of ints >= 0."""
     half = np.uint64(max(3, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
     x = np.array(i, np.uint64)
-    todo = np.arange(len(x))
+    todo, round_keys = np.arange(len(x)), np.random.SeedSequence(key).generate_state(6, np.uint64)
     while len(todo):
         left, right = x[todo] >> half, x[todo] & low
-        for k in _round_keys(key):
+        for k in round_keys:
             left, right = right, left ^ (_mix(right + k) & low)
         x[todo] = (left << half) | right
         todo = todo[x[todo] >= n]
@@ -685,26 +618,24 @@ def shuffled(i, runs, window, key, run_key):
     return (np.cumsum(runs) - runs)[order[run]] + out - (ends - runs[order])[run]
 
 
-class Request(NamedTuple):
-    """What one rank loads at a step. slot int64 [B] counts within the bucket; copy > 0 where it wrapped
-    round."""
-    step: int
-    epoch: int
-    shape: tuple
-    bucket: int
-    slot: np.ndarray
-    copy: np.ndarray
-    position: list
-    wrapped: int
+# What one rank loads at a step. slot int64 [B] counts within the bucket; copy > 0 where it wrapped round.
+Request = namedtuple("Request", "step epoch shape bucket slot copy position wrapped")
+
+
+def _size(source, i):
+    """source.size(i), or square where the file is bad: it is met again, named and counted while loading."""
+    try:
+        return source.size(i)
+    except BadFile:
+        return 1, 1
 
 
 class Sampler:
     """Endless order of a source: `request(step)` is a pure function of (seed, step, rank, world).
 
     In an epoch every bucket is shuffled and cut into global batches of world * batch_size, the last filled by
-    wrapping round (counted, nothing is dropped). All ranks have the same bucket at a step; buckets are
-    interleaved evenly. A source that draws at any size has one bucket whose shape, with `aspects`, is drawn
-    for every global batch."""
+    wrapping round. All ranks have the same bucket at a step; buckets are interleaved evenly. A source that
+    draws at any size has one bucket whose shape, with `aspects`, is drawn for every global batch."""
 
     def __init__(self, source, image_size, batch_size, seed, rank, world, aspects, stride):
         if batch_size < 1:
@@ -713,15 +644,12 @@ class Sampler:
         n, self.window, self.drawn = len(source), getattr(source, "window", 1), False
         runs = np.asarray(getattr(source, "runs", [n]))
         self.shapes, self.runs, self.members = shapes(image_size, stride, (1,)), [runs], [None]
-        if aspects and source.size(0) is None:
+        if aspects and _size(source, 0) is None:
             self.shapes, self.drawn = shapes(image_size, stride, SCENE_RATIOS), True
         elif aspects:
             every, which = shapes(image_size, stride), np.zeros(n, np.int64)
             for i in range(n):
-                try:
-                    which[i] = every.index(bucket(*source.size(i), image_size, stride, True))
-                except BadFile:
-                    pass  # met again, named and counted while loading
+                which[i] = every.index(bucket(*_size(source, i), image_size, stride, True))
             used, ends = np.unique(which), np.cumsum(runs)
             self.shapes, self.members = [every[b] for b in used], [np.flatnonzero(which == b) for b in used]
             run_of = np.searchsorted(ends, np.arange(n), "right")
@@ -730,8 +658,7 @@ class Sampler:
         self.batches = [-(-c // self.total) for c in self.count]
 
     def __len__(self):
-        """Steps in an epoch."""
-        return sum(self.batches)
+        return sum(self.batches)  # steps in an epoch
 
     def summary(self):
         if self.drawn:
@@ -755,8 +682,7 @@ class Sampler:
         at = np.arange(self.total) + j * self.total
         wrapped = int((at >= self.count[b]).sum())
         position = list(range(self.rank * self.batch, (self.rank + 1) * self.batch))
-        at = at[position]
-        keys = (self.seed, epoch, 2, b), (self.seed, epoch, 3)
+        at, keys = at[position], ((self.seed, epoch, 2, b), (self.seed, epoch, 3))
         slot = shuffled(at % self.count[b], self.runs[b], self.window, *keys)
         draw = np.random.default_rng([self.seed, step, 4]).integers(len(self.shapes)) if self.drawn else b
         return Request(step, epoch, self.shapes[draw], b, slot, at // self.count[b], position, wrapped)
@@ -776,7 +702,7 @@ class Listed:
             raise SystemExit(f"error: indices: {bad[0]}: {source.name} has {self.n:,}")
         share = -(-len(indices) // world)
         for p in [*range(rank * share, min((rank + 1) * share, len(indices))), None]:
-            size = aspects and p is not None and source.size(indices[p]) or (1, 1)
+            size = aspects and p is not None and _size(source, indices[p]) or (1, 1)
             shape = bucket(*size, image_size, stride, aspects)
             if group and (p is None or shape != last or len(group) == batch_size):
                 slot = np.array([indices[q] for q in group])
@@ -798,8 +724,6 @@ class Listed:
 
 
 #### 6. loaders ##############################################################################################
-
-
 def mixture(tasks):
     """Task -> probability, checked and summing to 1. SystemExit on an unknown task or an impossible
     number."""
@@ -815,31 +739,32 @@ def make_sample(source, tasks, prompt_free, hflip, train, index, h, w, rng, note
     """One picture with its task and mask; all randomness is from `rng`, in a fixed order. Raises BadFile."""
     item = source.load(index, h, w)
     y, x, flip, pick, drop = rng.random(5)
-    segments = None if item.get("segments") is None else np.asarray(item["segments"], np.int32)
-    image, segments = fit(item["image"], h, w, *((y, x) if train else (0.5, 0.5)), segments)
+    image, segments = fit(item["image"], h, w, *((y, x) if train else (0.5, 0.5)), item.get("segments"))
     if hflip and flip < 0.5:
         image, segments = image[:, ::-1], None if segments is None else segments[:, ::-1]
     edges = np.cumsum(list(tasks.values()))[:-1]
     asked = list(tasks)[int(np.searchsorted(edges, pick, "right"))]
     mask, task = task_mask(asked, h, w, rng, segments)
+    free = prompt_free.get(task, PROMPT_FREE[task]) if isinstance(prompt_free, dict) else prompt_free
     caption, cut = clean_caption(item["caption"])
     notes["captions cut"] += cut
     notes[f"{asked} turned into {task}"] += task != asked
-    caption = ERASE_PROMPT if task == "erase" else "" if drop < prompt_free[task] else caption
+    caption = ERASE_PROMPT if task == "erase" else "" if drop < free else caption
     return dict(image=image, mask=mask[None], caption=caption, task=task, segments=segments)
 
 
 class Batches(torch.utils.data.Dataset):
     """Item s is this rank's whole batch of step s, so that nothing depends on the number of workers.
 
-    make(index, h, w, rng, notes) -> dict of arrays, str or None; it may raise BadFile and then the next index
-    of the bucket takes the place. SystemExit must not end a worker, so problems travel in the batch and the
-    loader decides."""
+    make(index, h, w, rng, notes) -> dict of arrays, str or None; if it raises BadFile the next of the bucket
+    takes the place. SystemExit must not end a worker: problems travel in the batch, the loader decides."""
 
     def __init__(self, order, make, seed, max_bad):
         self.order, self.make, self.seed, self.max_bad = order, make, seed % 2**63, max_bad
 
     def __getitem__(self, step):
+        if torch.utils.data.get_worker_info():
+            torch.set_num_threads(1)
         r = self.order.request(step)
         first = [self.order.index(r.bucket, s) for s in r.slot]
         samples, index, bad, notes = [None] * len(first), list(first), {}, Counter(wrapped=r.wrapped)
@@ -853,27 +778,18 @@ class Batches(torch.utils.data.Dataset):
                 except BadFile as e:
                     bad[index[k]] = str(e)
             else:
-                return dict(bad=bad, notes=notes, read=len(first), fatal=True)
+                return dict(bad=bad, notes=dict(notes), read=len(first), fatal=True)
         batch = dict(index=torch.tensor(index), position=r.position, step=r.step, epoch=r.epoch)
         for key, value in samples[0].items():
             values = [s[key] for s in samples]
             if not isinstance(value, str):  # pictures stay uint8 here: a quarter of the shared memory
                 values = None if any(v is None for v in values) else torch.from_numpy(np.stack(values))
             batch[key] = values
-        return batch | dict(bad=bad, notes=notes, read=len(first), fatal=False)
-
-
-def _one_thread(_):
-    torch.set_num_threads(1)
-
-
-def _same(batch):
-    return batch
+        return batch | dict(bad=bad, notes=dict(notes), read=len(first), fatal=False)
 
 
 class Loader:
-    """Iterator over batches, once through. `stats()`: what was read, skipped, repeated. `summary`: the order
-    in words."""
+    """Iterator over batches, once through. `summary` says the order in words."""
 
     def __init__(self, source, order, make, seed, workers, steps, max_bad):
         self.source, self.max_bad, self.summary = source, max_bad, f"{source.name}: {order.summary()}"
@@ -881,10 +797,9 @@ class Loader:
         self._bad, self._read, self._notes = {}, 0, Counter()
         # its own generator: starting workers would else draw from the global one, and spoil exact resume
         self._loader = torch.utils.data.DataLoader(
-            Batches(order, make, seed, max_bad), batch_size=None, sampler=steps, num_workers=workers,
-            persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-            worker_init_fn=_one_thread, collate_fn=_same, pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator())
+            Batches(order, make, seed, max_bad), batch_size=None, sampler=steps or range(len(order)),
+            num_workers=workers, persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
     def __iter__(self):
         return self
@@ -898,7 +813,7 @@ class Loader:
         self._read += batch.pop("read") + len(bad)
         for i, problem in bad.items():
             if i not in self._bad:
-                skipped(problem)
+                print(f"skipped: {problem.removeprefix('error: ')}", file=sys.stderr)
                 self._bad[i] = problem
         if fatal or too_many(len(self._bad), self._read, self.max_bad):
             raise SystemExit(f"{list(self._bad.values())[-1]} (the last of {len(self._bad)} bad files among "
@@ -909,17 +824,11 @@ class Loader:
         return batch
 
     def stats(self):
-        """Counts of this process and rank: read, skipped (distinct files), wrapped (global), captions cut,
-        ..."""
+        """Counts of this process: read, skipped (distinct files), wrapped (over all ranks), captions cut."""
         return {"read": self._read, "skipped": len(self._bad), **{k: v for k, v in self._notes.items() if v}}
 
     def close(self):
-        """Ends the workers."""
-        self._batches = self._loader = None
-
-
-def _prompt_free(p):
-    return {**PROMPT_FREE, **p} if isinstance(p, dict) else dict.fromkeys(TASKS, p)
+        self._batches = self._loader = None  # ends the workers
 
 
 def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1, workers=2, start_step=0,
@@ -928,43 +837,32 @@ def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, wor
     (seed, s, rank, world) alone, and the ranks' batches joined on world * batch_size alone. Random crops.
 
     batch: image [B, 3, H, W] in [-1, 1]; mask [B, 1, H, W], 1 = regenerate; caption and task, lists of str;
-    index int64 [B]; segments int32 [B, H, W] or None; step, epoch; position, the samples' places in the
-    global batch. tasks: task -> weight. prompt_free: chance that a caption becomes "", one number or per
-    task; erasing always says ERASE_PROMPT. hflip is off by default: captions say left and right. A file that
-    cannot be used is named, counted and replaced by the next of its bucket; SystemExit beyond `max_bad`, or a
-    tenth of what was read.
-    """
+    index int64 [B]; segments int32 [B, H, W] or None; step, epoch; position, places in the global batch.
+    tasks: task -> weight. prompt_free: chance that a caption becomes "", one number or per task; erasing says
+    ERASE_PROMPT. hflip is off by default: captions say left and right. A bad file is named, counted and
+    replaced by the next of its bucket; SystemExit beyond `max_bad` or a tenth of what was read."""
     order = Sampler(source, image_size, batch_size, seed, rank, world, aspects, stride)
-    make = partial(make_sample, source, mixture(tasks), _prompt_free(prompt_free), hflip, True)
+    make = partial(make_sample, source, mixture(tasks), prompt_free, hflip, True)
     return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad)
 
 
 def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1,
                       workers=0, aspects=False, stride=8, prompt_free=0.0, max_bad=MAX_BAD):
-    """The given pictures once, in order, as `make_loader` batches: centre crops, masks a function of (seed,
-    index).
+    """The given pictures once, in order, as `make_loader` batches; centre crops, masks from (seed, index).
 
-    step is 0 and position the place in `indices`, so noise from (seed, step, position) does not depend on
-    batch size or world. Rank r takes the r-th contiguous share; the last batch may be smaller, and so may one
-    where the shape changes."""
+    step is 0 and position the place in `indices`, so noise from (seed, step, position) knows no batch size or
+    world. Rank r takes the r-th share; a batch ends early at the end and where the shape changes."""
     order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
-    make = partial(make_sample, source, mixture(tasks), _prompt_free(prompt_free), False, False)
-    return Loader(source, order, make, seed, workers, range(len(order)), max_bad)
+    make = partial(make_sample, source, mixture(tasks), prompt_free, False, False)
+    return Loader(source, order, make, seed, workers, None, max_bad)
 
 
 #### 7. preferences ##########################################################################################
-
-
-class Pair(NamedTuple):
-    image_better: str
-    caption_better: str
-    image_worse: str
-    caption_worse: str
+Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse")
 
 
 def _pairs_of(row):
-    """Row of a preference file -> list of Pair. ImageReward ranks: lower is better, equal ranks are no
-    pair."""
+    """Row of a preference file -> list of Pair. Of ImageReward's ranks lower is better; ties are skipped."""
     caption = next((row[k] for k in ("caption", "prompt", "text") if isinstance(row.get(k), str)), None)
     if "ranking" in row or "generations" in row:
         files, ranks = row.get("generations"), row.get("ranking")
@@ -985,18 +883,16 @@ def _pairs_of(row):
 
 
 class Pairs(list):
-    """List of Pair whose file names are under `root`."""
-    name, root, bad_rows = "", "", 0
+    """List of Pair, with .name, .root (the folder of its pictures) and .bad_rows."""
 
 
 def open_pairs(path, split="all", images=None, fraction=0.1):
-    """Preference file -> Pairs. A JSON list or JSON lines of ImageReward items {prompt, generations,
-    ranking}, of {caption, better, worse} with two pictures, or of {image, better, worse} with two captions;
-    told apart by their keys.
+    """Preference file -> Pairs: JSON list or JSON lines of ImageReward items {prompt, generations, ranking},
+    {caption, better, worse} with two pictures, {image, better, worse} with two captions, told by the keys.
 
     Pictures are relative to `images`, else to the file's folder. split "train" / "heldout" goes by a hash of
-    the prompt (of the picture, where captions are compared), since by pair a prompt would stand on both
-    sides; `fraction` is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
+    the prompt (the picture, where captions are compared), else a prompt would stand on both sides; `fraction`
+    is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
     path = Path(path)
     if split not in ("train", "heldout", "all") or not path.is_file():
         raise SystemExit(f"error: {path}, split {split!r}: no such file or split: use train, heldout or all")
@@ -1032,21 +928,18 @@ def make_pair(pairs, index, h, w, rng, notes):
 
 def pair_loader(pairs, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0, stride=8,
                 max_bad=MAX_BAD, once=False):
-    """Endless batches of preferences with the guarantees of `make_loader`: better, worse [B, 3, H, W] in [-1,
-    1], caption_better, caption_worse, index, position, step. `once`: each pair once, in order, for held-out
-    accuracy."""
-    make = partial(make_pair, pairs)
+    """Endless batches, as sure as `make_loader`'s: better, worse [B, 3, H, W] in [-1, 1], caption_better,
+    caption_worse, index, position, step. `once`: each pair once, in order, for held-out accuracy."""
     if once:
         order = Listed(pairs, range(len(pairs)), image_size, batch_size, rank, world, False, stride)
-        return Loader(pairs, order, make, seed, workers, range(len(order)), max_bad)
-    order = Sampler(pairs, image_size, batch_size, seed, rank, world, False, stride)
-    return Loader(pairs, order, make, seed, workers, range(start_step, sys.maxsize), max_bad)
+    else:
+        order = Sampler(pairs, image_size, batch_size, seed, rank, world, False, stride)
+    steps = None if once else range(start_step, sys.maxsize)
+    return Loader(pairs, order, partial(make_pair, pairs), seed, workers, steps, max_bad)
 
 
 #### python data.py check SPEC ###############################################################################
-
-
-def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = False, limit: int = 2_000,
+def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = False, limit: int = 500,
           out: str = "check.png"):
     """Open a data source and report counts, bad files, shapes, captions and mask areas; draw a sheet.
 
@@ -1064,44 +957,39 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
 
     source = open_source(spec, "train" if spec == "scenes" else "all")
     picks = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist()
-    used, lengths, areas, bad, rows, cuts, maps = Counter(), [], {t: [] for t in TASKS}, [], [], 0, 0
+    used, notes, lengths, areas, bad, rows = Counter(), Counter(), [], {t: [] for t in TASKS}, [], []
     for n, i in enumerate(tqdm(picks, disable=None, leave=False)):
         try:
             h, w = bucket(*(source.size(i) or (1, 1)), image_size, stride, aspects)
-            item = source.load(i, h, w)
+            row = []
+            for t in TASKS:
+                rng = np.random.default_rng([i, len(row)])
+                s = make_sample(source, {t: 1.0}, 0.0, False, False, i, h, w, rng, notes)
+                picture, m = s["image"], s["mask"][0, ..., None]
+                tint = (picture + 0.55 * m * (np.array([255, 40, 90]) - picture)).astype(np.uint8)
+                row.append(Image.fromarray(tint) if s["task"] == t else None)
+                areas[t] += [float(m.mean())] if s["task"] == t else []
+                lengths += [len(s["caption"].encode())] if t == "t2i" else []
         except BadFile as e:
             bad.append(str(e).removeprefix("error: "))
             continue
-        caption, cut = clean_caption(item["caption"])
-        segments = None if item.get("segments") is None else np.asarray(item["segments"], np.int32)
-        image, segments = fit(item["image"], h, w, segments=segments)
-        used[h, w], cuts, maps = used[h, w] + 1, cuts + cut, maps + (segments is not None)
-        lengths.append(len(caption.encode()))
-        row = [Image.fromarray(image)]
-        for k, t in enumerate(TASKS):
-            m, got = task_mask(t, h, w, np.random.default_rng([i, k]), segments)
-            areas[t] += [float(m.mean())] if got == t else []
-            tint = image + 0.55 * m[..., None] * (np.array([255, 40, 90]) - image)
-            row.append(Image.fromarray(tint.astype(np.uint8)) if got == t else None)
+        used[h, w] += 1
         if n >= len(rows) * len(picks) / 8:
-            rows.append(row)
+            rows.append([Image.fromarray(picture), *row])
     print(f"{source.name}: {len(source):,} pictures, {len(picks):,} looked at, {len(bad)} cannot be used, "
-          f"{getattr(source, 'bad_lines', 0)} bad metadata lines, {maps:,} with label maps")
-    for problem in bad[:20]:
-        print(f"  bad: {problem}")
-    for (h, w), n in used.most_common():
-        print(f"  shape {w}x{h}: {n:,}")
+          f"{getattr(source, 'bad_lines', 0)} bad metadata lines")
+    print("".join(f"  bad: {b}\n" for b in bad[:20]), end="")
+    print("".join(f"  shape {w}x{h}: {n:,}\n" for (h, w), n in used.most_common()), end="")
     if not lengths:
         raise SystemExit(f"error: {spec}: not one picture can be used: see the list above")
-    print(f"  captions: {sum(k > 0 for k in lengths):,}, median {int(np.median(lengths))} bytes, longest "
-          f"{max(lengths)}, {cuts} cut at {MAX_CAPTION}")
+    print(f"  captions: {sum(map(bool, lengths)):,}, median {int(np.median(lengths))} bytes, longest "
+          f"{max(lengths)}, {notes['captions cut'] // len(TASKS)} cut at {MAX_CAPTION}")
     for t, a in areas.items():
         low, mid, high = np.quantile(a, (0.05, 0.5, 0.95)) if a else (0, 0, 0)
         print(f"  mask area, {t}: median {mid:.2f}, 5% to 95% {low:.2f} to {high:.2f} ({len(a):,} pictures)")
     contact_sheet(rows, ["picture", *TASKS]).save(out)
     print(f"  sheet: {out}")
-    if bad:
-        raise SystemExit(1)
+    raise SystemExit(1 if bad else 0)
 
 
 if __name__ == "__main__":
