@@ -481,11 +481,25 @@ def finish(x0: Tensor, job: Job, seam: int) -> np.ndarray:
     if (h, w) != job.mask.shape:
         x = F.interpolate(x[None], job.mask.shape, mode="bicubic", antialias=True)[0]
     x = ((x.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-    a = torch.from_numpy(job.mask)[None, None]
-    for _ in range(seam):  # a linear ramp outwards from the mask, one pixel at a time
-        a = torch.maximum(a, F.max_pool2d(a, 3, 1, 1) - 1 / (seam + 1))
-    a = a[0, 0, ..., None].numpy()
+    a = np.maximum(job.mask, ramp(job.mask >= 0.5, seam))[..., None]
     return (a * x + (1 - a) * job.canvas + 0.5).astype(np.uint8)
+
+
+def ramp(mask: np.ndarray, seam: int) -> np.ndarray:
+    """bool [h, w] -> float32: 1 on the mask, falling to 0 within `seam` pixels around it.
+
+    Grown, then averaged over squares of at most the same radius: exactly 1 and exactly 0 stay so. Takes the
+    same time for every seam.
+    """
+    r = seam // 2
+    total, count = data.dilate(mask, seam - r).astype(np.int64), 1
+    for axis in (0, 1):
+        c = np.insert(np.cumsum(total, axis), 0, 0, axis)
+        i = np.arange(mask.shape[axis])
+        low, high = np.maximum(i - r, 0), np.minimum(i + r + 1, len(i))
+        total = c.take(high, axis) - c.take(low, axis)
+        count = count * np.expand_dims(high - low, 1 - axis)
+    return (total / count).astype(np.float32)
 
 
 def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dict) -> None:
@@ -518,11 +532,11 @@ def sheet_row(job: Job) -> tuple[str, list[Image.Image]]:
     """Title and pictures of one input on the contact sheet: the picture, its mask in red, the results."""
     if job.source is None:
         return job.prompt, job.results
-    a = 0.6 * job.mask[..., None]
-    red = np.array([235, 45, 60], np.float32)
-    overlay = ((1 - a) * job.canvas + a * red + 0.5).astype(np.uint8)
+    overlay = thumb(job.canvas)
+    tint = thumb((job.mask * 153 + 0.5).astype(np.uint8))
+    overlay.paste((235, 45, 60), (0, 0), tint)
     title = f"{job.name}: {job.prompt}" if job.prompt else job.name
-    return title, [thumb(job.source), thumb(overlay), *job.results]
+    return title, [thumb(job.source), overlay, *job.results]
 
 
 if __name__ == "__main__":
