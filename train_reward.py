@@ -116,12 +116,12 @@ def main(cfg: Config) -> None:
     opt = torch.optim.Adam(params, lr=cfg.lr, fused=True)
 
     # 4) resume: the newest checkpoint of --out that verifies
-    step, best, run_id = 0, 0.0, None
+    step, val, run_id = 0, {}, None
     if found:
         tensors, manifest = found
         common.load_state(reward, tensors["model"], cfg.out)
         common.load_optimizer_tensors(opt, tensors["optimizer"])
-        step, best, run_id = manifest["step"], manifest["meta"]["best"], manifest["meta"]["run_id"]
+        step, val, run_id = manifest["step"], manifest["meta"]["val"], manifest["meta"]["run_id"]
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
 
@@ -187,12 +187,12 @@ def main(cfg: Config) -> None:
         if held and (last or cfg.eval_every and step % cfg.eval_every == 0):
             every = 1 if last or not cfg.eval_pairs else max(1, len(held) // cfg.eval_pairs)
             result = accuracy(reward, held, every, cfg, dist, autocast)
-            best = max(best, result["val/acc"])
-            metrics.flush(step, {**result, "val/best": best})
+            val = {**result, "val/best": max(result["val/acc"], val.get("val/best", 0.0))}
+            metrics.flush(step, val)
         if step % cfg.save_every == 0 or last or stop:
             saved = common.save_checkpoint(
                 cfg.out, step, {"model": reward.state_dict(), "optimizer": common.optimizer_tensors(opt)},
-                {"arch": reward.arch, "config": asdict(cfg), "run_id": metrics.run_id, "best": best,
+                {"arch": reward.arch, "config": asdict(cfg), "run_id": metrics.run_id, "val": val,
                  "samples": step * cfg.batch_size * dist.world * cfg.accum}, cfg.keep, dist)
             lost_saves = 0 if saved else lost_saves + 1
             if lost_saves and (last or stop or lost_saves == 3):
@@ -300,21 +300,24 @@ def score_pairs(reward: model.PreferenceReward, batch: dict, device) -> tuple[Te
 def accuracy(reward, held: data.Pairs, every: int, cfg: Config, dist: common.Dist, autocast) -> dict:
     """Held-out accuracy on each `every`-th pair: the better couple must score higher, a tie is wrong.
 
-    With its 95 % Wilson interval, the loss, and the accuracy of every kind where the pairs have one. All
-    ranks get the same.
+    With its 95 % Wilson interval, the loss, mean and deviation of the scores (which the loss leaves free; the
+    manifest keeps them under meta.val, to normalise by, as ImageReward is), and the accuracy of every kind
+    where the pairs have one. All ranks get the same.
     """
     pairs = data.Pairs(held[::every])
     pairs.name, pairs.root = held.name, held.root
     kinds = [getattr(p, "kind", None) for p in pairs]
     rows = {"": 0, **{k: i for i, k in enumerate(sorted({k for k in kinds if k}), 1)}}
-    sums = torch.zeros(len(rows), 3, dtype=torch.float64)  # right, loss, pairs
+    sums = torch.zeros(len(rows), 5, dtype=torch.float64)  # right, loss, score, score^2, pairs
     loader = data.pair_loader(pairs, reward.cfg.image_size, cfg.batch_size, rank=dist.rank, world=dist.world,
                               workers=cfg.workers, stride=reward.cfg.patch, once=True)
     reward.eval()
     for batch in loader:
         with autocast:
             r_better, r_worse = score_pairs(reward, batch, dist.device)
-        one = torch.stack([r_better > r_worse, F.softplus(r_worse - r_better), torch.ones_like(r_better)], 1)
+        one = torch.stack([
+            (r_better > r_worse).float(), F.softplus(r_worse - r_better), (r_better + r_worse) / 2,
+            (r_better**2 + r_worse**2) / 2, torch.ones_like(r_better)], 1)
         for i, values in zip(batch["index"].tolist(), one.double().cpu()):
             for kind in {"", kinds[i] or ""}:
                 sums[rows[kind]] += values
@@ -323,10 +326,11 @@ def accuracy(reward, held: data.Pairs, every: int, cfg: Config, dist: common.Dis
     sums = sums.to(dist.device)
     if dist.world > 1:
         torch.distributed.all_reduce(sums)
-    (right, loss, n), *by_kind = sums.tolist()
+    (right, loss, score, square, n), *by_kind = sums.tolist()
     low, high = wilson(right, n)
     return {"val/acc": right / n, "val/low": low, "val/high": high, "val/pairs": int(n), "val/loss": loss / n,
-            **{f"val/acc_{kind}": r[0] / r[2] for kind, r in zip(list(rows)[1:], by_kind) if r[2]}}
+            "val/score_mean": score / n, "val/score_std": max(square / n - (score / n)**2, 0.0)**0.5,
+            **{f"val/acc_{kind}": r[0] / r[-1] for kind, r in zip(list(rows)[1:], by_kind) if r[-1]}}
 
 
 def wilson(right: float, n: float, z: float = 1.959964) -> tuple[float, float]:
