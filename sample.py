@@ -523,9 +523,11 @@ def write(path: Path, picture: Image.Image, row: str = "") -> None:
 
 
 def thumb(picture: np.ndarray) -> Image.Image:
+    """For the contact sheet: at most THUMB a side; tiny pictures magnified, their pixels visible."""
     im = Image.fromarray(picture)
     im.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
-    return im
+    zoom = max(1, THUMB // 2 // max(im.size))
+    return im.resize((im.width * zoom, im.height * zoom), Image.Resampling.NEAREST)
 
 
 def sheet_row(job: Job) -> tuple[str, list[Image.Image]]:
