@@ -4,8 +4,8 @@
     v   = noise - x_0                  what the network predicts, so x_0 = x_t - t v
 
 A *paper step* k of T (ByteEdit counts T = 20 down to 1) is the time shift(k / T). Networks enter as callables
-`denoise(x, t) -> v` with t [B]. Nothing here touches gradients or autocast: sample.py wraps its calls in inference mode,
-train_pefl.py runs some of them without gradient and one with.
+`denoise(x, t) -> v` with t [B]. Nothing here touches gradients or autocast: sample.py wraps its calls in
+inference mode, train_pefl.py runs some of them without gradient and one with.
 """
 
 import math
@@ -28,14 +28,18 @@ def bcast(t: Tensor) -> Tensor:
 
 
 def shift_t(t: Tensor | float, shift: float) -> Tensor | float:
-    """Move times towards noise: s t / (1 + (s - 1) t). SD3 uses s = 3 at 1024^2; 1 leaves them (Esser et al. 2024, Eq. 23)."""
+    """Move times towards noise: s t / (1 + (s - 1) t); s = 1 leaves them, SD3 uses 3 at 1024 x 1024.
+
+    Esser et al. 2024, Eq. 23.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def sample_t(u: Tensor, kind: str = "logit_normal", shift: float = 1.0) -> Tensor:
     """Training times from uniform draws u [B] in [0, 1) -> t [B].
 
-    "logit_normal": t = sigmoid(normal), dense in the middle (Esser et al. 2024, Sec. 3.1); "uniform": t = u. Then shifted.
+    "logit_normal": t = sigmoid(normal), dense in the middle (Esser et al. 2024, Sec. 3.1); "uniform": t = u.
+    Then shifted.
     """
     if kind == "logit_normal":
         u = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).to(u.dtype)
@@ -50,7 +54,7 @@ def step_time(k: Tensor | int, T: int, shift: float = 1.0) -> Tensor | float:
 
 
 def timesteps(n: int, shift: float = 1.0, start: int | None = None, stop: int = 0) -> list[float]:
-    """Times of the paper steps start, start - 1, ..., stop of n; the default runs from 1 (noise) to 0 (picture)."""
+    """Times of the paper steps start, start - 1, ..., stop of n; by default from 1 (noise) to 0 (picture)."""
     start = n if start is None else start
     return [float(step_time(k, n, shift)) for k in range(start, stop - 1, -1)]
 
@@ -81,7 +85,7 @@ def x0_from_v(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
 
 def guide(denoise_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], guidance: float) -> Denoise:
-    """Classifier-free guidance: v_null + g (v_cond - v_null), from a callable that returns (v_cond, v_null)."""
+    """Classifier-free guidance: v_null + g (v_cond - v_null); `denoise_pair` returns (v_cond, v_null)."""
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         cond, null = denoise_pair(x, t)
@@ -101,9 +105,9 @@ def sample(denoise: Denoise, x: Tensor, ts: list[float], solver: str = "euler",
            known: Tensor | None = None, noise: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Integrate dx/dt = v from ts[0] to ts[-1].
 
-    x: [B, C, H, W] at time ts[0], kept in fp32. solver: "euler", or "heun" (second order: two evaluations a step, the last
-    step to t = 0 is Euler's). With known, noise [B, C, H, W] and mask [B, 1, H, W] (1 = regenerate) every step puts the
-    known region back at its noise level. -> x at ts[-1].
+    x: [B, C, H, W] at time ts[0], kept in fp32. solver: "euler", or "heun" (second order: two evaluations a
+    step, the last step to t = 0 is Euler's). With known, noise [B, C, H, W] and mask [B, 1, H, W]
+    (1 = regenerate) every step puts the known region back at its noise level. -> x at ts[-1].
     """
     if solver not in ("euler", "heun"):
         raise SystemExit(f"error: unknown solver {solver!r}: use 'euler' or 'heun'")

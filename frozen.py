@@ -1,7 +1,7 @@
 """What is loaded and never trained: latent spaces and perceptual features.
 
-Weights come from safetensors, or from the one public file that exists in no other form (torchvision's VGG16), which is
-read with `weights_only=True`.
+Weights come from safetensors, or from the one public file that exists in no other form (torchvision's VGG16),
+which is read with `weights_only=True`.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PixelSpace:
-    """The latent space of models that work on pixels: latents are the picture itself, [B, 3, H, W] in [-1, 1]."""
+    """The latent space of models that work on pixels: the picture itself, [B, 3, H, W] in [-1, 1]."""
 
     stride, channels = 1, 3
 
@@ -31,16 +31,18 @@ class PixelSpace:
 class VGG16(nn.Module):
     """VGG16's convolutions (Simonyan & Zisserman 2015) up to relu4_3, under torchvision's names `features.N`.
 
-    Features after relu1_2, relu2_2, relu3_3 and relu4_3: the layers of Johnson et al. 2016 (ByteEdit Eq. 3 names none).
+    Features after relu1_2, relu2_2, relu3_3 and relu4_3, the layers of Johnson et al. 2016: ByteEdit's Eq. 3
+    names none.
     """
 
-    CONVS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
-             17: (256, 512), 19: (512, 512), 21: (512, 512)}
+    CONVS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256),
+             14: (256, 256), 17: (256, 512), 19: (512, 512), 21: (512, 512)}
     POOLS, TAPS = (4, 9, 16), (3, 8, 15, 22)
 
     def __init__(self):
         super().__init__()
-        self.features = nn.ModuleDict({str(i): nn.Conv2d(a, b, 3, padding=1) for i, (a, b) in self.CONVS.items()})
+        convs = {str(i): nn.Conv2d(a, b, 3, padding=1) for i, (a, b) in self.CONVS.items()}
+        self.features = nn.ModuleDict(convs)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
@@ -60,17 +62,19 @@ class VGG16(nn.Module):
 
 
 def load_vgg16(path: str) -> VGG16:
-    """VGG16 from torchvision's vgg16-397923af.pth or a safetensors copy of it; the classifier's weights are left out."""
+    """VGG16 from torchvision's vgg16-397923af.pth or a safetensors copy of it, without the classifier."""
     try:
         is_pickle = Path(path).suffix in (".pth", ".pt")
         weights = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     except Exception as e:
-        raise SystemExit(f"error: --vgg: {path}: cannot be read ({str(e).splitlines()[0]}): give torchvision's VGG16"
-                         " weights, .pth or .safetensors") from None
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise SystemExit(f"error: --vgg: {path}: cannot be read ({why}): give torchvision's VGG16 weights, "
+                         ".pth or .safetensors") from None
     net = VGG16()
     own = net.state_dict()
     kept = {k: v for k, v in weights.items() if k in own}
     if bad := [k for k in own if k not in kept or kept[k].shape != own[k].shape]:
-        raise SystemExit(f"error: --vgg: {path}: {bad[0]} is missing or of another shape: this is not torchvision's VGG16")
+        raise SystemExit(f"error: --vgg: {path}: {bad[0]} is missing or of another shape: give torchvision's "
+                         "VGG16 weights")
     net.load_state_dict(kept)
     return net.eval().requires_grad_(False)

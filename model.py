@@ -1,4 +1,4 @@
-"""What is trained: the editor (a multimodal diffusion transformer and its text encoder) and the reward models.
+"""What is trained: the editor (a multimodal diffusion transformer, its text encoder) and the reward models.
 
     1. Presets
     2. Primitives: patches, positions, timesteps, modulation
@@ -8,7 +8,7 @@
     6. LoRA, parameter groups
 
 Shapes: B batch, L tokens, D width, H heads, K head dim, p patch side; pictures and latents are [B, C, H, W].
-Conventions (DESIGN.md): x_t = (1 - t) x_0 + t noise, v = noise - x_0, t in [0, 1]; the network's sinusoid gets 1000 t.
+Conventions (flow.py): x_t = (1 - t) x_0 + t noise, v = noise - x_0, t in [0, 1]; the sinusoid gets 1000 t.
 """
 
 import math
@@ -45,8 +45,8 @@ class EditorConfig:
     qk_norm: bool = True  # RMS norm of queries and keys per head (SD3.5)
     dual: int = 0  # first blocks with a second, image-only attention (SD3.5-medium: 13)
     inpaint: bool = False  # input = noisy latents | mask | masked latents, concatenated along channels
-    predict: str = "v"  # what the last layer means: "v", or "x0" (converted to v; small pixel models learn it better)
-    txt_bytes: int = 128  # bytes of caption the built-in text encoder reads; 0: text features come from outside
+    predict: str = "v"  # the last layer's meaning: "v", or "x0" (made v; small pixel models learn it better)
+    txt_bytes: int = 128  # bytes of caption the built-in text encoder reads; 0: features come from outside
 
     @property
     def width(self) -> int:
@@ -62,10 +62,10 @@ PRESETS: dict[str, EditorConfig] = {
     "tiny": EditorConfig(predict="x0", qk_norm=False),
     "tiny-p8": EditorConfig(predict="x0", qk_norm=False, patch=8),
     "small": EditorConfig(depth=12, heads=6, pos_max=64, txt_dim=384, vec_dim=384, predict="x0"),
-    "sd3-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=192, learn_pos=False, txt_dim=4096,
-                               vec_dim=2048, qk_norm=False, txt_bytes=0),
-    "sd3.5-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=384, learn_pos=False, txt_dim=4096,
-                                 vec_dim=2048, dual=13, txt_bytes=0),
+    "sd3-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=192, learn_pos=False,
+                               txt_dim=4096, vec_dim=2048, qk_norm=False, txt_bytes=0),
+    "sd3.5-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=384, learn_pos=False,
+                                 txt_dim=4096, vec_dim=2048, dual=13, txt_bytes=0),
 }
 
 ####################################################################################################
@@ -74,7 +74,7 @@ PRESETS: dict[str, EditorConfig] = {
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> [B, (H/p)(W/p), D], row-major; inner order (channel, p, q) as the conv weight has it."""
+    """[B, C, H, W] -> [B, (H/p)(W/p), D], row-major; inner order (channel, p, q), as in the conv weight."""
 
     def __init__(self, patch: int, channels: int, width: int):
         super().__init__()
@@ -87,7 +87,7 @@ class PatchEmbed(nn.Module):
 
 
 def unpatchify(x: Tensor, h: int, w: int, p: int) -> Tensor:
-    """[B, hw, p*p*C] -> [B, C, h*p, w*p]. Trap: the inner order is (p, q, channel), not the input's (channel, p, q)."""
+    """[B, hw, p*p*C] -> [B, C, h*p, w*p]. Trap: inner order (p, q, channel), not (channel, p, q) as above."""
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
 
@@ -102,18 +102,18 @@ def sincos_2d(width: int, side: int) -> Tensor:
 
 
 def crop_pos(table: Tensor, h: int, w: int) -> Tensor:
-    """The central h x w window of a square table [1, S*S, D] -> [1, hw, D]; floor division, per axis (SD3)."""
+    """The central h x w window of a square table [1, S*S, D] -> [1, hw, D]; floor division per axis (SD3)."""
     side = math.isqrt(table.shape[1])
     if h > side or w > side:
-        raise SystemExit(f"error: a picture of {h}x{w} tokens is larger than the model's {side}x{side} position table:"
-                         " use a smaller picture")
+        raise SystemExit(f"error: a picture of {h}x{w} tokens is larger than the model's {side}x{side} "
+                         "position table: use a smaller picture")
     top, left = (side - h) // 2, (side - w) // 2
     grid = table.view(1, side, side, -1)[:, top:top + h, left:left + w]
     return grid.reshape(1, h * w, -1)
 
 
 class TimestepEmbed(nn.Module):
-    """t [B] in [0, 1] -> [B, D]: 256 sinusoids of 1000 t, [cos | sin], in fp32 (bf16 t moves the output by 15 %)."""
+    """t [B] in [0, 1] -> [B, D]: 256 sinusoids of 1000 t, [cos | sin], in fp32 (bf16 t: 15 % off)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -160,7 +160,7 @@ class MLP(nn.Module):
 
 
 class StreamAttention(nn.Module):
-    """One stream's projections around the joint attention; output order of qkv is [q | k | v], heads inside."""
+    """One stream's projections around the joint attention; qkv puts out [q | k | v], heads inside."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, pre_only: bool = False):
         super().__init__()
@@ -200,7 +200,7 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
 
     def modulation(self, silu_c: Tensor) -> tuple[Tensor, ...]:
-        """silu_c [B, D] = SiLU(c), taken once for all blocks -> the chunks (shift, scale, gate, ...), each [B, D]."""
+        """silu_c [B, D] = SiLU(c), the same for all blocks -> chunks (shift, scale, gate, ...), [B, D]."""
         return self.adaLN_modulation[1](silu_c).chunk(2 if self.pre_only else 9 if self.dual else 6, dim=-1)
 
 
@@ -247,7 +247,7 @@ class FinalLayer(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """SD3's transformer. Every Linear has a bias; LayerNorms have no weights; text tokens carry no positions."""
+    """SD3's transformer. Every Linear has a bias, LayerNorms have no weights, text tokens no positions."""
 
     def __init__(self, cfg: EditorConfig):
         super().__init__()
@@ -260,13 +260,13 @@ class MMDiT(nn.Module):
         self.y_embedder = VectorEmbed(cfg.vec_dim, D)
         self.context_embedder = nn.Linear(cfg.txt_dim, D)
         self.joint_blocks = nn.ModuleList(
-            JointBlock(D, cfg.heads, cfg.qk_norm, last=i == cfg.depth - 1, dual=i < cfg.dual) for i in range(cfg.depth)
-        )
+            JointBlock(D, cfg.heads, cfg.qk_norm, last=i == cfg.depth - 1, dual=i < cfg.dual)
+            for i in range(cfg.depth))
         self.final_layer = FinalLayer(D, cfg.patch**2 * cfg.channels)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier everywhere, zero biases; modulations and the output start at zero (adaLN-zero, Peebles & Xie 2022)."""
+        """Xavier, zero biases; modulations and the output start at zero (adaLN-zero, Peebles & Xie 2022)."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -298,13 +298,14 @@ class MMDiT(nn.Module):
 
 
 def widen_input(weights: dict[str, Tensor], channels_in: int, key: str) -> dict[str, Tensor]:
-    """Give a patch embedding more input channels: the new columns are zero, so the output is unchanged at first.
+    """Give a patch embedding more input channels. Their columns are zero: the output is unchanged at first.
 
     weights: a state dict; key: its patch embedding's weight, [D, C, p, p] -> [D, channels_in, p, p].
     """
     w = weights[key]
     if w.shape[1] > channels_in:
-        raise SystemExit(f"error: {key}: the checkpoint has {w.shape[1]} input channels, the model only {channels_in}")
+        raise SystemExit(f"error: {key}: the checkpoint has {w.shape[1]} input channels, the model only "
+                         f"{channels_in}: name another checkpoint")
     wide = w.new_zeros(w.shape[0], channels_in, *w.shape[2:])
     wide[:, : w.shape[1]] = w
     return {**weights, key: wide}
@@ -333,9 +334,9 @@ class SelfBlock(nn.Module):
 
 
 class ByteText(nn.Module):
-    """UTF-8 bytes -> text tokens and a pooled vector. Default ours: no paper trains its text encoder from scratch.
+    """UTF-8 bytes -> text tokens and a pooled vector. Default ours: no paper trains its text encoder.
 
-    Two convolutions turn the bytes into a quarter as many tokens, since joint attention pays for each of them.
+    Two convolutions turn the bytes into a quarter as many tokens: joint attention pays for each of them.
     Padding is byte 0 and is attended to, as SD3's is.
     """
 
@@ -371,7 +372,7 @@ class ByteText(nn.Module):
 class Editor(nn.Module):
     """The trained generator: an MMDiT and, when it learns from scratch, its text encoder."""
 
-    X0_T_MIN = 0.05  # v = (x_t - x0) / t is divided by at least this: its error explodes at t -> 0 (default ours)
+    X0_T_MIN = 0.05  # v = (x_t - x0) / t divides by at least this: errors explode at t -> 0 (default ours)
 
     def __init__(self, cfg: EditorConfig):
         super().__init__()
@@ -385,15 +386,16 @@ class Editor(nn.Module):
         return {"kind": "editor", **asdict(self.cfg)}
 
     def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """[B] captions -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is the null condition of guidance and dropout."""
+        """[B] captions -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's null condition."""
         return self.text(self.text.tokenize(captions).to(self.mmdit.pos_embed.device))
 
     def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor,
                 mask: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """Velocity at x_t.
 
-        x [B, C, H, W] at times t [B] in [0, 1]; mask [B, 1, H, W], 1 = regenerate; masked [B, C, H, W] = x_0 (1 - mask).
-        Without a mask an inpainting model generates the whole picture (mask of ones, ByteEdit's global mask). -> v [B, C, H, W]
+        x [B, C, H, W] at times t [B] in [0, 1]; mask [B, 1, H, W], 1 = regenerate; masked [B, C, H, W] is
+        x_0 (1 - mask). Without a mask an inpainting model generates the whole picture (mask of ones,
+        ByteEdit's global mask). -> v [B, C, H, W]
         """
         inp = x
         if self.cfg.inpaint:
@@ -414,11 +416,13 @@ def build_editor(arch: dict) -> Editor:
 def config_from(cls: type, arch: dict, kind: str):
     """cls from a manifest's arch dict, refusing other kinds and unknown fields in one line."""
     if arch.get("kind") != kind:
-        raise SystemExit(f"error: the checkpoint holds a {arch.get('kind')!r}, this needs a {kind!r}: name another folder")
+        raise SystemExit(f"error: the checkpoint holds a {arch.get('kind')!r}, this needs a {kind!r}: name "
+                         "another folder")
     known = {f.name for f in fields(cls)}
     unknown = set(arch) - known - {"kind"}
     if unknown:
-        raise SystemExit(f"error: unknown fields {sorted(unknown)} in the checkpoint's arch: it is of another version")
+        raise SystemExit(f"error: unknown fields {sorted(unknown)} in the checkpoint's arch: another version "
+                         "of this code wrote it: use that version")
     return cls(**{k: v for k, v in arch.items() if k in known})
 
 
@@ -467,7 +471,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ViT(nn.Module):
-    """Vision transformer under the names BLIP, ImageReward and DINO share. Returns all tokens, [CLS] first."""
+    """Vision transformer under the names that BLIP, ImageReward and DINO share. All tokens, [CLS] first."""
 
     def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, channels: int = 3):
         super().__init__()
@@ -478,7 +482,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W], already normalised -> [B, 1 + hw, D]; the position table is resized to other h x w (bicubic)."""
+        """[B, C, H, W], normalised -> [B, 1 + hw, D]; the position table is resized to h x w (bicubic)."""
         p = self.patch_embed.proj.kernel_size[0]
         h, w = x.shape[-2] // p, x.shape[-1] // p
         side = math.isqrt(self.pos_embed.shape[1] - 1)
@@ -495,7 +499,7 @@ class ViT(nn.Module):
 
 
 class BertSelf(nn.Module):
-    """Query, key, value of BERT (separate Linears); keys and values may come from another width (cross-attention)."""
+    """Query, key, value of BERT (separate Linears); keys and values may come from another width."""
 
     def __init__(self, width: int, heads: int, kv_width: int):
         super().__init__()
@@ -505,7 +509,8 @@ class BertSelf(nn.Module):
         self.value = nn.Linear(kv_width, width)
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-        q, k, v = (rearrange(y, "b l (h k) -> b h l k", h=self.heads) for y in (self.query(x), self.key(kv), self.value(kv)))
+        qkv = self.query(x), self.key(kv), self.value(kv)
+        q, k, v = (rearrange(y, "b l (h k) -> b h l k", h=self.heads) for y in qkv)
         return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b h l k -> b l (h k)")
 
 
@@ -549,15 +554,16 @@ class MedText(nn.Module):
         super().__init__()
         D = cfg.txt_width
         self.embeddings = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(cfg.vocab, D), "position_embeddings": nn.Embedding(cfg.positions, D),
+            "word_embeddings": nn.Embedding(cfg.vocab, D),
+            "position_embeddings": nn.Embedding(cfg.positions, D),
             "LayerNorm": nn.LayerNorm(D, eps=1e-12)})
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(MedLayer(cfg) for _ in range(cfg.txt_depth))})
 
     def forward(self, ids: Tensor, attend: Tensor, img: Tensor) -> Tensor:
         """ids, attend [B, L] (attend 0 = padding), img [B, N, vit_width] -> [B, L, D]."""
         e = self.embeddings
-        x = e["word_embeddings"](ids) + e["position_embeddings"](torch.arange(ids.shape[1], device=ids.device))
-        x = e["LayerNorm"](x)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x = e["LayerNorm"](e["word_embeddings"](ids) + e["position_embeddings"](places))
         bias = torch.zeros_like(attend, dtype=x.dtype).masked_fill(attend == 0, -10000.0)[:, None, None]
         for layer in self.encoder["layer"]:
             x = layer(x, img, bias)
@@ -565,7 +571,7 @@ class MedText(nn.Module):
 
 
 class RewardHead(nn.Module):
-    """ImageReward's head on [CLS]: five Linears without activations (its source has them commented out), dropout in training."""
+    """ImageReward's head on [CLS]: five Linears without activations between them, dropout in training."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -574,8 +580,8 @@ class RewardHead(nn.Module):
             nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
 
     def init_weights(self, original: bool) -> None:
-        """`original`: ImageReward's Normal(0, 1 / (in + 1)). It shrinks [CLS] to 1e-9 and its gradient below Adam's eps:
-        the known plateau at loss 0.6931. Ours: Normal(0, 1 / sqrt(in)), which keeps the scale."""
+        """`original`: ImageReward's Normal(0, 1 / (in + 1)). It shrinks [CLS] to 1e-9 and its gradient below
+        Adam's eps: the known plateau at loss 0.6931. Ours: Normal(0, 1 / sqrt(in)), which keeps the scale."""
         for m in self.layers:
             if isinstance(m, nn.Linear):
                 fan = self.layers[0].in_features + 1 if original else m.in_features**0.5
@@ -587,18 +593,20 @@ class RewardHead(nn.Module):
 
 
 class PreferenceReward(nn.Module):
-    """R(c, x): the aesthetic and the alignment reward (ByteEdit Sec. 3.1, 3.2), in ImageReward's structure and names."""
+    """R(c, x): the aesthetic and the alignment reward (ByteEdit Sec. 3.1, 3.2), built as ImageReward is."""
 
     def __init__(self, cfg: RewardConfig, original_init: bool = False):
         super().__init__()
         self.cfg = cfg
         self.blip = nn.ModuleDict({
-            "visual_encoder": ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth, cfg.vit_heads),
+            "visual_encoder": ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth,
+                                  cfg.vit_heads),
             "text_encoder": MedText(cfg)})
         self.mlp = RewardHead(cfg.txt_width)
         for m in self.blip.modules():
             if isinstance(m, nn.Linear | nn.Embedding):
-                nn.init.normal_(m.weight, std=0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5)
+                std = 0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5
+                nn.init.normal_(m.weight, std=std)
         self.mlp.init_weights(original_init)
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
@@ -609,12 +617,13 @@ class PreferenceReward(nn.Module):
         return {"kind": "reward", **asdict(self.cfg)}
 
     def tokenize(self, captions: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """[B] captions -> ids, attend [B, L]; attend is 0 on padding. L is the longest of the batch, at most txt_len."""
+        """[B] captions -> ids, attend [B, L], attend 0 on padding; L is the batch's longest, <= txt_len."""
         rows = self.tokenizer.encode_batch(captions)
-        return tuple(torch.tensor([getattr(r, k) for r in rows], device=device) for k in ("ids", "attention_mask"))
+        ids, attend = [r.ids for r in rows], [r.attention_mask for r in rows]
+        return torch.tensor(ids, device=device), torch.tensor(attend, device=device)
 
     def image_features(self, image: Tensor) -> list[Tensor]:
-        """image [B, 3, H, W] in [-1, 1] -> [the image tower's tokens, B x N x D]: a perceptual distance where no VGG is given."""
+        """image [B, 3, H, W] in [-1, 1] -> [the image tower's tokens [B, N, D]], in place of VGG's maps."""
         return [self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)]
 
     def forward(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
@@ -640,13 +649,14 @@ def build_reward(arch: dict) -> PreferenceReward:
 
 
 class CoherenceReward(nn.Module):
-    """R_gamma(x): a score for every pixel, > 0 = looks real (ByteEdit Eq. 6). Trained online; also the discriminator."""
+    """R_gamma(x): a score for every pixel, > 0 = looks real (ByteEdit Eq. 6). Also the discriminator."""
 
     def __init__(self, cfg: CoherenceConfig):
         super().__init__()
         self.cfg = cfg
         self.vit = ViT(cfg.pos_side, cfg.patch, cfg.width, cfg.depth, cfg.heads)
-        self.head = nn.Sequential(nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.patch**2))
+        self.head = nn.Sequential(
+            nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.patch**2))
 
     @property
     def arch(self) -> dict:
@@ -677,9 +687,9 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Freeze `model` and give the attention and MLP Linears of its joint blocks a trainable low-rank update, zero at first.
+    """Freeze `model`; give the attention and MLP Linears of its joint blocks a trainable low-rank update.
 
-    Alpha equals the rank. `merged_state` returns plain weights under the plain names.
+    It starts at zero; alpha equals the rank. `merged_state` returns plain weights under the plain names.
     """
     model.requires_grad_(False)
     for name, m in model.named_modules():
@@ -701,7 +711,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups over trainable parameters: matrices decay; biases, norms, embeddings and positions do not."""
+    """AdamW groups of what trains: matrices decay; biases, norms, embeddings and positions do not."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     decay = [p for n, p in named if p.ndim >= 2 and "embed" not in n and not n.endswith("pos")]
     chosen = set(map(id, decay))

@@ -24,7 +24,7 @@ import model
 class Config:
     out: str = "out/omni"  # run folder: checkpoints, metrics.jsonl, sample sheets
     data: str = "scenes"  # "scenes", a folder of pictures or a .parquet file / folder
-    stage: Literal["base", "inpaint"] = "inpaint"  # base: text to image; inpaint: + mask and masked picture as input
+    stage: Literal["base", "inpaint"] = "inpaint"  # base: text to image; inpaint: + mask and masked picture
     preset: str = "tiny"  # architecture, see PRESETS in model.py; ignored with --init
     init: str | None = None  # checkpoint folder to start from (its EMA); a base is widened for inpainting
     image_size: int = 32  # side of the square (or of the square of equal area, with --aspects)
@@ -64,7 +64,8 @@ def main(cfg: Config) -> None:
     device = dist.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
 
-    # 1) model: from scratch, or from a checkpoint whose patch embedding gets zero columns for mask and masked picture
+    # 1) model: from scratch, or from a checkpoint; a base's patch embedding gets zero columns for the mask
+    #    and the masked picture
     torch.manual_seed(cfg.seed)
     if cfg.init:
         weights, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
@@ -81,13 +82,16 @@ def main(cfg: Config) -> None:
     if not editor.cfg.txt_bytes:
         raise SystemExit(f"error: --preset: {cfg.preset}: needs a VAE and text encoders: use tiny or small")
     if cfg.image_size % editor.cfg.patch:
-        raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of the patch, {editor.cfg.patch}")
+        raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of the patch, "
+                         f"{editor.cfg.patch}")
     editor.to(device)
     editor.mmdit.checkpoint = cfg.checkpointing
-    common.print0(f"{cfg.stage}: {common.n_params(editor) / 1e6:.1f} M parameters, {device}, {dist.world} rank(s)")
+    size = common.n_params(editor) / 1e6
+    common.print0(f"{cfg.stage}: {size:.1f} M parameters, {device}, {dist.world} rank(s)")
 
     # 2) optimiser, averaged weights
-    opt = torch.optim.AdamW(model.param_groups(editor, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    groups = model.param_groups(editor, cfg.weight_decay)
+    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ema = common.EMA(editor, cfg.ema)
 
     # 3) resume: the newest checkpoint of --out that verifies
@@ -108,8 +112,8 @@ def main(cfg: Config) -> None:
     source = data.open_source(cfg.data, "train")
     tasks = TASKS[cfg.stage]
     loader = data.make_loader(
-        source, cfg.image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers,
-        start_step=step * cfg.accum, aspects=cfg.aspects, stride=editor.cfg.patch)
+        source, cfg.image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world,
+        workers=cfg.workers, start_step=step * cfg.accum, aspects=cfg.aspects, stride=editor.cfg.patch)
     common.print0(loader.summary)
     grid = sample_inputs(cfg, editor)
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
@@ -124,11 +128,11 @@ def main(cfg: Config) -> None:
         for micro in range(cfg.accum):
             with perf.wait():
                 batch = next(loader)
-            x0, mask = batch["image"].to(device), batch["mask"].to(device)               # [B, 3, H, W], [B, 1, H, W]
+            x0, mask = batch["image"].to(device), batch["mask"].to(device)      # [B, 3, H, W], [B, 1, H, W]
 
             # 5) everything random comes from (seed, step, global position of the sample)
             gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
-            t = flow.sample_t(common.rand(gens, device), cfg.t_density, cfg.shift)         # [B]
+            t = flow.sample_t(common.rand(gens, device), cfg.t_density, cfg.shift)                       # [B]
             keep_caption = (common.rand(gens) >= cfg.drop_caption).tolist()
             noise = common.randn(gens, x0.shape[1:], device)
             captions = [c if k else "" for c, k in zip(batch["caption"], keep_caption)]
@@ -137,12 +141,13 @@ def main(cfg: Config) -> None:
             with autocast:
                 txt, vec = editor.encode_text(captions)
                 v = editor(flow.interpolate(x0, noise, t), t, txt, vec, mask, x0 * (1 - mask))
-            error = (v.float() - flow.velocity(x0, noise)).square().flatten(1).mean(1)      # [B]
+            error = (v.float() - flow.velocity(x0, noise)).square().flatten(1).mean(1)                   # [B]
             loss = error.mean()
             (loss / cfg.accum).backward()
             loss_sum += loss.detach() / cfg.accum
-            for lo, name in ((0.0, "loss_t/0-25"), (0.25, "loss_t/25-50"), (0.5, "loss_t/50-75"), (0.75, "loss_t/75-100")):
-                metrics.add(**{name: error.detach()[(t >= lo) & (t < lo + 0.25)]})
+            for lo in (0, 25, 50, 75):
+                inside = (100 * t >= lo) & (100 * t < lo + 25)
+                metrics.add(**{f"loss_t/{lo}-{lo + 25}": error.detach()[inside]})
             perf.add(len(x0) * dist.world)
 
         # 7) one verdict for all ranks; a non-finite step changes nothing
@@ -151,9 +156,10 @@ def main(cfg: Config) -> None:
         stop, bad = common.sync_flags(dist, ~torch.isfinite(grad_norm) | ~torch.isfinite(loss_sum))
         bad_steps = bad_steps + 1 if bad else 0
         if bad:
-            common.print0(f"warning: step {step}: non-finite loss or gradient, skipped ({bad_steps} in a row)")
+            common.print0(f"warning: step {step}: non-finite loss or gradient, skipped ({bad_steps} running)")
             if bad_steps == 20:
-                raise SystemExit(f"error: {cfg.out}: 20 non-finite steps in a row: lower --lr or resume an earlier checkpoint")
+                raise SystemExit(f"error: {cfg.out}: 20 non-finite steps in a row: lower --lr or resume an "
+                                 "earlier checkpoint")
         else:
             opt.step()
             ema.update()
@@ -164,16 +170,18 @@ def main(cfg: Config) -> None:
 
         # 8) logs, samples from the averaged weights, checkpoints
         if step % cfg.log_every == 0 or step == cfg.steps:
-            metrics.flush(step, {"lr": opt.param_groups[0]["lr"], "data/skipped": loader.stats()["skipped"], **perf.read()})
+            metrics.flush(step, {"lr": opt.param_groups[0]["lr"], "data/skipped": loader.stats()["skipped"],
+                                 **perf.read()})
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == cfg.steps) and common.is_main(dist):
             with ema.swapped(), torch.inference_mode(), autocast:
                 metrics.images(step, {"samples": sample_sheet(cfg, editor, grid, device)})
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             common.save_checkpoint(
                 cfg.out, step,
-                {"model": editor.state_dict(), "ema": ema.state_dict(), "optimizer": common.optimizer_tensors(opt)},
-                {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step, "run_id": metrics.run_id},
-                cfg.keep, dist)
+                {"model": editor.state_dict(), "ema": ema.state_dict(),
+                 "optimizer": common.optimizer_tensors(opt)},
+                {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step,
+                 "run_id": metrics.run_id}, cfg.keep, dist)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break
@@ -186,8 +194,9 @@ def main(cfg: Config) -> None:
 def sample_inputs(cfg: Config, editor: model.Editor) -> dict:
     """The fixed held-out pictures, masks and captions of every sample sheet."""
     source = data.open_source(cfg.data, "heldout")
-    indices = range(min(8, len(source)))
-    return next(data.make_eval_batches(source, indices, cfg.image_size, 8, TASKS[cfg.stage], stride=editor.cfg.patch))
+    tasks = TASKS[cfg.stage]
+    return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8, tasks,
+                                       stride=editor.cfg.patch))
 
 
 def sample_sheet(cfg: Config, editor: model.Editor, batch: dict, device: torch.device):
@@ -205,7 +214,8 @@ def sample_sheet(cfg: Config, editor: model.Editor, batch: dict, device: torch.d
     plain = flow.sample(lambda x, t: editor(x, t, txt, vec, mask, masked), noise, ts)
     guided = flow.sample(flow.guide(both, 3.0), noise, ts)
     rows = [list(row) for row in zip(x0.cpu(), masked.cpu(), plain.cpu(), guided.cpu())]
-    return common.contact_sheet(rows, ["picture", "input", "20 steps", "guidance 3"], row_titles=batch["caption"])
+    titles = ["picture", "input", "20 steps", "guidance 3"]
+    return common.contact_sheet(rows, titles, row_titles=batch["caption"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fused operations, one per file; each file holds its maths, its plain-torch reference and its public function.
+"""Fused operations, one per file, each with its maths, its plain-torch reference and its public function.
 
 `kernels/` is the only place that asks what device a tensor is on.
 """

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this many tokens a CPU does softmax(q k^T) v as two batched products: the fused CPU kernel's backward is
-# 3x slower there in bf16 (B 64, 3 heads of 64, 96 tokens, 3 threads: 20.8 ms against 6.3 ms forward + backward).
+# Below this many tokens a CPU does softmax(q k^T) v as two batched products: the fused CPU kernel's backward
+# is 3x slower there in bf16 (B 64, 3 heads of 64, 96 tokens, 3 threads: 20.8 ms against 6.3 ms forward and
+# backward).
 CPU_MATH_TOKENS = 512
 
 
@@ -26,7 +27,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def joint_attention(q: list[Tensor], k: list[Tensor], v: list[Tensor]) -> list[Tensor]:
     """Attend jointly over streams. q, k, v: one [B, L_i, H, D] per stream -> one [B, L_i, H, D] per stream.
 
-    A stream whose q is None only lends its keys and values (the context of SD3's last block) and gets None back.
+    A stream whose q is None only lends its keys and values (the context of SD3's last block); it gets None.
     """
     asked = [x for x in q if x is not None]
     lengths = [x.shape[1] for x in asked]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def blend_known(x: Tensor, known: Tensor, noise: Tensor, mask: Tensor, t: Tensor | float) -> Tensor:
-    """x, known, noise [B, C, H, W]; mask [B, 1, H, W] in [0, 1]; t in [0, 1], a float or [B] -> [B, C, H, W] in x's dtype.
+    """x, known, noise [B, C, H, W]; mask [B, 1, H, W] in [0, 1]; t in [0, 1], a float or [B] -> [B, C, H, W].
 
-    Computed in fp32. Differentiable in x and known.
+    Computed in fp32, returned in x's dtype. Differentiable in x and known.
     """
     if torch.is_tensor(t):
         t = t.float().view(-1, 1, 1, 1)
