@@ -8,9 +8,9 @@
 A scene's description is known, so the judge needs no human: a parser network reads attributes back from the
 picture, and the exact picture that belongs in the hole is drawn again. The judge is never a reward:
 training on it would end its use. Tasks are the paper's (ByteEdit Sec. 4.2): outpaint, edit
-(inpainting-editing), erase (inpainting-erasing). Masks depend on the scene, noise on (seed, scene): equal for every
-checkpoint, so that all comparisons are paired. Intervals are 95% bootstraps over scenes. Every picture is
-judged as 8 bits per channel and with the known pixels pasted back.
+(inpainting-editing), erase (inpainting-erasing). Masks depend on the scene, noise on (seed, scene): equal for
+every checkpoint, so that all comparisons are paired. Intervals are 95% bootstraps over scenes. Every picture
+is judged as 8 bits per channel and with the known pixels pasted back.
 
     1. Config     2. Statistics                3. Parser    4. Cases: picture, mask, truth
     5. Results    6. Metrics of a picture      7. parser, scenes, compare              8. prefs
@@ -23,7 +23,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +51,7 @@ TASKS = ("outpaint", "edit", "erase")
 @dataclass
 class Config:
     task: tyro.conf.Positional[Literal["parser", "scenes", "compare", "prefs"]]
-    ckpt: str = ""  # checkpoints, folders of saved pictures, with commas; prefs: the base
+    ckpt: str = ""  # checkpoints or folders of saved pictures, with commas; prefs: the base
     out: str = "out/evaluate"  # folder for results.json and the sheet, for the parser, or for the preferences
     save: str = ""  # scenes: also keep the pictures here, a folder for each checkpoint, for a later `compare`
     parser: str = "assets/parser"  # the judge's parser
@@ -338,8 +338,8 @@ def load_parser(path: str, device: torch.device) -> Parser:
     net = Parser()
     if manifest.get("arch") != net.arch:
         kind = manifest.get("arch", {}).get("kind")
-        raise SystemExit(f"error: --parser: {path}: holds a {kind!r}, or other labels than scenes.py: train the"
-                         " judge: `python evaluate.py parser --out FOLDER --steps 6000`")
+        raise SystemExit(f"error: --parser: {path}: holds a {kind!r}, or other labels than scenes.py: train"
+                         " the judge: `python evaluate.py parser --out FOLDER --steps 6000`")
     common.load_state(net, {k: v.float() for k, v in weights["model"].items()}, path)
     return net.to(device).eval().requires_grad_(False)
 
@@ -395,7 +395,7 @@ def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) 
             mask = data.dilate(labels == biggest, max(1, round(0.08 * size)))
             judged = [biggest]
         elif task == "erase":
-            without = scenes.replace(s, objects=s.objects[:biggest - 1] + s.objects[biggest:])
+            without = replace(s, objects=s.objects[:biggest - 1] + s.objects[biggest:])
             truth = scenes.draw(without, size, size)
             mask = data.dilate((truth != image).any(-1) | (labels == biggest), max(1, round(size / 64)))
             caption = data.ERASE_PROMPT
@@ -413,7 +413,7 @@ def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) 
                 which.append(j)
                 boxes.append(object_box(o.x, o.y, scenes.RADIUS[o.size], size, size))
                 objects.append(named(o, caption))
-            bare = scenes.draw(scenes.replace(s, objects=()), size, size)
+            bare = scenes.draw(replace(s, objects=()), size, size)
             certain = mask & (bare == image).all(-1)
         rows.append((image, mask, truth, certain, caption, picture_labels(s)))
     image, mask, truth, certain, caption, pictures = zip(*rows)
@@ -421,8 +421,9 @@ def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) 
     image, truth = (to_float(np.stack(x)) for x in (image, truth))
     which, objects = (torch.tensor(x, dtype=torch.int64) for x in (which, objects))
     boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
-    return Cases(task, list(indices), image, mask, truth, certain, list(caption), torch.tensor(pictures), which,
-                 boxes, objects.view(-1, 4))
+    pictures = torch.tensor(pictures)
+    return Cases(task, list(indices), image, mask, truth, certain, list(caption), pictures, which, boxes,
+                 objects.view(-1, 4))
 
 
 ####################################################################################################
@@ -541,7 +542,7 @@ def gather(cfg: Config, device: torch.device) -> tuple[list[Result], dict[str, C
     """Every entry of --ckpt sampled or read, on the same scenes, masks and noise."""
     entries = [x.strip() for x in cfg.ckpt.split(",") if x.strip()]
     if not entries:
-        raise SystemExit("error: --ckpt: is empty: give checkpoints or folders of saved pictures, with commas")
+        raise SystemExit("error: --ckpt: is empty: give checkpoints or folders of saved pictures")
     seeds, steps = numbers(cfg.seeds, "seeds", 0), numbers(cfg.steps, "steps", 1)
     if len(steps) not in (1, len(entries)):
         raise SystemExit(f"error: --steps: {cfg.steps}: give one number or {len(entries)}, one for each")
@@ -734,7 +735,7 @@ def sheet(results: list[Result], cases: dict[str, Cases], rows: int) -> Image.Im
     for task, c in cases.items():
         for i in range(min(rows, len(c.indices))):
             got = [paste(to_float(r.pictures[task][0]), c)[i] for r in results]
-            pictures.append([c.image[i], c.image[i] * (1 - c.mask[i]) + c.mask[i], *got, c.truth[i]])
+            pictures.append([c.image[i], c.image[i] * (1 - c.mask[i]), *got, c.truth[i]])
             names.append(f"{task}: {c.caption[i]}")
     titles = ["source", "hole", *(r.name for r in results), "truth"]
     return common.contact_sheet(pictures, titles, row_titles=names)

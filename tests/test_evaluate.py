@@ -1,0 +1,283 @@
+"""The judge: statistics against closed forms, exact truths, wrong pictures found by the right metric."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import evaluate as ev
+import model
+import scenes
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+SIZE = 32
+
+
+# ---- statistics ------------------------------------------------------------------------------------------
+
+
+def test_frechet_closed_forms():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
+    b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)) + 1
+    shift = np.arange(6.0)
+    assert ev.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert ev.frechet(a, a + shift) == pytest.approx((shift**2).sum())
+    (m, c), (mb, cb) = ev.moments(a), ev.moments(b)
+    assert ev.frechet(a, 3 * a) == pytest.approx(4 * (m @ m) + 4 * np.trace(c))  # (1 - 3)^2 tr C
+    general = ((m - mb) ** 2).sum() + np.trace(c + cb) - 2 * np.sqrt(np.linalg.eigvals(c @ cb).real).sum()
+    assert ev.frechet(a, b) == pytest.approx(general) == pytest.approx(ev.frechet(b, a))
+
+
+def test_frechet_interval_holds_the_value_and_narrows():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(1, 1600, 4)), rng.normal(size=(1, 1600, 4)) + 0.5
+    few, many = ev.frechet_interval(a[:, :100], b[:, :100]), ev.frechet_interval(a, b)
+    assert many["low"] < many["mean"] < many["high"] and many["n"] == 1600
+    assert many["low"] < 1.0 < many["high"]
+    assert many["high"] - many["low"] < 0.5 * (few["high"] - few["low"])
+
+
+def test_bootstrap():
+    x = np.random.default_rng(0).normal(3, 2, 400)
+    got = ev.bootstrap(x)
+    assert got["mean"] == pytest.approx(x.mean()) and got["n"] == 400
+    assert (got["high"] - got["low"]) / 2 == pytest.approx(1.96 * 2 / 20, rel=0.15)
+    assert ev.bootstrap(np.append(x, np.nan))["mean"] == got["mean"]
+    assert ev.bootstrap(np.full(5, 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 5}
+    assert ev.bootstrap(np.array([np.nan]))["n"] == 0
+
+
+def test_sign_test():
+    assert ev.sign_test(10, 0) == pytest.approx(2 / 1024)
+    assert ev.sign_test(0, 0) == ev.sign_test(5, 5) == 1
+    assert ev.sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.1)
+
+
+def test_verdicts_and_gsb():
+    nan = np.nan
+    a = {"attributes": [[1, 0.5, 1, 1, nan]], "exact": [[0.2, 0.1, 0.1, 0.100, nan]], "seam": [[0.1] * 5]}
+    b = {"attributes": [[0.5, 1, 1, 1, nan]], "exact": [[0.1, 0.2, 0.2, 0.103, nan]],
+         "seam": [[0.1] * 4 + [0.3]]}
+    a, b = ({k: np.array(v) for k, v in x.items()} for x in (a, b))
+    got = ev.compare(a, b, tie=0.05)
+    # attributes decide 1 and 2, the error 3, 4 ties, the seam decides 5
+    assert [got["overall"][k] for k in ("good", "same", "bad")] == [3, 1, 1]
+    assert [got["exact"][k] for k in ("good", "same", "bad")] == [2, 2, 1]
+    assert got["overall"]["superiority"] == pytest.approx(100 * 4 / 2)
+    assert ev.compare(b, a, 0.05)["overall"]["good"] == 1
+
+
+# ---- cases and metrics -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return {t: ev.make_cases(t, list(range(40)), SIZE, scenes.Scenes("heldout")) for t in ev.TASKS}
+
+
+@pytest.fixture(scope="module")
+def judge_net():
+    """The shipped parser, else one trained for a moment, of which only the plainest verdicts are asked."""
+    if (ROOT / "assets/parser/manifest.json").exists():
+        return ev.load_parser(str(ROOT / "assets/parser"), torch.device("cpu")), True
+    return ev.train_parser(60, 32, 2e-3, torch.device("cpu")), False
+
+
+def test_cases(cases):
+    again = ev.make_cases("outpaint", list(range(20, 40)), SIZE, scenes.Scenes("heldout"))
+    assert torch.equal(again.mask, cases["outpaint"].mask[20:]), "a mask depends on its scene alone"
+    for task, c in cases.items():
+        assert ((c.mask == 0) | (c.mask == 1)).all() and (c.mask.flatten(1).sum(1) > 0).all()
+        assert torch.equal(c.image * (1 - c.mask), c.truth * (1 - c.mask)), "known pixels are true"
+        assert (c.certain <= c.mask).all()
+        assert (c.image.shape, c.mask.shape) == ((40, 3, SIZE, SIZE), (40, 1, SIZE, SIZE))
+    assert cases["erase"].caption[0] == data.ERASE_PROMPT
+    assert cases["edit"].caption[0] == scenes.Scenes("heldout").load(0, 8, 8)["caption"]
+    assert not torch.equal(cases["erase"].truth, cases["erase"].image)
+    s = scenes.Scenes("heldout").scene(0)
+    labels = scenes.instances(s, SIZE, SIZE)
+    for task in ("edit", "erase"):  # a whole object is covered
+        mask = cases[task].mask[0, 0].numpy()
+        assert any((mask[labels == k] == 1).all() for k in range(1, len(s.objects) + 1))
+
+
+def test_truth_has_no_error(cases):
+    for c in cases.values():
+        got = ev.judge(c.truth, c, ev.Parser().eval())
+        assert np.nanmax(got["exact"]) == np.nanmax(got["hole"]) == np.nanmax(got["seam"]) == 0
+        assert np.nanmax(got["outside"]) == 0 and np.allclose(got["sharpness"], 1)
+        a, b = ev.frechet_features(c.truth, c, ev.Parser().eval())
+        assert a.shape == b.shape == (40, 128)
+
+
+def test_errors_are_in_units_of_one(cases):
+    c, net = cases["erase"], ev.Parser().eval()
+    got = ev.judge(c.truth * 0 + 1, replace(c, image=c.image * 0, truth=c.truth * 0 - 1), net)
+    assert np.allclose(got["exact"], 1) and np.allclose(got["outside_raw"], 0.5)
+    assert np.allclose(got["outside"], 0)
+    flat = replace(c, image=c.image * 0, truth=c.truth * 0)
+    got = ev.judge(c.mask.expand(-1, 3, -1, -1) * 0.5, flat, net)
+    assert np.allclose(got["seam"], 0.25) and np.allclose(got["outside_raw"], 0)
+
+
+def test_blur_and_noise_are_seen(cases):
+    rng = np.random.default_rng(0)
+    for c in cases.values():
+        net = ev.Parser().eval()
+        blurred = torch.stack([ev._blur(ev._blur(x, rng), rng) for x in c.truth])
+        noise = torch.randn(c.truth.shape, generator=torch.Generator().manual_seed(0))
+        noisy = (c.truth + 0.4 * noise).clamp(-1, 1)
+        of_blur, of_noise = ev.judge(blurred, c, net), ev.judge(noisy, c, net)
+        assert of_blur["sharpness"].mean() < 0.75 and of_noise["sharpness"].mean() > 1.25
+        assert min(np.nanmean(of_blur["hole"]), np.nanmean(of_noise["hole"])) > 0.01
+        far = ev.truth_distance(blurred, c.truth, c.mask)
+        assert (far > 0).all() and (ev.truth_distance(c.truth, c.truth, c.mask) == 0).all()
+
+
+def test_parser_judges_true_and_wrong_pictures(cases, judge_net):
+    net, shipped = judge_net
+    kept = ev.judge(cases["erase"].image, cases["erase"], net)["empty"].mean()
+    gone = ev.judge(cases["erase"].truth, cases["erase"], net)["empty"].mean()
+    assert kept + 0.2 < gone, "an object that is still there"
+    if not shipped:
+        return
+    for c in cases.values():
+        assert ev.judge(c.truth, c, net)["attributes"].mean() > 0.85
+    # the object in another colour: its colour is wrong and its shape right
+    source, c = scenes.Scenes("heldout"), cases["edit"]
+    recoloured, reshaped = [], []
+    for index in c.indices:
+        s, labels = source.scene(index), scenes.instances(source.scene(index), SIZE, SIZE)
+        k = int(np.argmax([(labels == k).sum() for k in range(1, len(s.objects) + 1)]))
+        o = s.objects[k]
+        for out, new in ((recoloured, replace(o, colour="red" if o.colour != "red" else "blue")),
+                         (reshaped, replace(o, shape="star" if o.shape != "star" else "square"))):
+            changed = replace(s, objects=s.objects[:k] + (new,) + s.objects[k + 1:])
+            out.append(scenes.draw(changed, SIZE, SIZE))
+    true = ev.judge(c.truth, c, net)
+    of_colour = ev.judge(ev.to_float(np.stack(recoloured)), c, net)
+    of_shape = ev.judge(ev.to_float(np.stack(reshaped)), c, net)
+    assert of_colour["colour"].mean() < 0.3 and of_colour["shape"].mean() > true["shape"].mean() - 0.2
+    assert of_shape["shape"].mean() < 0.4 and of_shape["colour"].mean() > true["colour"].mean() - 0.2
+
+
+def test_parser_boxes_and_labels():
+    batch = ev.ParserBatches(scenes.Scenes("train"), 0, 16, 1, (ev.SIDE,), jitter=False)[0]
+    images, pictures, which, boxes, objects = batch
+    assert images.shape == (16, ev.SIDE, ev.SIDE, 3) and len(which) == len(boxes) == len(objects)
+    s = scenes.Scenes("train").scene(0)
+    first = objects[0].tolist()
+    assert [list(v)[i] for v, i in zip(ev.OBJECT_HEADS.values(), first)] == [
+        s.objects[0].shape, s.objects[0].colour, s.objects[0].material, "yes"]
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    x = ev.to_float(images[:1])
+    assert torch.allclose(ev.crops(x, torch.tensor([0]), whole), x, atol=1e-4)
+    assert common.n_params(ev.Parser()) <= 600_000
+
+
+# ---- preferences -----------------------------------------------------------------------------------------
+
+
+def test_degradations_are_worse_and_stay_in_the_hole(cases):
+    c, seen = cases["outpaint"], set()
+    for i in range(40):
+        y, name = ev.degrade(c.truth[i], c.mask[i], np.random.default_rng(i))
+        seen.add(name)
+        assert torch.equal(y * (1 - c.mask[i]), c.truth[i] * (1 - c.mask[i]))
+        assert ev.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
+    assert seen == set(ev.DEGRADATIONS)
+
+
+# ---- end to end ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A random editor, its text-to-image sibling and a random parser, as checkpoint folders."""
+    at = tmp_path_factory.mktemp("ckpt")
+    torch.manual_seed(0)
+    for name, cfg in (("editor", model.inpainting(model.PRESETS["test"])), ("base", model.PRESETS["test"])):
+        net = model.Editor(cfg)
+        torch.nn.init.normal_(net.mmdit.final_layer.linear.weight, std=0.05)
+        meta = {"arch": net.arch, "config": {"image_size": SIZE}}
+        common.write_checkpoint(at / name, 1, {"model": net.state_dict()}, meta)
+    net = ev.Parser()
+    common.write_checkpoint(at / "parser", 1, {"model": net.state_dict()}, {"arch": net.arch})
+    return at
+
+
+def run(*args):
+    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, args), "--device=cpu"],
+                          capture_output=True, text=True, timeout=120)
+
+
+def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
+    done = run("scenes", "--ckpt", folders / "editor", "--steps=2", "--out", tmp_path / "o",
+               "--save", tmp_path / "s", "--parser", folders / "parser", "--n=6", "--batch_size=4", "--seeds=0,1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    name = f"{folders / 'editor'}@2"
+    assert results["command"].startswith("python evaluate.py scenes") and results["date"]
+    for task in ev.TASKS:
+        got = results["tasks"][task][name]
+        assert {"exact", "seam", "frechet", "frechet_hole", "outside_raw", "attributes"} <= set(got)
+        assert got["hole"]["low"] <= got["hole"]["mean"] <= got["hole"]["high"]
+        assert results["tasks"][task]["truth"]["exact"]["mean"] == 0 and got["outside"]["mean"] == 0
+    assert (tmp_path / "o/sheet.png").stat().st_size > 1000
+    (saved,) = (tmp_path / "s").iterdir()
+    # the same checkpoint again, other batches: noise and masks are functions of the scene, so nothing differs
+    cfg = ev.Config("compare", ckpt=f"{saved},{folders / 'editor'}", steps="2", n=6, batch_size=5,
+                    seeds="0,1", parser=str(folders / "parser"), out=str(tmp_path / "c"), device="cpu")
+    ev.main(cfg)
+    for task in json.loads((tmp_path / "c/results.json").read_text())["tasks"].values():
+        assert task["gsb"]["overall"]["same"] == 12 and task["gsb"]["exact"]["net"]["mean"] == 0
+
+
+def test_prefs_are_read_by_data(folders, tmp_path):
+    done = run("prefs", "--ckpt", folders / "editor", "--steps=1,2", "--k=2", "--n=12",
+               "--out", tmp_path / "p")
+    assert done.returncode == 0, done.stderr
+    items = json.loads((tmp_path / "p/aesthetic.json").read_text())
+    generated = [x for x in items if x["kind"] == "generated"]
+    assert len(generated) == 12 and len(items) == 36
+    assert all(x["ranking"][0] < min(x["ranking"][1:]) and "truth" in x["generations"][0] for x in generated)
+    assert any(x["ranking"] == [1, 2, 3] for x in generated)
+    pairs = data.open_pairs(tmp_path / "p/aesthetic.json")
+    assert len(pairs) >= 48 and not any("truth.png" in p.image_worse for p in pairs)
+    texts = data.open_pairs(tmp_path / "p/alignment.jsonl")
+    assert len(texts) == 36 and all(p.caption_better != p.caption_worse for p in texts)
+    for opened in (pairs, texts):
+        batch = next(iter(data.pair_loader(opened, SIZE, 4, workers=0)))
+        assert batch["better"].shape == batch["worse"].shape == (4, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"ckpt": ""}, "--ckpt"), ({"ckpt": "nowhere"}, "nowhere"), ({"ckpt": "PARSER"}, "needs a 'editor'"),
+    ({"ckpt": "BASE"}, "without mask input"), ({"parser": "nowhere"}, "train the judge"),
+    ({"parser": "EDITOR"}, "'editor'"), ({"steps": "many"}, "whole numbers"), ({"steps": "0"}, "at least 1"),
+    ({"steps": "1,2,3"}, "--steps"), ({"n": 0}, "--n"), ({"task": "compare"}, "exactly two"),
+    ({"task": "prefs", "k": 1}, "--k"), ({"task": "prefs", "ckpt": "a,b"}, "one checkpoint"),
+    ({"out": "/dev/null/x"}, "--out")])
+def test_mistakes_give_one_line(folders, tmp_path, change, words):
+    args = {"task": "scenes", "ckpt": "EDITOR", "parser": "PARSER", "out": str(tmp_path), "n": 2, "device": "cpu"}
+    args |= change
+    args = {k: str(folders / v.lower()) if v in ("EDITOR", "BASE", "PARSER") else v for k, v in args.items()}
+    with pytest.raises(SystemExit) as stop:
+        ev.main(ev.Config(**args))
+    text = str(stop.value)
+    assert text.startswith("error: ") and "\n" not in text and words in text
+
+
+def test_unknown_flag_and_missing_checkpoint_from_the_shell(folders):
+    assert run("scenes", "--chekpoint", "x").returncode == 2
+    done = run("scenes", "--ckpt", "/no/such/folder", "--parser", folders / "parser")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "/no/such/folder" in done.stderr
