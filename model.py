@@ -408,21 +408,21 @@ class Editor(nn.Module):
         return (x - out) / t.to(x.dtype).clamp(min=self.X0_T_MIN)[:, None, None, None]
 
 
-def build_editor(arch: dict) -> Editor:
-    """Editor from the `arch` of a manifest; raises SystemExit when the checkpoint is of another kind."""
-    return Editor(config_from(EditorConfig, arch, "editor"))
+def build_editor(arch: dict, what: str = "the checkpoint") -> Editor:
+    """Editor from the `arch` of a manifest; SystemExit that names `what` when it is of another kind."""
+    return Editor(config_from(EditorConfig, arch, "editor", what))
 
 
-def config_from(cls: type, arch: dict, kind: str):
+def config_from(cls: type, arch: dict, kind: str, what: str = "the checkpoint"):
     """cls from a manifest's arch dict, refusing other kinds and unknown fields in one line."""
     if arch.get("kind") != kind:
-        raise SystemExit(f"error: the checkpoint holds a {arch.get('kind')!r}, this needs a {kind!r}: name "
-                         "another folder")
+        raise SystemExit(f"error: {what}: holds a {arch.get('kind')!r}, this needs a {kind!r}: name another "
+                         "folder")
     known = {f.name for f in fields(cls)}
     unknown = set(arch) - known - {"kind"}
     if unknown:
-        raise SystemExit(f"error: unknown fields {sorted(unknown)} in the checkpoint's arch: another version "
-                         "of this code wrote it: use that version")
+        raise SystemExit(f"error: {what}: unknown fields {sorted(unknown)} in its arch: another version of "
+                         "this code wrote it: use that version")
     return cls(**{k: v for k, v in arch.items() if k in known})
 
 
@@ -643,9 +643,9 @@ class PreferenceReward(nn.Module):
         return self.mlp(txt[:, 0].float())[:, 0]
 
 
-def build_reward(arch: dict) -> PreferenceReward:
-    """PreferenceReward from the `arch` of a manifest."""
-    return PreferenceReward(config_from(RewardConfig, arch, "reward"))
+def build_reward(arch: dict, what: str = "the checkpoint") -> PreferenceReward:
+    """PreferenceReward from the `arch` of a manifest; SystemExit that names `what` when it is none."""
+    return PreferenceReward(config_from(RewardConfig, arch, "reward", what))
 
 
 class CoherenceReward(nn.Module):

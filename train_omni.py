@@ -60,6 +60,7 @@ TASKS = {"base": {"t2i": 1.0}, "inpaint": data.TASKS}
 
 
 def main(cfg: Config) -> None:
+    check(cfg)
     dist = common.setup(cfg.device)
     device = dist.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
@@ -71,16 +72,15 @@ def main(cfg: Config) -> None:
         weights, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
         arch, weights = manifest["arch"], weights.get("ema") or weights["model"]
         arch = arch | {"inpaint": arch.get("inpaint", False) or cfg.stage == "inpaint"}
-        editor = model.build_editor(arch)
+        editor = model.build_editor(arch, f"--init: {cfg.init}")
         weights = model.widen_input(weights, editor.cfg.in_channels, "mmdit.x_embedder.proj.weight")
         common.load_state(editor, weights, cfg.init)
     else:
-        if cfg.preset not in model.PRESETS:
-            raise SystemExit(f"error: --preset: {cfg.preset}: use one of {', '.join(model.PRESETS)}")
         arch = model.PRESETS[cfg.preset]
         editor = model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch)
     if not editor.cfg.txt_bytes:
-        raise SystemExit(f"error: --preset: {cfg.preset}: needs a VAE and text encoders: use tiny or small")
+        given = f"--init: {cfg.init}" if cfg.init else f"--preset: {cfg.preset}"
+        raise SystemExit(f"error: {given}: needs a VAE and text encoders: use tiny or small")
     if cfg.image_size % editor.cfg.patch:
         raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of the patch, "
                          f"{editor.cfg.patch}")
@@ -118,7 +118,7 @@ def main(cfg: Config) -> None:
     grid = sample_inputs(cfg, editor)
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
     perf = common.Perf()
-    bad_steps = 0
+    bad_steps = lost_saves = 0
 
     bar = common.progress(cfg.steps, step, cfg.stage, dist)
     while step < cfg.steps:
@@ -176,19 +176,46 @@ def main(cfg: Config) -> None:
             with ema.swapped(), torch.inference_mode(), autocast:
                 metrics.images(step, {"samples": sample_sheet(cfg, editor, grid, device)})
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            common.save_checkpoint(
+            saved = common.save_checkpoint(
                 cfg.out, step,
                 {"model": editor.state_dict(), "ema": ema.state_dict(),
                  "optimizer": common.optimizer_tensors(opt)},
                 {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step,
                  "run_id": metrics.run_id}, cfg.keep, dist)
+            lost_saves = 0 if saved else lost_saves + 1
+            if lost_saves and (step == cfg.steps or stop or lost_saves == 3):
+                raise SystemExit(f"error: {cfg.out}: {lost_saves} checkpoint(s) running were not saved: free "
+                                 "some space, then the same command resumes")
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break
     bar.close()
     common.print0(common.peak_memory())
     metrics.close()
+    loader.close()
     common.cleanup()
+
+
+def check(cfg: Config) -> None:
+    """Refuse values that cannot work, before anything is loaded."""
+    def refuse(flag, text):
+        raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
+
+    if not cfg.init and cfg.preset not in model.PRESETS:
+        refuse("preset", f"use one of {', '.join(model.PRESETS)}")
+    for flag in ("image_size", "batch_size", "accum", "steps", "log_every", "save_every"):
+        if getattr(cfg, flag) < 1:
+            refuse(flag, "must be at least 1")
+    for flag in ("lr", "warmup", "weight_decay", "grad_clip", "sample_every", "keep", "workers"):
+        if not getattr(cfg, flag) >= 0:
+            refuse(flag, "must not be negative")
+    for flag in ("ema", "beta2"):
+        if not 0 <= getattr(cfg, flag) < 1:
+            refuse(flag, "must be at least 0 and below 1")
+    if not 0 <= cfg.drop_caption <= 1:
+        refuse("drop_caption", "must be a probability from 0 to 1")
+    if not cfg.shift > 0:
+        refuse("shift", "must be above 0; 1 leaves the times as they are")
 
 
 def sample_inputs(cfg: Config, editor: model.Editor) -> dict:
