@@ -190,7 +190,7 @@ def test_parser_boxes_and_labels():
 def test_degradations_are_worse_and_stay_in_the_hole(cases):
     c, seen = cases["outpaint"], set()
     for i in range(40):
-        y, name = ev.degrade(c.truth[i], c.mask[i], np.random.default_rng(i))
+        y, name = ev.degrade(c.truth[i], c.truth[i], c.mask[i], np.random.default_rng(i))
         seen.add(name)
         assert torch.equal(y * (1 - c.mask[i]), c.truth[i] * (1 - c.mask[i]))
         assert ev.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
@@ -222,7 +222,8 @@ def run(*args):
 
 def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
     done = run("scenes", "--ckpt", folders / "editor", "--steps=2", "--out", tmp_path / "o",
-               "--save", tmp_path / "s", "--parser", folders / "parser", "--n=6", "--batch_size=4", "--seeds=0,1")
+               "--save", tmp_path / "s", "--parser", folders / "parser", "--n=6", "--batch_size=4",
+               "--seeds=0,1")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "o/results.json").read_text())
     name = f"{folders / 'editor'}@2"
@@ -268,7 +269,8 @@ def test_prefs_are_read_by_data(folders, tmp_path):
     ({"task": "prefs", "k": 1}, "--k"), ({"task": "prefs", "ckpt": "a,b"}, "one checkpoint"),
     ({"out": "/dev/null/x"}, "--out")])
 def test_mistakes_give_one_line(folders, tmp_path, change, words):
-    args = {"task": "scenes", "ckpt": "EDITOR", "parser": "PARSER", "out": str(tmp_path), "n": 2, "device": "cpu"}
+    args = {"task": "scenes", "ckpt": "EDITOR", "parser": "PARSER", "out": str(tmp_path), "n": 2,
+            "device": "cpu"}
     args |= change
     args = {k: str(folders / v.lower()) if v in ("EDITOR", "BASE", "PARSER") else v for k, v in args.items()}
     with pytest.raises(SystemExit) as stop:
