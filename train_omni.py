@@ -72,15 +72,14 @@ def main(cfg: Config) -> None:
         weights, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
         arch, weights = manifest["arch"], weights.get("ema") or weights["model"]
         arch = arch | {"inpaint": arch.get("inpaint", False) or cfg.stage == "inpaint"}
+        if not arch.get("txt_bytes", 1):
+            raise SystemExit(f"error: --init: {cfg.init}: needs a VAE and text encoders: name one without")
         editor = model.build_editor(arch, f"--init: {cfg.init}")
         weights = model.widen_input(weights, editor.cfg.in_channels, "mmdit.x_embedder.proj.weight")
         common.load_state(editor, weights, cfg.init)
     else:
         arch = model.PRESETS[cfg.preset]
         editor = model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch)
-    if not editor.cfg.txt_bytes:
-        given = f"--init: {cfg.init}" if cfg.init else f"--preset: {cfg.preset}"
-        raise SystemExit(f"error: {given}: needs a VAE and text encoders: use tiny or small")
     if cfg.image_size % editor.cfg.patch:
         raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of the patch, "
                          f"{editor.cfg.patch}")
@@ -203,6 +202,8 @@ def check(cfg: Config) -> None:
 
     if not cfg.init and cfg.preset not in model.PRESETS:
         refuse("preset", f"use one of {', '.join(model.PRESETS)}")
+    if not cfg.init and not model.PRESETS[cfg.preset].txt_bytes:
+        refuse("preset", "needs a VAE and text encoders: use tiny or small")
     for flag in ("image_size", "batch_size", "accum", "steps", "log_every", "save_every"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")

@@ -1,0 +1,545 @@
+"""train_omni.py and train_pefl.py: real processes with signals and ranks, and main() with spies; tiny sizes.
+
+Gradient accumulation is not compared with a larger batch: noise and t' are keyed by micro-step, so
+accum 2 x batch 2 draws other numbers than accum 1 x batch 4 by design.
+"""
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from safetensors.torch import load_file
+
+import common
+import flow
+import model
+import train_omni
+import train_pefl
+import train_reward
+
+ROOT = Path(train_omni.__file__).parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+SHARED = dict(batch_size=4, lr=1e-3, warmup=2, ema=0.9, bf16=False, workers=0, device="cpu", wandb="off",
+              log_every=1, sample_every=0, save_every=4)
+OMNI = SHARED | dict(preset="test", lr_schedule="constant", steps=4)
+PEFL = SHARED | dict(phases="5/4/2x4", disc_width=32, disc_depth=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_own_signals():
+    """main() installs handlers and, without OMP_NUM_THREADS, chooses a number of threads."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def shipped(folder, net, **meta):
+    """A checkpoint folder such as assets/base: weights and manifest."""
+    return str(common.write_checkpoint(folder, 0, {"model": net.state_dict()}, {"arch": net.arch, **meta}))
+
+
+def random_editor(cfg):
+    """No zero gates, so that gradients reach everything at once."""
+    editor = model.Editor(cfg)
+    for p in editor.parameters():
+        p.data.add_(torch.randn(p.shape), alpha=0.05)
+    return editor
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders: an inpainting base, a text-to-image one, one that needs a VAE, rewards, a damaged base."""
+    root = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    test, size = model.PRESETS["test"], {"config": {"image_size": 32, "shift": 1.0}}
+    out = {"base": shipped(root / "base", random_editor(model.inpainting(test)), **size),
+           "t2i": shipped(root / "t2i", random_editor(test), **size)}
+    latent = model.inpainting(model.replace(test, channels=16, txt_bytes=0))
+    out["latent"] = shipped(root / "latent", model.Editor(latent), **size)
+    tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
+    for name, json_text in (("aesthetic", tokenizer), ("alignment", tokenizer), ("mute", "")):
+        net = model.PreferenceReward(model.replace(model.REWARD_PRESETS["test"], tokenizer=json_text))
+        out[name] = shipped(root / name, net)
+    out["damaged"] = shutil.copytree(out["base"], root / "damaged")
+    weights = bytearray((out["damaged"] / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (out["damaged"] / "model.safetensors").write_bytes(weights)
+    (root / "empty").mkdir()
+    return out | {"empty": root / "empty", "missing": root / "missing"}
+
+
+def settings(made, out, script, **flags):
+    own = OMNI if script is train_omni else PEFL | {k: made[k] for k in ("base", "aesthetic", "alignment")}
+    return own | {"out": str(out)} | flags
+
+
+def call(made, out, script, **flags):
+    """main() in this process -> the rows of metrics.jsonl that hold losses."""
+    script.main(script.Config(**settings(made, out, script, **flags)))
+    return rows(out)
+
+
+def command(made, out, script, **flags):
+    flags = settings(made, out, script, **flags)
+    return [script.__file__, *(f"--{k}={v}" for k, v in flags.items())]
+
+
+def run(argv, ranks=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
+    argv = [sys.executable, *torchrun, *argv]
+    done = subprocess.run(argv, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows(out):
+    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in found if "grad_norm" in r or "grad/G" in r]
+
+
+def newest(out):
+    return max(Path(out).glob("step_????????"))
+
+
+def tensors(out):
+    """{"file/key": tensor} of the newest checkpoint."""
+    return {f"{f.stem}/{k}": v for f in newest(out).glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def differ(a, b):
+    assert a.keys() == b.keys()
+    return [k for k in a if not torch.equal(a[k], b[k])]
+
+
+#### resume ##################################################################################################
+
+
+def resumes(made, tmp_path, script, files, **flags):
+    """SIGKILL after the first checkpoint, the same command, SIGTERM, the same command: as without them."""
+    long = {"steps": 16} if script is train_omni else {"phases": "5/4/2x6,4/3/2x10"}
+    flags = long | dict(sample_every=8) | flags
+    run(command(made, tmp_path / "whole", script, **flags))
+    argv, out = command(made, tmp_path / "cut", script, **flags), tmp_path / "cut"
+    start = dict(cwd=ROOT, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    process = subprocess.Popen([sys.executable, *argv], **start, start_new_session=True)
+    while not (out / "step_00000004").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)  # the data worker too
+    process.communicate()
+    assert not (out / "step_00000016").exists(), "was not cut: too fast for this test"
+
+    process = subprocess.Popen([sys.executable, *argv], **start)
+    while "resumed" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    process.terminate()
+    text, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by a signal" in text, text + errors
+    assert 4 < int(newest(out).name[5:]) < 16
+
+    assert "resumed" in run(argv)
+    whole, cut = tensors(tmp_path / "whole"), tensors(out)
+    assert {k.split("/")[0] for k in whole} == files
+    assert not differ(whole, cut)
+    last, again = rows(tmp_path / "whole")[-1], rows(out)[-1]
+    same = [k for k in last if not k.startswith("perf/") and k != "time"]
+    assert last["step"] == 16 and {k: last[k] for k in same} == {k: again[k] for k in same}
+
+
+OMNI_FILES = {"model", "ema", "optimizer"}
+PEFL_FILES = OMNI_FILES | {"coherence", "coherence_optimizer"}
+
+
+def test_omni_resumes(made, tmp_path):
+    resumes(made, tmp_path, train_omni, OMNI_FILES, workers=1, accum=2, batch_size=2)
+
+
+@pytest.mark.slow
+def test_omni_base_resumes(made, tmp_path):
+    more = dict(bf16=True, lr_schedule="cosine", aspects=True)
+    resumes(made, tmp_path, train_omni, OMNI_FILES, stage="base", **more)
+
+
+def test_pefl_resumes(made, tmp_path):
+    resumes(made, tmp_path, train_pefl, PEFL_FILES, accum=2, batch_size=2)
+
+
+@pytest.mark.slow
+def test_pefl_lora_resumes(made, tmp_path):
+    resumes(made, tmp_path, train_pefl, PEFL_FILES | {"lora", "lora_ema"}, lora=4, bf16=True, workers=1)
+
+
+#### ranks ###################################################################################################
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train_omni, {}), (train_pefl, {}),
+    pytest.param(train_pefl, {"lora": 4, "accum": 2}, marks=pytest.mark.slow)])
+def test_two_ranks(made, tmp_path, script, flags):
+    """Two ranks of 2 and one of 4 agree in losses, gradients and the running means of gradients.
+
+    Not in weights: Adam moves weights whose gradient is zero but for rounding (a key's bias) by a whole step.
+    """
+    one = call(made, tmp_path / "1", script, **flags)
+    run(command(made, tmp_path / "2", script, **flags | {"batch_size": 2}), ranks=2)
+    two = rows(tmp_path / "2")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        for key in (k for k in a if k.startswith(("loss", "grad", "reward", "coherence", "t_prime"))):
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), (a["step"], key)
+    a, b = tensors(tmp_path / "1"), tensors(tmp_path / "2")
+    assert a.keys() == b.keys()
+    means = [k for k in a if k.endswith("exp_avg")]
+    assert means and any(a[k].abs().max() > 1e-4 for k in means)
+    for k in means:
+        assert (a[k] - b[k]).abs().max() <= 5e-3 * a[k].abs().max() + 2e-6, k
+    ranks = [json.loads((newest(tmp_path / n) / "manifest.json").read_text()) for n in "12"]
+    assert [m["world"] for m in ranks] == [1, 2] and ranks[0]["samples"] == ranks[1]["samples"]
+
+
+#### a step of train_pefl ####################################################################################
+
+
+def test_stages(made, tmp_path, monkeypatch):
+    """T1 .. t' without gradient, one prediction at t' with it; t' in [1, T2]; phases change T, T1, T2."""
+    calls, forward = [], model.Editor.forward
+
+    def spy(self, x, t, *rest):
+        assert (t == t[0]).all()
+        calls.append((torch.is_grad_enabled(), round(t[0].item(), 5)))
+        return forward(self, x, t, *rest)
+
+    monkeypatch.setattr(model.Editor, "forward", spy)
+    found = call(made, tmp_path, train_pefl, phases="9/7/4x5,6/5/3x1,4/4/1x3", batch_size=1)
+    expected, phases = [], [(1, 9, 7, 4)] * 5 + [(2, 6, 5, 3)] + [(3, 4, 4, 1)] * 3
+    for row, (number, T, T1, T2) in zip(found, phases, strict=True):
+        last = row["t_prime"]
+        assert (row["phase"], row["T"]) == (number, T) and 1 <= last <= T2
+        expected += [(False, round(k / T, 5)) for k in range(T1, last, -1)] + [(True, round(last / T, 5))]
+    assert calls == expected
+    assert len({row["t_prime"] for row in found[:5]}) > 1
+
+
+def test_t_prime_covers_its_range():
+    drawn = {int(common.randint(common.generators(0, s, [0], stream=1), 1, 4 + 1)) for s in range(100)}
+    assert drawn == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradient_reaches_every_weight(made, tmp_path, monkeypatch, bf16):
+    """bf16: weights that autocast casts in stage 2, without gradient, must not serve stage 3 from a cache."""
+    editors, seen = [], []
+    load = train_pefl.load_editor
+    monkeypatch.setattr(train_pefl, "load_editor", lambda path: editors.append(load(path)) or editors[-1])
+
+    def sums(params, world):  # of the gradients of the editor, then of the coherence model
+        seen.append([None if p.grad is None else p.grad.abs().sum().item() for p in params])
+
+    monkeypatch.setattr(common, "average_gradients", sums)
+    call(made, tmp_path, train_pefl, phases="5/4/2x1", bf16=bf16)
+    of_editor, of_coherence = seen
+    names = [n for n, p in editors[0][0].named_parameters() if p.requires_grad]
+    assert len(names) == len(of_editor)
+    # the last block's text stream lends keys and values only, so its query's norm is never used (SD3)
+    unused = "mmdit.joint_blocks.1.context_block.attn.ln_q.weight"
+    assert [n for n, g in zip(names, of_editor) if not g] == [unused]
+    assert all(of_coherence)
+
+
+def test_each_loss_trains_its_own_model(made, tmp_path):
+    """L^G leaves the coherence model alone, L^D the editor."""
+    for weight in (0.0, 50.0):  # the editor stands still: the coherence model must learn alike
+        call(made, tmp_path / str(weight), train_pefl, lr=0.0, w_coherence=weight)
+    a, b = tensors(tmp_path / "0.0"), tensors(tmp_path / "50.0")
+    base = load_file(Path(made["base"]) / "model.safetensors")
+    assert not [k for k in a if k.startswith("coherence") and not torch.equal(a[k], b[k])]
+    assert all(torch.equal(a[f"model/{k}"], v) for k, v in base.items())
+    call(made, tmp_path / "D", train_pefl, w_aesthetic=0.0, w_alignment=0.0, w_coherence=0.0, eta=0.0)
+    d = tensors(tmp_path / "D")
+    assert all(torch.equal(d[f"model/{k}"], v) for k, v in base.items())  # with a learning rate now
+    assert [k for k in d if k.startswith("coherence/") and not torch.equal(d[k], a[k])] == []
+    call(made, tmp_path / "still", train_pefl, disc_lr=0.0)
+    still = tensors(tmp_path / "still")
+    assert [k for k in d if k.startswith("coherence/") and not torch.equal(d[k], still[k])]
+    assert [k for k in base if not torch.equal(base[k], still[f"model/{k}"])]
+
+
+def test_rewards_stay_frozen(made, tmp_path, monkeypatch):
+    nets, load = {}, train_pefl.load_reward
+
+    def keep(path, *rest, **more):
+        nets[path] = load(path, *rest, **more)
+        return nets[path]
+
+    monkeypatch.setattr(train_pefl, "load_reward", keep)
+    call(made, tmp_path, train_pefl, heldout_reward=made["alignment"])
+    assert set(nets) == {made["aesthetic"], made["alignment"]}
+    for path, net in nets.items():
+        state, before = net.state_dict(), load_file(Path(path) / "model.safetensors")
+        assert all(torch.equal(state[k], v) for k, v in before.items())
+        assert not any(m.training for m in net.modules())
+        assert not any(p.requires_grad or p.grad is not None for p in net.parameters())
+
+
+def test_coherence_learns_to_separate(made, tmp_path):
+    found = call(made, tmp_path, train_pefl, phases="4/3/2x30", disc_lr=3e-3, lr=1e-5, eta=0.0)
+    assert found[0]["coherence/accuracy"] < 0.8
+    last = found[-1]
+    assert last["coherence/accuracy"] > 0.9 and last["coherence/real"] > 0 > last["coherence/fake"]
+    assert last["loss/D"] < 0.7 * found[0]["loss/D"]
+
+
+def test_reward_rises(made, tmp_path):
+    """Feedback through one frozen reward: its score on what the editor predicts goes up, step by step."""
+    found = call(made, tmp_path, train_pefl, phases="4/3/2x30", w_aesthetic=1.0, w_alignment=0.0,
+                 w_coherence=0.0, eta=0.0, lr=2e-3)
+    scores = [row["reward/aesthetic"] for row in found]
+    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 3 * np.std(scores[:5])
+    assert "reward/alignment" not in found[0]
+
+
+def test_forms_of_the_reward_loss(made, tmp_path):
+    margin = call(made, tmp_path / "margin", train_pefl, phases="4/3/2x2", reward_loss="relu_margin")
+    sigmoid = call(made, tmp_path / "sigmoid", train_pefl, phases="4/3/2x2")
+    for name in ("aesthetic", "alignment"):
+        r = margin[0][f"reward/{name}"]
+        assert r == sigmoid[0][f"reward/{name}"] and abs(r) < 1  # of a random model: no margin is cut
+        assert margin[0][f"loss/{name}"] == pytest.approx(2 - r, rel=1e-5)
+        low = F.softplus(torch.tensor(-r)).item()  # of the mean; the mean of a convex function is above
+        assert low - 1e-6 <= sigmoid[0][f"loss/{name}"] < low + 0.1
+    row, c = sigmoid[0], train_pefl.Config
+    total = sum(row[f"loss/{k}"] * getattr(c, f"w_{k}") for k in ("aesthetic", "alignment", "coherence"))
+    assert row["loss/G"] == pytest.approx(total + c.eta * (row["loss/reg"] + row["loss/vgg"]), rel=1e-5)
+
+
+def test_checkpointing_changes_nothing(made, tmp_path):
+    for name in (False, True):
+        call(made, tmp_path / str(name), train_pefl, phases="5/4/2x2", checkpointing=name, save_every=2)
+    assert not differ(tensors(tmp_path / "False"), tensors(tmp_path / "True"))
+
+
+def test_lora(made, tmp_path):
+    """Only A and B train; `model` and `ema` load plainly and differ from the base by matrices of low rank."""
+    call(made, tmp_path, train_pefl, lora=2, phases="4/3/2x3", save_every=3)
+    got, base = tensors(tmp_path), load_file(Path(made["base"]) / "model.safetensors")
+    factors = [k for k in got if k.startswith("lora/")]
+    assert factors and all(re.search(r"joint_blocks\..*\.weight\.0\.[AB]$", k) for k in factors)
+    arch = json.loads((newest(tmp_path) / "manifest.json").read_text())["arch"]
+    for name in ("model", "ema"):
+        state = load_file(newest(tmp_path) / f"{name}.safetensors")
+        common.load_state(model.build_editor(arch), state, name)
+        moved = {k: state[k] - base[k] for k in base if not torch.equal(state[k], base[k])}
+        assert len(moved) == len(factors) // 2 and all(k.endswith("weight") for k in moved)
+        assert all(torch.linalg.matrix_rank(d.double(), rtol=1e-4) <= 2 for d in moved.values())
+    editor, _ = train_pefl.load_editor(str(tmp_path))  # and can be tuned on
+    assert torch.equal(editor.state_dict()["mmdit.pos_embed"], base["mmdit.pos_embed"])
+
+
+def test_other_seed_other_lora(made, tmp_path):
+    for seed in (0, 1):
+        call(made, tmp_path / str(seed), train_pefl, lora=2, lr=0.0, phases="4/3/2x1", seed=seed)
+    a, b = tensors(tmp_path / "0"), tensors(tmp_path / "1")
+    assert all(not torch.equal(a[k], b[k]) for k in a if k.startswith("lora/") and k.endswith("A"))
+
+
+def test_chain(made, tmp_path):
+    """A text-to-image base, inpainting on top of it, feedback on top of that, on photos without captions."""
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for i in range(30):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(photos / f"{i}.png")
+    call(made, tmp_path / "base", train_omni, stage="base", steps=2)
+    flags = dict(data=str(photos), aspects=True, image_size=32, sample_every=2)
+    call(made, tmp_path / "inpaint", train_omni, init=str(tmp_path / "base"), steps=2, **flags)
+    for name, channels in (("base", 3), ("inpaint", 7)):
+        assert tensors(tmp_path / name)["model/mmdit.x_embedder.proj.weight"].shape[1] == channels
+    base = str(tmp_path / "inpaint")
+    found = call(made, tmp_path / "pefl", train_pefl, base=base, phases="4/3/2x2", **flags)
+    assert {"judge/aesthetic_tuned", "alarm/weight_drift"} <= found[-1].keys()
+    assert all(list((tmp_path / n / "images").glob("*.png")) for n in ("inpaint", "pefl"))
+
+
+#### numbers that are not finite #############################################################################
+
+
+def poison(monkeypatch, script, when):
+    """A loss of NaN at the steps for which when(step) holds."""
+    home, name = (flow, "velocity") if script is train_omni else (train_pefl, "feature_l1")
+    plain, step = getattr(home, name), iter(range(10**6))
+    monkeypatch.setattr(home, name, lambda *a: plain(*a) * (math.nan if when(next(step)) else 1.0))
+
+
+def steps(script, n):
+    return dict(steps=n) if script is train_omni else dict(phases=f"5/4/2x{n}")
+
+
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
+def test_nan_changes_nothing(made, tmp_path, monkeypatch, capsys, script):
+    call(made, tmp_path / "clean", script, save_every=1, **steps(script, 2))
+    poison(monkeypatch, script, lambda step: step == 2)
+    found = call(made, tmp_path / "nan", script, save_every=1, **steps(script, 3))
+    assert "warning: step 2: non-finite" in capsys.readouterr().out
+    assert not differ(tensors(tmp_path / "clean"), tensors(tmp_path / "nan"))
+    assert found[-1]["step"] == 3 and found[-1]["loss" if script is train_omni else "loss/G"] is None
+
+
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
+def test_nan_for_good(made, tmp_path, monkeypatch, script):
+    poison(monkeypatch, script, lambda step: step >= 2)
+    with pytest.raises(SystemExit, match="^error: .*: 20 non-finite steps in a row: .*--lr"):
+        call(made, tmp_path, script, save_every=1, **steps(script, 40))
+    assert all(v.isfinite().all() for v in tensors(tmp_path).values())
+
+
+#### what users get wrong ####################################################################################
+
+
+def refused(made, out, script, text, **flags):
+    """One line that begins with "error: ", and nothing but SystemExit, which is exit code 1."""
+    flags = {k: str(made[v]) if v in made else v for k, v in flags.items()}
+    with pytest.raises(SystemExit) as e:
+        call(made, out, script, **flags)
+    message = str(e.value)
+    assert message.startswith("error: ") and "\n" not in message, message
+    assert re.search(text, message), message
+
+
+BOTH = [
+    ("/no/such/place", dict(data="/no/such/place")),
+    ("empty.*no pictures|empty", dict(data="empty")),
+    ("--?image_size: 30: .*multiple", dict(image_size=30)),
+    ("64x64 tokens", dict(image_size=256)),
+    ("--?batch_size: 0", dict(batch_size=0)),
+    ("--?accum: 0", dict(accum=0)),
+    ("--?log_every: 0", dict(log_every=0)),
+    ("--?save_every: 0", dict(save_every=0)),
+    ("--device: tpu", dict(device="tpu")),
+]
+BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in BOTH] + [
+    (train_omni, "--preset: huge: use one of", dict(preset="huge")),
+    (train_omni, "--preset: sd3-medium: needs a VAE", dict(preset="sd3-medium")),
+    (train_omni, "--steps: 0", dict(steps=0)),
+    (train_omni, "--ema: 1.5", dict(ema=1.5)),
+    (train_omni, "missing: no such folder", dict(init="missing")),
+    (train_omni, "--init: .*aesthetic: holds a 'reward'", dict(init="aesthetic")),
+    (train_omni, "--init: .*latent: needs a VAE", dict(init="latent")),
+    (train_omni, "damaged/model.safetensors: SHA-256", dict(init="damaged")),
+    (train_pefl, "missing: no such folder", dict(base="missing")),
+    (train_pefl, "empty: holds neither", dict(base="empty")),
+    (train_pefl, "--base: .*t2i: .*--stage inpaint", dict(base="t2i")),
+    (train_pefl, "--base: .*aesthetic: holds a 'reward'", dict(base="aesthetic")),
+    (train_pefl, "--base: .*latent: needs a VAE", dict(base="latent")),
+    (train_pefl, "damaged/model.safetensors: SHA-256", dict(base="damaged")),
+    (train_pefl, "--aesthetic: .*base: holds a 'editor'", dict(aesthetic="base")),
+    (train_pefl, "--alignment: .*mute: .*tokenizer", dict(alignment="mute")),
+    (train_pefl, "missing: no such folder", dict(heldout_reward="missing")),
+    (train_pefl, "--vgg: .*missing", dict(vgg="missing")),
+    (train_pefl, "tasks", dict(p_outpaint=0.0, p_edit=0.0, p_inpaint=0.0, p_erase=0.0)),
+    (train_pefl, "p_edit|edit=", dict(p_edit=-1.0)),
+    (train_pefl, "--disc_width: 50", dict(disc_width=50)),
+    (train_pefl, "--lora: -1", dict(lora=-1)),
+]
+
+
+@pytest.mark.parametrize("script, text, flags", BAD, ids=[f"{s.__name__}-{f}" for s, _, f in BAD])
+def test_bad_values(made, tmp_path, script, text, flags):
+    refused(made, tmp_path / "out", script, text, **flags)
+
+
+@pytest.mark.parametrize("text", [
+    "", "20/15/10", "20/15/10x0", "20/21/10x5", "20/15/15x5", "20/15/0x5", "20/-15/10x5", "20/15/10x5,",
+    "20/15x5", "a/b/cxd", "20/15/10x5;8/6/3x5"])
+def test_bad_phases(text):
+    with pytest.raises(SystemExit, match="^error: --phases: [^\n]*T >= T1 > T2 >= 1"):
+        train_pefl.parse_phases(text)
+
+
+def test_phases():
+    phases = train_pefl.parse_phases("20/15/10x2, 8/6/3x3")
+    assert phases == [(20, 15, 10, 2), (8, 6, 3, 3)]
+    assert [train_pefl.phase_at(phases, s)[0] for s in range(5)] == [1, 1, 2, 2, 2]
+    assert train_pefl.phase_at(phases, 2) == (2, (8, 6, 3))
+    paper = [phase[:3] for phase in train_pefl.parse_phases(train_pefl.Config.phases)]
+    assert paper == [(20, 15, 10), (8, 6, 3)]  # Sec. 4.1
+
+
+def test_wrong_run_folder(made, tmp_path):
+    """--out holds another run."""
+    call(made, tmp_path / "omni", train_omni, steps=1)
+    refused(made, tmp_path / "omni", train_omni, "omni: does not fit Editor", stage="base")
+    refused(made, tmp_path / "omni", train_pefl, "omni", phases="4/3/2x2")
+    call(made, tmp_path / "full", train_pefl, phases="4/3/2x1")
+    refused(made, tmp_path / "full", train_pefl, "full.*lora", phases="4/3/2x2", lora=2)
+    call(made, tmp_path / "lora", train_pefl, phases="4/3/2x1", lora=2)
+    refused(made, tmp_path / "lora", train_pefl, "lora", phases="4/3/2x2")
+    refused(made, tmp_path / "lora", train_pefl, "lora", phases="4/3/2x2", lora=3)
+
+
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
+def test_full_disk(made, tmp_path, monkeypatch, capsys, script):
+    """Training goes on without a checkpoint; it must not end as if all were well."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused(made, tmp_path, script, "checkpoint.* not saved", save_every=1, **steps(script, 2))
+    assert "needs" in capsys.readouterr().out and not list(tmp_path.glob("step_*"))
+
+
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
+def test_command_line(made, tmp_path, script):
+    """Exit codes, and the last line of what a user sees."""
+    for flag, text in (("--colour=3", "--colour"), ("--data=/no/such/place", "/no/such/place")):
+        argv = [sys.executable, *command(made, tmp_path, script), flag]
+        done = subprocess.run(argv, cwd=ROOT, env=ENV, capture_output=True, text=True)
+        assert done.returncode in (1, 2) and text in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: /no/such/place")
+
+
+#### knobs ###################################################################################################
+
+
+def plain_type(annotation):
+    """T of T and of T | None."""
+    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+    return inner[0] if type(None) in typing.get_args(annotation) else annotation
+
+
+def test_shared_knobs_have_one_type():
+    types = {}
+    for script in (train_omni, train_pefl, train_reward):
+        for f in fields(script.Config):
+            first = types.setdefault(f.name, (script.__name__, plain_type(f.type)))
+            assert first[1] == plain_type(f.type), (f.name, script.__name__, first)
+
+
+@pytest.mark.parametrize("script", [train_omni, train_pefl, train_reward])
+def test_help_explains_every_knob(script, capsys):
+    with pytest.raises(SystemExit) as e:
+        tyro.cli(script.Config, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+    text, source = capsys.readouterr().out, inspect.getsource(script.Config)
+    assert e.value.code == 0
+    for f in fields(script.Config):
+        assert f"--{f.name.replace('_', '-')}" in text
+        comment = re.search(rf"^    {f.name}: .*  # (\S.*)", source, re.M)
+        assert comment, f"{script.__name__}: {f.name} has no comment"
+        assert comment[1].split()[0] in text
