@@ -87,11 +87,8 @@ def numbers(text: str, what: str, low: int) -> list[int]:
 
 
 def bootstrap(values: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
-    """Mean and 95% percentile interval of values [N] over resampled scenes; not-a-number = not asked of
-    this scene.
-
-    -> {"mean", "low", "high", "n"}, not-a-number without values.
-    """
+    """Mean and 95% percentile interval of values [N] over resampled scenes (not-a-number: not asked of this
+    scene) -> {"mean", "low", "high", "n"}."""
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     if len(values) == 0:
@@ -121,11 +118,8 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 0) -> dict:
-    """Frechet distance of paired features [S, N, D] (S noise seeds) with an interval of 1.96 bootstrap
-    standard deviations.
-
-    Not the percentiles: a resample repeats scenes, which shifts the distance itself upwards.
-    """
+    """Frechet distance of paired features [S, N, D] (S noise seeds), interval = 1.96 bootstrap standard
+    deviations. Not the percentiles: a resample repeats scenes, which shifts the distance itself upwards."""
     S, N, D = a.shape
     rng = np.random.default_rng(seed)
     value = frechet(a.reshape(-1, D), b.reshape(-1, D))
@@ -164,8 +158,7 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
 
 
 class Parser(nn.Module):
-    """One convolutional trunk reads the whole picture and the crop around an object; linear heads name what
-    they show.
+    """One convolutional trunk reads the whole picture and an object's crop; heads name what they show.
 
     An object's heads see both features: without the picture, white at night and grey by day are one colour.
     """
@@ -202,8 +195,7 @@ class Parser(nn.Module):
 
 
 def crops(image: Tensor, which: Tensor, boxes: Tensor) -> Tensor:
-    """Bilinear crops [M, 3, SIDE, SIDE] of the pictures image[which]; beyond the picture its edge is
-    repeated."""
+    """Bilinear crops [M, 3, SIDE, SIDE] of image[which]; beyond a picture its edge is repeated."""
     if max(image.shape[-2:]) > 2 * SIDE:  # grid_sample does not smooth
         image = F.interpolate(image, (2 * SIDE, 2 * SIDE), mode="bilinear", antialias=True)
     at = (torch.arange(SIDE, device=image.device) + 0.5) / SIDE
@@ -238,8 +230,7 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 class ParserBatches(torch.utils.data.Dataset):
-    """Item s is a batch of clean renders: pictures, their labels, one box on each object and one on free
-    background.
+    """Item s is a batch of clean renders: pictures, labels, a box on each object and one on free background.
 
     Boxes are off by up to an eighth of a radius and a tenth in size, since an edited object need not sit
     where the original did. Every fourth batch is drawn at twice the size.
@@ -314,8 +305,7 @@ def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, b
 
 @torch.inference_mode()
 def parser_accuracy(net: Parser, size: int, n: int, device: torch.device) -> dict[str, np.ndarray]:
-    """Right or wrong (1, 0) of every head on clean held-out renders; not-a-number where a box holds no
-    object."""
+    """Right or wrong (1, 0) of every head on clean held-out renders; not-a-number: a box without an object."""
     start = len(scenes.Scenes("heldout")) - 20_000  # far from the scenes that checkpoints are judged on
     right = {k: [] for k in (*PICTURE_HEADS, *OBJECT_HEADS)}
     batches = ParserBatches(scenes.Scenes("heldout"), start, 100, n // 100, (size,), jitter=False)
@@ -329,8 +319,7 @@ def parser_accuracy(net: Parser, size: int, n: int, device: torch.device) -> dic
 
 
 def load_parser(path: str, device: torch.device) -> Parser:
-    """The judge from its folder; SystemExit when it is missing, damaged, of another kind or has other
-    labels."""
+    """The judge from its folder; SystemExit when it is missing, damaged, of another kind or other labels."""
     if not Path(path).is_dir():
         raise SystemExit(f"error: --parser: {path}: no such folder: train the judge: `python"
                          f" evaluate.py parser --out {path} --steps 6000`")
@@ -375,11 +364,11 @@ def named(o: scenes.Object, caption: str) -> list[int]:
 
 
 def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) -> Cases:
-    """outpaint: data.py's outward mask; judged are the objects of which half or more lies in the hole but not
-    all: where one goes that is wholly hidden, nobody says. edit: the largest instance, dilated by 8% of the side
+    """outpaint: data.py's outward mask; judged are the objects of which half or more lies in the hole, not
+    all: where a wholly hidden one goes, nobody says. edit: the largest instance, dilated by 8% of the side
     (ByteEdit Sec. 4.1); the caption is the scene's, so that this object must come back. erase: all that the
-    largest object draws (its shadow too), dilated by a pixel; the truth is the scene drawn without it, the prompt
-    ERASE_PROMPT. Masks are a function of (scene, size)."""
+    largest object draws (its shadow too), dilated by a pixel; the truth is the scene drawn without it, the
+    prompt ERASE_PROMPT. Masks are a function of (scene, size)."""
     rows, which, boxes, objects = [], [], [], []
     for j, index in enumerate(indices):
         s, item = source.scene(index), source.load(index, size, size)
@@ -464,8 +453,7 @@ def load_editor(path: str, device: torch.device, bf16: bool) -> Editor:
 @torch.inference_mode()
 def generate(e: Editor, image: Tensor, mask: Tensor, caption: list[str], noise: Tensor, steps: int,
              guidance: float = 1.0, solver: str = "euler") -> Tensor:
-    """Pictures [B, 3, H, W] as the network returns them, known pixels not pasted; arguments as in Cases,
-    noise [B, 3, H, W]."""
+    """Pictures [B, 3, H, W] as the network returns them, known pixels not pasted. Arguments as in Cases."""
     image, mask, x = image.to(e.device), mask.to(e.device), noise.to(e.device)
     masked = image * (1 - mask)
     with torch.autocast(e.device.type, torch.bfloat16, enabled=e.bf16):
@@ -484,8 +472,7 @@ def generate(e: Editor, image: Tensor, mask: Tensor, caption: list[str], noise: 
 
 @dataclass
 class Result:
-    """One column of the tables: raw pictures uint8 [S, N, H, W, 3] for each task; the known pixels are
-    pasted by the judge."""
+    """One column of the tables: raw pictures uint8 [S, N, H, W, 3] by task; known pixels not yet pasted."""
 
     name: str
     size: int
@@ -615,8 +602,7 @@ def paste(raw: Tensor, c: Cases) -> Tensor:
 
 @torch.inference_mode()
 def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
-    """Metrics [N] of pictures raw [N, 3, H, W] in [-1, 1]; not-a-number where a scene asks nothing of the
-    kind.
+    """Metrics [N] of pictures raw [N, 3, H, W] in [-1, 1]; not-a-number where a scene does not ask.
 
     Higher is better: shape, colour, material (mean over the judged objects), background, environment,
     style, empty (erase: no object at the box), attributes (mean of all that the task asks). Lower is
