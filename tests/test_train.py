@@ -76,8 +76,10 @@ def made(tmp_path_factory):
     latent = model.inpainting(model.replace(test, channels=16, txt_bytes=0))
     out["latent"] = shipped(root / "latent", model.Editor(latent), **size)
     tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
-    for name, json_text in (("aesthetic", tokenizer), ("alignment", tokenizer), ("mute", "")):
+    for seed, name, json_text in ((1, "aesthetic", tokenizer), (2, "alignment", tokenizer), (3, "mute", "")):
+        torch.manual_seed(seed)
         net = model.PreferenceReward(model.replace(model.REWARD_PRESETS["test"], tokenizer=json_text))
+        net.mlp.layers[-1].weight.data.mul_(0.1)  # scores far below the margin of relu(2 - r)
         out[name] = shipped(root / name, net)
     out["damaged"] = shutil.copytree(out["base"], root / "damaged")
     weights = bytearray((out["damaged"] / "model.safetensors").read_bytes())
@@ -314,7 +316,7 @@ def test_reward_rises(made, tmp_path):
     found = call(made, tmp_path, train_pefl, phases="4/3/2x30", w_aesthetic=1.0, w_alignment=0.0,
                  w_coherence=0.0, eta=0.0, lr=2e-3)
     scores = [row["reward/aesthetic"] for row in found]
-    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 3 * np.std(scores[:5])
+    assert min(scores[-5:]) > max(scores[:5])
     assert "reward/alignment" not in found[0]
 
 
@@ -323,7 +325,7 @@ def test_forms_of_the_reward_loss(made, tmp_path):
     sigmoid = call(made, tmp_path / "sigmoid", train_pefl, phases="4/3/2x2")
     for name in ("aesthetic", "alignment"):
         r = margin[0][f"reward/{name}"]
-        assert r == sigmoid[0][f"reward/{name}"] and abs(r) < 1  # of a random model: no margin is cut
+        assert r == sigmoid[0][f"reward/{name}"] and abs(r) < 1  # no margin is cut
         assert margin[0][f"loss/{name}"] == pytest.approx(2 - r, rel=1e-5)
         low = F.softplus(torch.tensor(-r)).item()  # of the mean; the mean of a convex function is above
         assert low - 1e-6 <= sigmoid[0][f"loss/{name}"] < low + 0.1
