@@ -665,7 +665,7 @@ class Metrics:
         table = torch.stack([torch.stack(sums), counts]) if names else torch.zeros(2, 0)
         if self.dist.world > 1 and names:
             td.all_reduce(table)
-        row = dict(zip(names, (table[0] / table[1]).tolist()))
+        row = {n: total / count for n, total, count in zip(names, *table.tolist()) if count}
         row |= {k: v.item() if isinstance(v, torch.Tensor | np.generic) else v for k, v in extra.items()}
         self.sums, self.counts = {}, {}
         if self.dist.rank == 0:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from collections import Counter, OrderedDict, namedtuple
 from functools import lru_cache, partial

@@ -273,9 +273,6 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(m.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for m in (*self.t_embedder.mlp, *self.y_embedder.mlp):
-            if isinstance(m, nn.Linear):
-                nn.init.normal_(m.weight, std=0.02)
         for name, p in self.named_parameters():
             if "adaLN_modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(p)
@@ -334,22 +331,30 @@ class SelfBlock(nn.Module):
 
 
 class ByteText(nn.Module):
-    """UTF-8 bytes -> text tokens and a pooled vector. Default ours: no paper trains its text encoder.
+    """UTF-8 bytes -> a token for each word, and a pooled vector. Default ours: no paper trains its text encoder
+    from scratch.
 
-    Two convolutions turn the bytes into a quarter as many tokens: joint attention pays for each of them.
-    Padding is byte 0 and is attended to, as SD3's is.
+    Two convolutions read the letters, a word is the mean over its bytes, two transformer blocks mix the words.
+    Words of more than 12 bytes (or text without spaces) are cut, so that any language fits. Padding words are
+    zero before the blocks and are attended to, as SD3's padding is.
     """
+
+    WORD = 12  # bytes of a word at most
 
     def __init__(self, max_bytes: int, txt_dim: int, vec_dim: int, depth: int = 2):
         super().__init__()
-        self.max_bytes = max_bytes
+        self.max_bytes, self.max_words = max_bytes, max_bytes // 4
         self.embed = nn.Embedding(256, 64)
-        self.conv1 = nn.Conv1d(64, 128, 5, padding=2)
-        self.conv2 = nn.Conv1d(128, txt_dim, 8, stride=4, padding=2)
-        self.pos = nn.Parameter(0.02 * torch.randn(1, max_bytes // 4, txt_dim))
+        self.conv1 = nn.Conv1d(64, txt_dim, 5, padding=2)
+        self.conv2 = nn.Conv1d(txt_dim, txt_dim, 5, padding=2)
+        self.norm0 = nn.LayerNorm(txt_dim, eps=1e-6)
+        self.pos = nn.Parameter(0.02 * torch.randn(1, self.max_words, txt_dim))
         self.blocks = nn.ModuleList(SelfBlock(txt_dim, max(1, txt_dim // 64)) for _ in range(depth))
         self.norm = nn.LayerNorm(txt_dim, eps=1e-6)
         self.pool = nn.Linear(txt_dim, vec_dim)
+        for block in self.blocks:  # the blocks start as the identity: what the words say gets through at first
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.fc2.weight)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """[B] strings -> uint8 [B, max_bytes], cut or padded with 0; a cut never leaves half a character."""
@@ -359,14 +364,28 @@ class ByteText(nn.Module):
             out[i, : len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
         return out
 
+    def words(self, ids: Tensor) -> Tensor:
+        """ids [B, N] -> [B, W, N], the weight of each byte in each word's mean; rows of missing words are zero."""
+        B, N = ids.shape
+        at = torch.arange(N, device=ids.device).expand(B, N)
+        space = (ids == 32) | (ids == 0)
+        since = at - torch.where(space, at, 0).cummax(1).values                          # bytes since the last space
+        starts = space | (since % self.WORD == 0)
+        word = (starts.cumsum(1) - 1).clamp(0, self.max_words - 1)
+        member = (word[:, None] == torch.arange(self.max_words, device=ids.device)[:, None]) & ~space[:, None]
+        return member / member.sum(2, keepdim=True).clamp(min=1)
+
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B, max_bytes] -> txt [B, max_bytes/4, txt_dim], vec [B, vec_dim]."""
         x = self.embed(ids.long()).transpose(1, 2)                                       # [B, 64, N]
-        x = self.conv2(F.gelu(self.conv1(x))).transpose(1, 2) + self.pos                 # [B, N/4, D]
+        x = self.conv2(F.gelu(self.conv1(x))).transpose(1, 2)                            # [B, N, D]
+        words = self.words(ids)
+        real = (words.sum(2) > 0).to(x.dtype)[..., None]                                 # [B, W, 1]
+        x = self.norm0(words.to(x.dtype) @ x) * real + self.pos
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return x, self.pool(x.mean(1))
+        return x, self.pool((x * real).sum(1) / real.sum(1).clamp(min=1).sqrt())  # a sum of n words grows as sqrt(n)
 
 
 class Editor(nn.Module):

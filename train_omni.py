@@ -40,7 +40,10 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0 = off
     ema: float = 0.999  # decay of the averaged weights that are sampled and shipped
     t_density: Literal["logit_normal", "uniform"] = "logit_normal"  # distribution of training times
-    shift: float = 1.0  # moves times towards noise; 3 for SD3 at 1024 x 1024
+    t_shift: float = 3.0  # moves training times towards noise, where captions decide (SD3: 3 at 1024^2)
+    shift: float = 1.0  # of the sampler's times; the checkpoint carries it to sample.py and train_pefl.py
+    text_lr: float = 0.2  # factor on lr for the text encoder, whose words otherwise collapse into one
+    p_t2i: float = 0.25  # inpainting stage: share of pictures generated whole; data.TASKS divides the rest
     drop_caption: float = 0.1  # captions replaced by "", for classifier-free guidance
     bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
@@ -56,7 +59,6 @@ class Config:
     project: str = "feedback-editing"  # W&B project
 
 
-TASKS = {"base": {"t2i": 1.0}, "inpaint": data.TASKS}
 
 
 def main(cfg: Config) -> None:
@@ -89,7 +91,8 @@ def main(cfg: Config) -> None:
     common.print0(f"{cfg.stage}: {size:.1f} M parameters, {device}, {dist.world} rank(s)")
 
     # 2) optimiser, averaged weights
-    groups = model.param_groups(editor, cfg.weight_decay)
+    groups = [{**g, "factor": 1.0} for g in model.param_groups(editor.mmdit, cfg.weight_decay)]
+    groups += [{**g, "factor": cfg.text_lr} for g in model.param_groups(editor.text, cfg.weight_decay)]
     opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ema = common.EMA(editor, cfg.ema)
 
@@ -109,7 +112,7 @@ def main(cfg: Config) -> None:
 
     # 4) data: batch s is a function of (seed, s, rank, world)
     source = data.open_source(cfg.data, "train")
-    tasks = TASKS[cfg.stage]
+    tasks = task_mixture(cfg)
     loader = data.make_loader(
         source, cfg.image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world,
         workers=cfg.workers, start_step=step * cfg.accum, aspects=cfg.aspects, stride=editor.cfg.patch)
@@ -122,7 +125,7 @@ def main(cfg: Config) -> None:
     bar = common.progress(cfg.steps, step, cfg.stage, dist)
     while step < cfg.steps:
         for group in opt.param_groups:
-            group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_schedule)
+            group["lr"] = group["factor"] * common.lr_at(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_schedule)
         loss_sum = torch.zeros((), device=device)
         for micro in range(cfg.accum):
             with perf.wait():
@@ -131,7 +134,7 @@ def main(cfg: Config) -> None:
 
             # 5) everything random comes from (seed, step, global position of the sample)
             gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
-            t = flow.sample_t(common.rand(gens, device), cfg.t_density, cfg.shift)                       # [B]
+            t = flow.sample_t(common.rand(gens, device), cfg.t_density, cfg.t_shift)                     # [B]
             keep_caption = (common.rand(gens) >= cfg.drop_caption).tolist()
             noise = common.randn(gens, x0.shape[1:], device)
             captions = [c if k else "" for c, k in zip(batch["caption"], keep_caption)]
@@ -213,16 +216,28 @@ def check(cfg: Config) -> None:
     for flag in ("ema", "beta2"):
         if not 0 <= getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 0 and below 1")
-    if not 0 <= cfg.drop_caption <= 1:
-        refuse("drop_caption", "must be a probability from 0 to 1")
-    if not cfg.shift > 0:
-        refuse("shift", "must be above 0; 1 leaves the times as they are")
+    for flag in ("drop_caption", "p_t2i"):
+        if not 0 <= getattr(cfg, flag) <= 1:
+            refuse(flag, "must be a probability from 0 to 1")
+    for flag in ("shift", "t_shift"):
+        if not getattr(cfg, flag) > 0:
+            refuse(flag, "must be above 0; 1 leaves the times as they are")
+    if cfg.text_lr < 0:
+        refuse("text_lr", "must not be negative")
+
+
+def task_mixture(cfg: Config) -> dict[str, float]:
+    """Task -> probability of the stage: whole pictures only, or ByteEdit's masks (Sec. 4.1)."""
+    if cfg.stage == "base":
+        return {"t2i": 1.0}
+    rest = {task: p for task, p in data.TASKS.items() if task != "t2i"}
+    return {"t2i": cfg.p_t2i} | {task: p * (1 - cfg.p_t2i) / sum(rest.values()) for task, p in rest.items()}
 
 
 def sample_inputs(cfg: Config, editor: model.Editor) -> dict:
     """The fixed held-out pictures, masks and captions of every sample sheet."""
     source = data.open_source(cfg.data, "heldout")
-    tasks = TASKS[cfg.stage]
+    tasks = task_mixture(cfg)
     return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8, tasks,
                                        stride=editor.cfg.patch))
 

@@ -14,6 +14,7 @@ The same command again resumes.
 
 import contextlib
 import copy
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -77,6 +78,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    check(cfg)
     dist = common.setup(cfg.device)
     device = dist.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
@@ -85,13 +87,14 @@ def main(cfg: Config) -> None:
 
     # 1) the editor to tune, and a frozen copy that says how far it has moved
     editor, manifest = load_editor(cfg.base)
-    image_size = cfg.image_size or manifest["config"].get("image_size", 32)
-    shift = manifest["config"].get("shift", 1.0) if cfg.shift is None else cfg.shift
+    image_size = cfg.image_size or manifest.get("config", {}).get("image_size", 32)
+    shift = manifest.get("config", {}).get("shift", 1.0) if cfg.shift is None else cfg.shift
     if image_size % editor.cfg.patch:
         raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of the editor's patch, {editor.cfg.patch}")
     editor.to(device)
     base = copy.deepcopy(editor).requires_grad_(False)
     if cfg.lora:
+        torch.manual_seed(cfg.seed)  # LoRA's A: the same on every rank
         model.add_lora(editor, cfg.lora)
         editor.to(device)
     editor.mmdit.checkpoint = cfg.checkpointing
@@ -99,8 +102,9 @@ def main(cfg: Config) -> None:
     space = frozen.PixelSpace()
 
     # 2) rewards: aesthetic and alignment are frozen; coherence learns online and is the discriminator
-    rewards = {name: load_reward(path, device) for name, path in
-               (("aesthetic", cfg.aesthetic), ("alignment", cfg.alignment), ("heldout", cfg.heldout_reward)) if path}
+    named = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "heldout_reward": cfg.heldout_reward}
+    rewards = {flag.removesuffix("_reward"): load_reward(path, device, f"--{flag}: {path}")
+               for flag, path in named.items() if path}
     weights = {"aesthetic": cfg.w_aesthetic, "alignment": cfg.w_alignment}
     perceptual, perceptual_name = load_perceptual(cfg, rewards, device)
     torch.manual_seed(cfg.seed)
@@ -118,6 +122,11 @@ def main(cfg: Config) -> None:
     step, run_id = 0, None
     if found := common.load_latest(cfg.out):
         tensors, saved = found
+        names = {"model", "ema", "optimizer", "coherence", "coherence_optimizer"}
+        names |= {"lora", "lora_ema"} if cfg.lora else set()
+        if tensors.keys() != names:
+            raise SystemExit(f"error: {cfg.out}: holds {', '.join(sorted(tensors))} instead of "
+                             f"{', '.join(sorted(names))}: repeat the command that began it, or give another --out")
         state = tensors["model"] if not cfg.lora else editor.state_dict() | tensors.get("lora", {})
         common.load_state(editor, state, cfg.out)
         ema.load_state_dict(tensors["ema"] if not cfg.lora else editor.state_dict() | tensors["lora_ema"])
@@ -130,15 +139,17 @@ def main(cfg: Config) -> None:
 
     # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions
     source = data.open_source(cfg.data, "train")
+    towers = [r.cfg.patch for r in rewards.values()] if not cfg.vgg else []  # L_vgg's features, unresized
+    stride = math.lcm(editor.cfg.patch * space.stride, patch, *towers)
     tasks = {"outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint, "erase": cfg.p_erase}
     loader = data.make_loader(
         source, image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers,
-        start_step=step * cfg.accum, aspects=cfg.aspects, stride=max(editor.cfg.patch * space.stride, patch),
+        start_step=step * cfg.accum, aspects=cfg.aspects, stride=stride,
         prompt_free={"outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
     common.print0(loader.summary)
-    grid = heldout_grid(cfg, image_size, tasks, patch)
+    grid = heldout_grid(cfg, image_size, tasks, stride)
     reward_loss = {"neg_log_sigmoid": lambda r: -F.logsigmoid(r), "relu_margin": lambda r: F.relu(2 - r)}[cfg.reward_loss]
-    perf, bad_steps = common.Perf(), 0
+    perf, bad_steps, lost_saves = common.Perf(), 0, 0
 
     bar = common.progress(total, step, "pefl", dist)
     while step < total:
@@ -240,20 +251,50 @@ def main(cfg: Config) -> None:
         if due or step % cfg.log_every == 0 or step == total:
             metrics.flush(step, extra | perf.read() | {"data/skipped": loader.stats()["skipped"]})
         if step % cfg.save_every == 0 or step == total or stop:
-            common.save_checkpoint(
+            saved = common.save_checkpoint(
                 cfg.out, step,
                 {**editor_tensors(cfg, editor, ema), "optimizer": common.optimizer_tensors(opt),
                  "coherence": disc.state_dict(), "coherence_optimizer": common.optimizer_tensors(disc_opt)},
                 {"arch": editor.arch, "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
                  "samples": step * cfg.batch_size * cfg.accum * dist.world, "coherence_arch": disc.arch,
                  "run_id": metrics.run_id}, dist=dist)
+            lost_saves = 0 if saved else lost_saves + 1
+            if lost_saves and (step == total or stop or lost_saves == 3):
+                raise SystemExit(f"error: {cfg.out}: {lost_saves} checkpoint(s) running were not saved: free "
+                                 "some space, then the same command resumes")
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break
     bar.close()
     common.print0(common.peak_memory())
     metrics.close()
+    loader.close()
     common.cleanup()
+
+
+def check(cfg: Config) -> None:
+    """Refuse values that cannot work, before anything is loaded."""
+    def refuse(flag, text):
+        raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
+
+    for flag in ("batch_size", "accum", "log_every", "save_every", "disc_depth", "disc_width"):
+        if getattr(cfg, flag) < 1:
+            refuse(flag, "must be at least 1")
+    for flag in ("lr", "disc_lr", "warmup", "weight_decay", "grad_clip", "sample_every", "workers", "lora"):
+        if not getattr(cfg, flag) >= 0:
+            refuse(flag, "must not be negative")
+    for flag in ("p_outpaint", "p_edit", "p_inpaint", "p_erase", "p_promptfree"):
+        if not 0 <= getattr(cfg, flag) <= 1:
+            refuse(flag, "must be a proportion from 0 to 1")
+    for flag in ("image_size", "disc_patch"):
+        if getattr(cfg, flag) is not None and getattr(cfg, flag) < 1:
+            refuse(flag, "must be at least 1")
+    if not 0 <= cfg.ema < 1:
+        refuse("ema", "must be at least 0 and below 1")
+    if cfg.shift is not None and not cfg.shift > 0:
+        refuse("shift", "must be above 0; 1 leaves the times as they are")
+    if cfg.disc_width % max(1, cfg.disc_width // 32):
+        refuse("disc_width", "must be a multiple of 32, the width of an attention head")
 
 
 def parse_phases(text: str) -> list[tuple[int, int, int, int]]:
@@ -280,17 +321,22 @@ def phase_at(phases: list[tuple[int, int, int, int]], step: int) -> tuple[int, t
 def load_editor(path: str) -> tuple[model.Editor, dict]:
     """The averaged weights of an inpainting checkpoint, and its manifest."""
     tensors, manifest = common.load_checkpoint(path, ("ema", "model"))
-    editor = model.build_editor(manifest["arch"])
+    arch = manifest.get("arch", {})
+    if not arch.get("txt_bytes", 1):
+        raise SystemExit(f"error: --base: {path}: needs a VAE and text encoders: name one without")
+    editor = model.build_editor(arch, f"--base: {path}")
     if not editor.cfg.inpaint:
         raise SystemExit(f"error: --base: {path}: a text-to-image model without mask input: run train_omni.py --stage inpaint first")
     common.load_state(editor, tensors.get("ema") or tensors["model"], path)
     return editor, manifest
 
 
-def load_reward(path: str, device: torch.device) -> model.PreferenceReward:
-    """A frozen reward model in evaluation mode."""
+def load_reward(path: str, device: torch.device, what: str) -> model.PreferenceReward:
+    """A frozen reward model in evaluation mode; `what` names it in errors."""
     tensors, manifest = common.load_checkpoint(path, ("model",))
-    net = model.build_reward(manifest["arch"])
+    net = model.build_reward(manifest.get("arch", {}), what)
+    if net.tokenizer is None:
+        raise SystemExit(f"error: {what}: holds no tokenizer: use a folder that train_reward.py wrote")
     common.load_state(net, tensors["model"], path)
     return net.to(device).eval().requires_grad_(False)
 
