@@ -39,8 +39,9 @@ class Config:
     beta2: float = 0.99  # AdamW's second-moment decay
     grad_clip: float = 1.0  # global norm; 0 = off
     ema: float = 0.999  # decay of the averaged weights that are sampled and shipped
-    t_density: Literal["logit_normal", "uniform"] = "logit_normal"  # distribution of training times
+    t_density: Literal["logit_normal", "uniform"] = "uniform"  # distribution of training times
     t_shift: float = 3.0  # moves training times towards noise, where captions decide (SD3: 3 at 1024^2)
+    t_weight: float = 1.0  # the squared error of v counts t ** t_weight: 0 is v's own error, 2 that of x_0
     shift: float = 1.0  # of the sampler's times; the checkpoint carries it to sample.py and train_pefl.py
     text_lr: float = 0.2  # factor on lr for the text encoder, whose words otherwise collapse into one
     p_t2i: float = 0.25  # inpainting stage: share of pictures generated whole; data.TASKS divides the rest
@@ -144,7 +145,7 @@ def main(cfg: Config) -> None:
                 txt, vec = editor.encode_text(captions)
                 v = editor(flow.interpolate(x0, noise, t), t, txt, vec, mask, x0 * (1 - mask))
             error = (v.float() - flow.velocity(x0, noise)).square().flatten(1).mean(1)                   # [B]
-            loss = error.mean()
+            loss = (t**cfg.t_weight * error).mean()
             (loss / cfg.accum).backward()
             loss_sum += loss.detach() / cfg.accum
             for lo in (0, 25, 50, 75):
@@ -210,7 +211,7 @@ def check(cfg: Config) -> None:
     for flag in ("image_size", "batch_size", "accum", "steps", "log_every", "save_every"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
-    for flag in ("lr", "warmup", "weight_decay", "grad_clip", "sample_every", "keep", "workers"):
+    for flag in ("lr", "text_lr", "t_weight", "warmup", "weight_decay", "grad_clip", "sample_every", "keep", "workers"):
         if not getattr(cfg, flag) >= 0:
             refuse(flag, "must not be negative")
     for flag in ("ema", "beta2"):
@@ -222,8 +223,6 @@ def check(cfg: Config) -> None:
     for flag in ("shift", "t_shift"):
         if not getattr(cfg, flag) > 0:
             refuse(flag, "must be above 0; 1 leaves the times as they are")
-    if cfg.text_lr < 0:
-        refuse("text_lr", "must not be negative")
 
 
 def task_mixture(cfg: Config) -> dict[str, float]:
