@@ -331,12 +331,11 @@ class SelfBlock(nn.Module):
 
 
 class ByteText(nn.Module):
-    """UTF-8 bytes -> a token for each word, and a pooled vector. Default ours: no paper trains its text encoder
-    from scratch.
+    """UTF-8 bytes -> a token for each word, and a pooled vector (default ours, paper silent).
 
-    Two convolutions read the letters, a word is the mean over its bytes, two transformer blocks mix the words.
-    Words of more than 12 bytes (or text without spaces) are cut, so that any language fits. Padding words are
-    zero before the blocks and are attended to, as SD3's padding is.
+    Two convolutions read the letters, a word is the mean over its bytes, two transformer blocks mix words.
+    Words of more than 12 bytes (or text without spaces) are cut, so that any language fits. Missing words
+    enter the blocks as bare positions and are attended to, as SD3's padding is.
     """
 
     WORD = 12  # bytes of a word at most
@@ -352,7 +351,7 @@ class ByteText(nn.Module):
         self.blocks = nn.ModuleList(SelfBlock(txt_dim, max(1, txt_dim // 64)) for _ in range(depth))
         self.norm = nn.LayerNorm(txt_dim, eps=1e-6)
         self.pool = nn.Linear(txt_dim, vec_dim)
-        for block in self.blocks:  # the blocks start as the identity: what the words say gets through at first
+        for block in self.blocks:  # they start as the identity: what the words say gets through at first
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.fc2.weight)
 
@@ -365,11 +364,11 @@ class ByteText(nn.Module):
         return out
 
     def words(self, ids: Tensor) -> Tensor:
-        """ids [B, N] -> [B, W, N], the weight of each byte in each word's mean; rows of missing words are zero."""
+        """ids [B, N] -> [B, W, N], the weight of each byte in each word's mean; missing words: zeros."""
         B, N = ids.shape
         at = torch.arange(N, device=ids.device).expand(B, N)
         space = (ids == 32) | (ids == 0)
-        since = at - torch.where(space, at, 0).cummax(1).values                          # bytes since the last space
+        since = at - torch.where(space, at, 0).cummax(1).values  # bytes since the last space
         starts = space | (since % self.WORD == 0)
         word = (starts.cumsum(1) - 1).clamp(0, self.max_words - 1)
         member = (word[:, None] == torch.arange(self.max_words, device=ids.device)[:, None]) & ~space[:, None]
@@ -385,7 +384,8 @@ class ByteText(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return x, self.pool((x * real).sum(1) / real.sum(1).clamp(min=1).sqrt())  # a sum of n words grows as sqrt(n)
+        pooled = (x * real).sum(1) / real.sum(1).clamp(min=1).sqrt()  # a sum of n words grows as sqrt(n)
+        return x, self.pool(pooled)
 
 
 class Editor(nn.Module):

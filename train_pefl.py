@@ -1,15 +1,15 @@
-"""Perceptual Feedback Learning: tune an inpainting editor by back-propagating reward models (ByteEdit, Sec. 3).
+"""Perceptual Feedback Learning (ByteEdit, Sec. 3): tune an inpainting editor by back-propagating rewards.
 
-    python train_pefl.py --base assets/base --aesthetic out/aesthetic --alignment out/alignment --out out/pefl
-    torchrun --nproc_per_node=8 train_pefl.py --base out/inpaint --aesthetic ... --alignment ... --data /photos
+    python train_pefl.py --aesthetic out/aesthetic --alignment out/alignment --out out/pefl
+    torchrun --nproc_per_node=8 train_pefl.py --base out/inpaint --aesthetic ... --alignment ... --data ...
 
 One step, for a picture x, a mask m, a caption c (Sec. 3.1):
-    stage 1   noise the masked input x (1 - m) to the fixed step T1                       steps T .. T1 are skipped
+    stage 1   noise the masked input x (1 - m) to the fixed step T1; the noisier steps are skipped
     stage 2   denoise T1 -> t' without gradient, t' drawn from [1, T2]
     stage 3   predict x0' from x_t' in one network call, with gradient
-then L^G = sum of the rewards' losses + eta (L_reg + L_vgg)  (Eq. 2-4, 7, 8) for the editor, and L^D (Eq. 6, 8) for the
-coherence model, which is trained online as the discriminator. Progressive phases shrink T / T1 / T2 (Sec. 3.3).
-The same command again resumes.
+then L^G = sum of the rewards' losses + eta (L_reg + L_vgg) for the editor (Eq. 2-4, 7, 8), and L^D for the
+coherence model, which learns online as the discriminator (Eq. 6, 8). Progressive phases shrink T / T1 / T2
+(Sec. 3.3). The same command again resumes.
 """
 
 import contextlib
@@ -52,9 +52,9 @@ class Config:
     w_aesthetic: float = 0.01  # weight of the aesthetic loss (Sec. 4.1)
     w_alignment: float = 0.01  # weight of the alignment loss (Sec. 4.1)
     w_coherence: float = 0.05  # weight of the adversarial loss (Sec. 4.1)
-    reward_loss: Literal["neg_log_sigmoid", "relu_margin"] = "neg_log_sigmoid"  # Eq. 2, or ImageReward's relu(2 - r)
+    reward_loss: Literal["neg_log_sigmoid", "relu_margin"] = "neg_log_sigmoid"  # Eq. 2, or relu(2 - r)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
-    vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = features of the aesthetic reward's frozen tower
+    vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = a reward's image tower
     disc_width: int = 128  # coherence ViT (default ours, paper silent)
     disc_depth: int = 4  # its blocks
     disc_patch: int | None = None  # its patch; None = the editor's
@@ -90,7 +90,8 @@ def main(cfg: Config) -> None:
     image_size = cfg.image_size or manifest.get("config", {}).get("image_size", 32)
     shift = manifest.get("config", {}).get("shift", 1.0) if cfg.shift is None else cfg.shift
     if image_size % editor.cfg.patch:
-        raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of the editor's patch, {editor.cfg.patch}")
+        raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of the editor's patch, "
+                         f"{editor.cfg.patch}")
     editor.to(device)
     base = copy.deepcopy(editor).requires_grad_(False)
     if cfg.lora:
@@ -112,12 +113,16 @@ def main(cfg: Config) -> None:
     disc = model.CoherenceReward(model.CoherenceConfig(
         image_size // patch, patch, cfg.disc_width, cfg.disc_depth, max(1, cfg.disc_width // 32))).to(device)
     common.print0(
-        f"editor {common.n_params(editor) / 1e6:.1f} M ({sum(p.numel() for p in trained) / 1e6:.2f} M trained), rewards "
-        f"{', '.join(rewards) or 'none'}, coherence {common.n_params(disc) / 1e6:.2f} M, L_vgg from {perceptual_name}, {device}")
+        f"editor {common.n_params(editor) / 1e6:.1f} M "
+        f"({sum(p.numel() for p in trained) / 1e6:.2f} M trained), "
+        f"coherence {common.n_params(disc) / 1e6:.2f} M, "
+        f"rewards {', '.join(rewards) or 'none'}, L_vgg from {perceptual_name}, {device}")
 
     # 3) optimisers, averaged weights, resume
-    opt = torch.optim.AdamW(model.param_groups(editor, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.99), fused=True)
-    disc_opt = torch.optim.AdamW(disc.parameters(), lr=cfg.disc_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
+    groups = model.param_groups(editor, cfg.weight_decay)
+    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), fused=True)
+    disc_opt = torch.optim.AdamW(
+        disc.parameters(), lr=cfg.disc_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
     ema = common.EMA(editor, cfg.ema)
     step, run_id = 0, None
     if found := common.load_latest(cfg.out):
@@ -126,7 +131,8 @@ def main(cfg: Config) -> None:
         names |= {"lora", "lora_ema"} if cfg.lora else set()
         if tensors.keys() != names:
             raise SystemExit(f"error: {cfg.out}: holds {', '.join(sorted(tensors))} instead of "
-                             f"{', '.join(sorted(names))}: repeat the command that began it, or give another --out")
+                             f"{', '.join(sorted(names))}: repeat the command that began it, or give "
+                             "another --out")
         state = tensors["model"] if not cfg.lora else editor.state_dict() | tensors.get("lora", {})
         common.load_state(editor, state, cfg.out)
         ema.load_state_dict(tensors["ema"] if not cfg.lora else editor.state_dict() | tensors["lora_ema"])
@@ -143,12 +149,15 @@ def main(cfg: Config) -> None:
     stride = math.lcm(editor.cfg.patch * space.stride, patch, *towers)
     tasks = {"outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint, "erase": cfg.p_erase}
     loader = data.make_loader(
-        source, image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers,
-        start_step=step * cfg.accum, aspects=cfg.aspects, stride=stride,
+        source, image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world,
+        workers=cfg.workers, start_step=step * cfg.accum, aspects=cfg.aspects, stride=stride,
         prompt_free={"outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
     common.print0(loader.summary)
     grid = heldout_grid(cfg, image_size, tasks, stride)
-    reward_loss = {"neg_log_sigmoid": lambda r: -F.logsigmoid(r), "relu_margin": lambda r: F.relu(2 - r)}[cfg.reward_loss]
+    reward_loss = {
+        "neg_log_sigmoid": lambda r: -F.logsigmoid(r),
+        "relu_margin": lambda r: F.relu(2 - r),  # ImageReward's
+    }[cfg.reward_loss]
     perf, bad_steps, lost_saves = common.Perf(), 0, 0
 
     bar = common.progress(total, step, "pefl", dist)
@@ -162,30 +171,31 @@ def main(cfg: Config) -> None:
             with perf.wait():
                 batch = next(loader)
             x, mask, captions = batch["image"].to(device), batch["mask"].to(device), batch["caption"]
-            z, z_mask = space.encode(x), shrink(mask, space.stride)                        # latents and their mask
-            masked = space.encode(x * (1 - mask))                                          # x (1 - m)
+            z_mask = shrink(mask, space.stride)                         # [B, 1, h, w] of latents
+            masked = space.encode(x * (1 - mask))                       # x (1 - m), [B, C, h, w]
 
-            # everything random comes from (seed, step, global position of the sample); t' is one for all ranks, so
-            # that they do equal work
-            noise = common.randn(common.generators(cfg.seed, draw, batch["position"]), z.shape[1:], device)
+            # noise comes from (seed, draw, global position of the sample): the same for any number of ranks;
+            # t' is one for the whole batch on all ranks, so that they do equal work
+            gens = common.generators(cfg.seed, draw, batch["position"])
+            noise = common.randn(gens, masked.shape[1:], device)
             t_prime = int(common.randint(common.generators(cfg.seed, draw, [0], stream=1), 1, T2 + 1))
 
             with autocast:
                 txt, vec = editor.encode_text(captions)
 
-                # stage 1: diffuse the masked input to step T1 (steps T .. T1 are skipped)
+                # stage 1: diffuse the masked input to step T1; the noisier steps, T .. T1 + 1, are skipped
                 ts = flow.timesteps(T, shift, start=T1, stop=t_prime)
-                t_start, t_end = (torch.full((len(z),), ts[i], device=device) for i in (0, -1))
+                t_start, t_end = (torch.full((len(x),), ts[i], device=device) for i in (0, -1))
                 x_t = flow.interpolate(masked, noise, t_start)
 
                 # stage 2: T1 -> t', without gradient, without guidance
                 with torch.no_grad():
-                    x_t = flow.sample(lambda x, t: editor(x, t, txt.detach(), vec.detach(), z_mask, masked), x_t, ts)
+                    x_t = flow.sample(lambda x, t: editor(x, t, txt, vec, z_mask, masked), x_t, ts)
 
                 # stage 3: x_t' -> x0' in one prediction, with gradient
                 v = editor(x_t, t_end, txt, vec, z_mask, masked)
                 z0 = flow.x0_from_v(x_t, v, t_end)
-                fake = maybe_checkpoint(cfg, space.decode, z0)                             # G_phi(x, m, c, t'), [B, 3, H, W]
+                fake = maybe_checkpoint(cfg, space.decode, z0)          # x0' = G(x, m, c, t'), [B, 3, H, W]
 
                 # L_reward, Eq. 7: -log sigmoid of aesthetic, alignment and coherence
                 losses = {}
@@ -195,7 +205,7 @@ def main(cfg: Config) -> None:
                         score = maybe_checkpoint(cfg, net, fake, *tokens)
                         losses[name] = (weight, reward_loss(score).mean())
                         metrics.add(**{f"reward/{name}": score.detach()})
-                fake_logits = maybe_checkpoint(cfg, disc, fake)                            # R_gamma(z'), [B, 1, H, W]
+                fake_logits = maybe_checkpoint(cfg, disc, fake)         # R_gamma(x0'), [B, 1, H, W]
                 losses["coherence"] = (cfg.w_coherence, reward_loss(fake_logits).mean())
 
                 # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
@@ -206,7 +216,7 @@ def main(cfg: Config) -> None:
             g_loss = sum(weight * loss for weight, loss in losses.values())
             (g_loss / cfg.accum).backward(inputs=trained)
 
-            # L^D, Eq. 6: every pixel of x is real, every pixel of x0' is generated
+            # L^D, Eq. 6 and 8: every pixel of x is real, every pixel of x0' is generated
             with autocast:
                 real_logits, fake_logits = disc(x), disc(fake.detach())
             d_loss = (F.softplus(-real_logits) + F.softplus(fake_logits)).mean()
@@ -227,9 +237,10 @@ def main(cfg: Config) -> None:
         stop, bad = common.sync_flags(dist, ~torch.isfinite(torch.stack([g_norm, d_norm, g_sum, d_sum])))
         bad_steps = bad_steps + 1 if bad else 0
         if bad:
-            common.print0(f"warning: step {step}: non-finite loss or gradient, skipped ({bad_steps} in a row)")
+            common.print0(f"warning: step {step}: non-finite loss or gradient: skipped ({bad_steps} running)")
             if bad_steps == 20:
-                raise SystemExit(f"error: {cfg.out}: 20 non-finite steps in a row: lower --lr or the reward weights")
+                raise SystemExit(f"error: {cfg.out}: 20 non-finite steps in a row: lower --lr or the "
+                                 "reward weights")
         else:
             opt.step()
             disc_opt.step()
@@ -240,7 +251,7 @@ def main(cfg: Config) -> None:
         bar.update()
         metrics.add(**{"loss/G": g_sum, "loss/D": d_sum, "grad/G": g_norm, "grad/D": d_norm})
 
-        # 6) logs; held-out samples of the averaged weights at the phase's T, with the hacking alarms; checkpoints
+        # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
         due = bool(cfg.sample_every) and (step % cfg.sample_every == 0 or step == total)
         extra = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
         if due and common.is_main(dist):
@@ -255,7 +266,8 @@ def main(cfg: Config) -> None:
                 cfg.out, step,
                 {**editor_tensors(cfg, editor, ema), "optimizer": common.optimizer_tensors(opt),
                  "coherence": disc.state_dict(), "coherence_optimizer": common.optimizer_tensors(disc_opt)},
-                {"arch": editor.arch, "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
+                {"arch": editor.arch,
+                 "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
                  "samples": step * cfg.batch_size * cfg.accum * dist.world, "coherence_arch": disc.arch,
                  "run_id": metrics.run_id}, dist=dist)
             lost_saves = 0 if saved else lost_saves + 1
@@ -298,13 +310,14 @@ def check(cfg: Config) -> None:
 
 
 def parse_phases(text: str) -> list[tuple[int, int, int, int]]:
-    """"T/T1/T2xSTEPS,..." -> [(T, T1, T2, steps), ...]. T >= T1 > T2 >= 1, so that stage 2 has something to denoise."""
+    """"T/T1/T2xSTEPS,..." -> [(T, T1, T2, steps), ...]; T >= T1 > T2 >= 1, so that stage 2 has work to do."""
     phases = []
     for part in text.split(","):
         m = re.fullmatch(r"(\d+)/(\d+)/(\d+)x(\d+)", part.strip())
         T, T1, T2, steps = map(int, m.groups()) if m else (0, 0, 0, 0)
         if not T >= T1 > T2 >= 1 or not steps:
-            raise SystemExit(f"error: --phases: {part}: write T/T1/T2xSTEPS with T >= T1 > T2 >= 1, such as 20/15/10x2000")
+            raise SystemExit(f"error: --phases: {part}: write T/T1/T2xSTEPS with T >= T1 > T2 >= 1, such as "
+                             "20/15/10x2000")
         phases.append((T, T1, T2, steps))
     return phases
 
@@ -326,7 +339,8 @@ def load_editor(path: str) -> tuple[model.Editor, dict]:
         raise SystemExit(f"error: --base: {path}: needs a VAE and text encoders: name one without")
     editor = model.build_editor(arch, f"--base: {path}")
     if not editor.cfg.inpaint:
-        raise SystemExit(f"error: --base: {path}: a text-to-image model without mask input: run train_omni.py --stage inpaint first")
+        raise SystemExit(f"error: --base: {path}: a text-to-image model without mask input: run "
+                         "train_omni.py --stage inpaint first")
     common.load_state(editor, tensors.get("ema") or tensors["model"], path)
     return editor, manifest
 
@@ -342,7 +356,7 @@ def load_reward(path: str, device: torch.device, what: str) -> model.PreferenceR
 
 
 def load_perceptual(cfg: Config, rewards: dict, device: torch.device):
-    """V of Eq. 3 and what it is: VGG16 where its weights are given, else the aesthetic reward's frozen image tower."""
+    """V of Eq. 3, and its name: VGG16 where its weights are given, else a reward's frozen image tower."""
     if cfg.vgg:
         return frozen.load_vgg16(cfg.vgg).to(device), f"VGG16 ({cfg.vgg})"
     for name in ("aesthetic", "alignment"):
@@ -365,12 +379,12 @@ def maybe_checkpoint(cfg: Config, fn, *inputs):
 
 
 def shrink(mask: torch.Tensor, stride: int) -> torch.Tensor:
-    """A pixel mask at latent size: a latent is regenerated when any of its pixels is. [B, 1, H, W] -> [B, 1, H/s, W/s]."""
+    """[B, 1, H, W] -> [B, 1, H/s, W/s]: a latent is regenerated when any of its pixels is."""
     return mask if stride == 1 else F.max_pool2d(mask, stride)
 
 
 def editor_tensors(cfg: Config, editor: model.Editor, ema: common.EMA) -> dict:
-    """model and ema as plain weights, so that sample.py needs to know nothing of LoRA; with LoRA its own factors too."""
+    """model and ema as plain weights, so that sample.py knows nothing of LoRA; with LoRA its factors too."""
     if not cfg.lora:
         return {"model": editor.state_dict(), "ema": ema.state_dict()}
     with ema.swapped():
@@ -384,23 +398,30 @@ def editor_tensors(cfg: Config, editor: model.Editor, ema: common.EMA) -> dict:
 def heldout_grid(cfg: Config, image_size: int, tasks: dict, stride: int) -> dict:
     """The fixed held-out pictures, masks and captions of the judge and its sheet."""
     source = data.open_source(cfg.data, "heldout")
-    return next(data.make_eval_batches(source, range(min(32, len(source))), image_size, 32, tasks, stride=stride))
+    indices = range(min(32, len(source)))
+    return next(data.make_eval_batches(source, indices, image_size, 32, tasks, stride=stride))
 
 
 def image_stats(x: torch.Tensor) -> dict[str, float]:
-    """Statistics that reward hacking moves; x [B, 3, H, W] in [-1, 1]. Compare with the real pictures' (ecosystem practice):
-    saturation, contrast, Laplacian variance (sharpness or grain), share of clipped values."""
+    """Statistics that reward hacking moves, to compare with the real pictures' (default ours, paper silent).
+
+    x [B, 3, H, W] in [-1, 1] -> saturation, contrast, Laplacian variance (sharpness, grain), share clipped.
+    """
     x = x.float()
     grey = x.mean(1, keepdim=True)
-    laplace = 4 * grey[..., 1:-1, 1:-1] - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1] - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]
-    return {"saturation": (x.amax(1) - x.amin(1)).mean().item(), "contrast": grey.flatten(1).std(1).mean().item(),
-            "laplacian": laplace.var().item(), "clipped": (x.abs() > 0.99).float().mean().item()}
+    rows = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1]
+    cols = grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
+    laplace = 4 * grey[..., 1:-1, 1:-1] - rows - cols
+    return {"saturation": (x.amax(1) - x.amin(1)).mean().item(),
+            "contrast": grey.flatten(1).std(1).mean().item(),
+            "laplacian": laplace.var().item(),
+            "clipped": (x.abs() > 0.99).float().mean().item()}
 
 
 def judge(cfg: Config, editor: model.Editor, base: model.Editor, rewards: dict, batch: dict, ts: list[float],
           device: torch.device):
-    """Held-out samples without guidance: a sheet, rewards (trained and held out), statistics against the real pictures',
-    change outside the mask, and the distance to the frozen base in velocity and in weights."""
+    """Held-out samples without guidance: rewards (trained and held out), statistics over the real pictures',
+    change outside the mask, distance to the frozen base in velocity and in weights; and a sheet of them."""
     x, mask, captions = batch["image"].to(device), batch["mask"].to(device), batch["caption"]
     space = frozen.PixelSpace()
     z_mask, masked = shrink(mask, space.stride), space.encode(x * (1 - mask))
@@ -408,7 +429,8 @@ def judge(cfg: Config, editor: model.Editor, base: model.Editor, rewards: dict, 
     out, v = {}, {}
     for name, net in (("base", base), ("tuned", editor)):
         txt, vec = net.encode_text(captions)
-        out[name] = space.decode(flow.sample(lambda x, t: net(x, t, txt, vec, z_mask, masked), noise, ts)).clamp(-1, 1)
+        z0 = flow.sample(lambda x, t: net(x, t, txt, vec, z_mask, masked), noise, ts)
+        out[name] = space.decode(z0).clamp(-1, 1)
         half = torch.full((len(x),), 0.5, device=device)
         v[name] = net(flow.interpolate(space.encode(x), noise, half), half, txt, vec, z_mask, masked).float()
     row = {}
@@ -418,12 +440,13 @@ def judge(cfg: Config, editor: model.Editor, base: model.Editor, rewards: dict, 
     real = image_stats(x)
     row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in image_stats(out["tuned"]).items()}
     keep = (1 - mask).expand_as(x)
-    row["alarm/change_outside_mask"] = (((out["tuned"] - x).abs() * keep).sum() / keep.sum().clamp(min=1)).item()
+    change = ((out["tuned"] - x).abs() * keep).sum() / keep.sum().clamp(min=1)
+    row["alarm/change_outside_mask"] = change.item()
     row["alarm/velocity_drift"] = ((v["tuned"] - v["base"]).norm() / v["base"].norm()).item()
     plain, start = model.merged_state(editor), base.state_dict()
     moved = sum((plain[k].float() - start[k].float()).square().sum() for k in start).sqrt()
     row["alarm/weight_drift"] = (moved / sum(w.float().square().sum() for w in start.values()).sqrt()).item()
-    rows = [[a.cpu(), b.cpu(), c.cpu(), d.cpu()] for a, b, c, d in zip(x, masked, out["base"], out["tuned"])][:8]
+    rows = [[p.cpu() for p in four] for four in zip(x[:8], masked, out["base"], out["tuned"])]
     sheet = common.contact_sheet(rows, ["picture", "input", "base", "tuned"], row_titles=captions[:8])
     return row, sheet
 
