@@ -140,7 +140,7 @@ def main(cfg: Config) -> None:
             noise = common.randn(gens, x0.shape[1:], device)
             captions = [c if k else "" for c, k in zip(batch["caption"], keep_caption)]
 
-            # 6) flow matching: || v_theta(x_t, t, c, m, x_0 (1 - m)) - (noise - x_0) ||^2
+            # 6) flow matching: t^w || v_theta(x_t, t, c, m, x_0 (1 - m)) - (noise - x_0) ||^2
             with autocast:
                 txt, vec = editor.encode_text(captions)
                 v = editor(flow.interpolate(x0, noise, t), t, txt, vec, mask, x0 * (1 - mask))
@@ -211,7 +211,8 @@ def check(cfg: Config) -> None:
     for flag in ("image_size", "batch_size", "accum", "steps", "log_every", "save_every"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
-    for flag in ("lr", "text_lr", "t_weight", "warmup", "weight_decay", "grad_clip", "sample_every", "keep", "workers"):
+    for flag in ("lr", "text_lr", "t_weight", "warmup", "weight_decay", "grad_clip", "sample_every", "keep",
+                 "workers"):
         if not getattr(cfg, flag) >= 0:
             refuse(flag, "must not be negative")
     for flag in ("ema", "beta2"):
