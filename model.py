@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import joint_attention
+from kernels import joint_attention, modulate, rms_norm
 
 ####################################################################################################
 # 1. Presets
@@ -136,11 +136,6 @@ class VectorEmbed(nn.Module):
         return self.mlp(vec)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine (eps 1e-6), then x (1 + scale) + shift; shift and scale [B, D]."""
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None])
-
-
 class MLP(nn.Module):
     """Linear, GELU, Linear. tanh GELU in the MMDiT, exact GELU in the ViT: they differ by 4e-4."""
 
@@ -177,7 +172,7 @@ class StreamAttention(nn.Module):
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).unbind(2)                    # [B, L, H, K] each
         if self.qk_norm:
-            q, k = self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype)
+            q, k = (rms_norm(y, ln.weight, ln.eps) for y, ln in ((q, self.ln_q), (k, self.ln_k)))
         return q, k, v
 
 
@@ -222,16 +217,16 @@ class JointBlock(nn.Module):
         if x.dual:  # fed from the same input of the block, not from attention's result
             q2, k2, v2 = x.attn2(modulate(img, mi[6], mi[7]))
             (a2,) = joint_attention([q2], [k2], [v2])
-        img = torch.addcmul(img, mi[2][:, None], x.attn.proj(ai.flatten(2)))
+        img = img + mi[2][:, None] * x.attn.proj(ai.flatten(2))
         if x.dual:
-            img = torch.addcmul(img, mi[8][:, None], x.attn2.proj(a2.flatten(2)))
+            img = img + mi[8][:, None] * x.attn2.proj(a2.flatten(2))
 
         # 2) MLP of each stream
-        img = torch.addcmul(img, mi[5][:, None], x.mlp(modulate(img, mi[3], mi[4])))
+        img = img + mi[5][:, None] * x.mlp(modulate(img, mi[3], mi[4]))
         if c.pre_only:
             return img, None
-        txt = torch.addcmul(txt, mt[2][:, None], c.attn.proj(at.flatten(2)))
-        txt = torch.addcmul(txt, mt[5][:, None], c.mlp(modulate(txt, mt[3], mt[4])))
+        txt = txt + mt[2][:, None] * c.attn.proj(at.flatten(2))
+        txt = txt + mt[5][:, None] * c.mlp(modulate(txt, mt[3], mt[4]))
         return img, txt
 
 

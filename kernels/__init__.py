@@ -5,5 +5,7 @@
 
 from kernels.attention import joint_attention
 from kernels.blend import blend_known
+from kernels.modulate import modulate
+from kernels.rms_norm import rms_norm
 
-__all__ = ["blend_known", "joint_attention"]
+__all__ = ["blend_known", "joint_attention", "modulate", "rms_norm"]
