@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+from kernels import joint_attention, modulate, rms_norm
 from kernels.bench import diffusers_twin, randomize, run_twin, to_diffusers
 from model import PRESETS, REWARD_PRESETS, Editor, EditorConfig, MMDiT
 
@@ -288,6 +289,18 @@ def test_byte_text_reads_any_caption():
     assert txt.isfinite().all() and vec.isfinite().all()
 
 
+def test_byte_text_reads_words():
+    text = model.ByteText(48, 32, 32)
+    share = text.words(text.tokenize(["a red  cube", "x" * 40, "", "a " * 24]))             # [4, W, N]
+    bytes_of = [[row.nonzero().flatten().tolist() for row in caption if row.any()] for caption in share]
+    assert bytes_of[0] == [[0], [2, 3, 4], [7, 8, 9, 10]]
+    assert sorted(sum(bytes_of[1], [])) == list(range(40)) and len(bytes_of[1]) == 4  # cut every 12 bytes
+    assert bytes_of[2] == []
+    assert sorted(sum(bytes_of[3], [])) == list(range(0, 48, 2))  # the last token takes the rest
+    total = share.sum(-1)
+    assert torch.allclose(total, (total > 0).float())
+
+
 def test_byte_text_tells_captions_apart():
     txt, vec = Editor(PRESETS["tiny"]).encode_text(["a red cube", "a red cube", "a red cone", ""])
     assert torch.allclose(txt[0], txt[1], atol=1e-6)
@@ -484,3 +497,67 @@ def test_param_groups_cover_each_trainable_parameter_once(lora):
     decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
     assert decayed and not any(n.endswith("bias") or "ln_" in n or "pos" in n for n in decayed)
     torch.optim.AdamW(groups, lr=1e-3)
+
+####################################################################################################
+# Fused operations against their references, with gradients
+####################################################################################################
+
+
+def gradients(fn, *tensors):
+    """-> [result, gradient of each tensor] under a fixed random weighting of the result."""
+    leaves = [z.detach().clone().requires_grad_() for z in tensors]
+    out = fn(*leaves)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    (out * weight.to(out.dtype)).sum().backward()
+    return [out.detach(), *(z.grad for z in leaves)]
+
+
+@pytest.mark.parametrize("lengths", [(5, 9), (1, 1), (60, 300), (3, 4, 5)])
+def test_joint_attention_over_streams(lengths):
+    """Both of the CPU's paths: 360 tokens in fp64 take the fused kernel, the others two products."""
+    qkv = [torch.randn(2, n, 3, 2, 16, dtype=torch.float64) for n in lengths]
+
+    def joint(*streams):
+        q, k, v = zip(*(s.unbind(2) for s in streams))
+        return torch.cat(joint_attention(list(q), list(k), list(v)), 1)
+
+    def plain(*streams):
+        q, k, v = (z.transpose(1, 2) for z in torch.cat(streams, 1).unbind(2))
+        return ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2)
+
+    for a, b in zip(gradients(joint, *qkv), gradients(plain, *qkv)):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_joint_attention_of_a_stream_that_only_lends():
+    q, k, v = ([torch.randn(2, n, 2, 8) for n in (4, 7)] for _ in range(3))
+    both, (none, out) = joint_attention(q, k, v), joint_attention([None, q[1]], k, v)
+    assert none is None and torch.allclose(out, both[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_rms_norm(dtype, tolerance):
+    x = torch.randn(3, 5, 3, 2, 24, dtype=torch.float64).to(dtype)[:, :, 1]  # strided, as q is
+    weight = 1 + 0.3 * torch.randn(24, dtype=torch.float64)
+    weight = weight if dtype == torch.float64 else weight.float()
+    exact = gradients(lambda x, w: F.rms_norm(x, (24,), w, 1e-6), x.double(), weight.double())
+    got = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, weight)
+    assert [z.dtype for z in got] == [dtype, dtype, weight.dtype]
+    assert all(error(a.double(), b) < tolerance for a, b in zip(got, exact))
+
+
+def test_rms_norm_goes_backward_twice():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    out = rms_norm(x, weight, 1e-6).square().sum()
+    first = torch.autograd.grad(out, [x, weight], retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(out, [x, weight])))
+
+
+def test_modulate():
+    x, shift, scale = torch.randn(3, 7, 32), torch.randn(3, 32), torch.randn(3, 32)
+    centred = x - x.mean(-1, keepdim=True)
+    h = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(modulate(x, shift, scale), h * (1 + scale[:, None]) + shift[:, None], atol=1e-5)
+    rough = modulate(x, shift.bfloat16(), scale.bfloat16())
+    assert rough.dtype == torch.bfloat16 and error(rough.float(), modulate(x, shift, scale)) < 0.02
