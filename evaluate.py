@@ -305,7 +305,7 @@ def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, b
 
 @torch.inference_mode()
 def parser_accuracy(net: Parser, size: int, n: int, device: torch.device) -> dict[str, np.ndarray]:
-    """Right or wrong (1, 0) of every head on clean held-out renders; not-a-number: a box without an object."""
+    """Right or wrong (1, 0) of every head on clean held-out renders; NaN: a box without an object."""
     start = len(scenes.Scenes("heldout")) - 20_000  # far from the scenes that checkpoints are judged on
     right = {k: [] for k in (*PICTURE_HEADS, *OBJECT_HEADS)}
     batches = ParserBatches(scenes.Scenes("heldout"), start, 100, n // 100, (size,), jitter=False)

@@ -23,9 +23,11 @@ def main(run: str, out: str) -> None:
     seconds = sum(b - a for a, b in zip(times, times[1:]) if b - a < 600)
     provenance = {
         "command": "bash runs/base.sh", "commit": manifest["git"], "pictures_seen": manifest["samples"],
-        "training_minutes": round(seconds / 60), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "training_minutes": round(seconds / 60),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": manifest["torch"], "saved": manifest["time"], "weights": "EMA, bf16"}
-    meta = {"arch": manifest["arch"], "config": manifest["config"], "samples": manifest["samples"], "provenance": provenance}
+    meta = {"arch": manifest["arch"], "config": manifest["config"], "samples": manifest["samples"],
+            "provenance": provenance}
     folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, meta)
     size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
     print(f"{folder}: step {manifest['step']}, {manifest['samples']:,} pictures seen, {size:.1f} MiB")
