@@ -56,6 +56,7 @@ class Config:
     save: str = ""  # scenes: also keep the pictures here, a folder for each checkpoint, for a later `compare`
     parser: str = "assets/parser"  # the judge's parser
     n: int = 500  # scenes for each task; prefs: prompts
+    data: str = "scenes"  # prefs: "scenes", a folder of captioned pictures or a parquet file
     offset: int = 0  # first scene
     steps: str = "20"  # of sampling, for all or for each checkpoint (prefs: each of k); parser: of training
     guidance: float = 1.0  # classifier-free guidance; 1 = off
@@ -908,9 +909,9 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
     (seed,) = numbers(cfg.seeds, "seeds", 0)[:1]
     if cfg.k < 2:
         raise SystemExit(f"error: --k: {cfg.k}: ranking needs at least 2 pictures")
-    source = scenes.Scenes("train")
+    source = data.open_source(cfg.data, "train")
     if cfg.n < 1 or cfg.offset < 0 or cfg.offset + cfg.n > len(source):
-        raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)} scenes, with --offset")
+        raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)} pictures, with --offset")
     if not cfg.ckpt or "," in cfg.ckpt:
         raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: prefs needs one checkpoint folder, the base")
     e = load_editor(cfg.ckpt, device, cfg.bf16)
@@ -923,11 +924,12 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
         B = len(indices)
         rngs = [np.random.Generator(np.random.PCG64([seed, i, 13])) for i in indices]
         loaded = [source.load(i, e.size, e.size) for i in indices]
-        truth = to_float(np.stack([x["image"] for x in loaded]))
-        prompts = [x["caption"] for x in loaded]
+        fitted = [data.fit(x["image"], e.size, e.size, segments=x.get("segments")) for x in loaded]
+        truth = to_float(np.stack([image for image, _ in fitted]))
+        prompts = [data.clean_caption(x["caption"])[0] for x in loaded]
         tasks = [("inpaint", "edit", "outpaint")[rng.integers(3)] for rng in rngs]
-        mask = np.stack([data.task_mask(task, e.size, e.size, rng, x["segments"])[0]
-                         for task, rng, x in zip(tasks, rngs, loaded)])
+        mask = np.stack([data.task_mask(task, e.size, e.size, rng, segments)[0]
+                         for task, rng, (_, segments) in zip(tasks, rngs, fitted)])
         mask = torch.from_numpy(mask)[:, None]
 
         # 1) k pictures of the base for every prompt, with their own noise and number of steps
@@ -957,14 +959,20 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
                 items.append({"prompt": prompts[j], "generations": [files[k], files[f"{k}_bad"]],
                               "ranking": [1, 2], "kind": how})
 
-            # 3) false captions; of a generated picture only such as its known part belies
-            s = source.scene(index)
-            asks = (("truth", None), ("truth", None), ("best", ("background", "scene")[index % 2]))
-            for draw, (k, ask) in enumerate(asks):
-                say = (seed, index, 14 + draw)
-                better = scenes.caption(s, scenes.rng_for(*say))
-                worse, kind = scenes.false_caption(s, scenes.rng_for(*say), ask)
-                captions.append({"image": files[k], "better": better, "worse": worse, "kind": kind})
+            # 3) false captions: of a scene, one that its picture belies (of a generated one: its known
+            #    part); of a photo, the caption of another that says something else
+            if cfg.data == "scenes":
+                s = source.scene(index)
+                asks = (("truth", None), ("truth", None), ("best", ("background", "scene")[index % 2]))
+                for draw, (k, ask) in enumerate(asks):
+                    say = (seed, index, 14 + draw)
+                    better = scenes.caption(s, scenes.rng_for(*say))
+                    worse, kind = scenes.false_caption(s, scenes.rng_for(*say), ask)
+                    captions.append({"image": files[k], "better": better, "worse": worse, "kind": kind})
+            elif others := [c for c in prompts if c != prompts[j]]:
+                worse = others[rng.integers(len(others))]
+                captions.append({"image": files["truth"], "better": prompts[j], "worse": worse,
+                                 "kind": "other"})
         bar.update(B)
     bar.close()
     (out / "aesthetic.json").write_text(json.dumps(items))
