@@ -766,6 +766,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         if torch.utils.data.get_worker_info():
             torch.set_num_threads(1)
+            for s in (signal.SIGTERM, signal.SIGUSR1):  # Slurm signals the whole group: the trainer must save
+                signal.signal(s, signal.SIG_IGN)
         r = self.order.request(step)
         first = [self.order.index(r.bucket, s) for s in r.slot]
         samples, index, bad, notes = [None] * len(first), list(first), {}, Counter(wrapped=r.wrapped)
