@@ -1,9 +1,12 @@
-"""Store the averaged weights of a run as a shipped folder: bf16 safetensors, and provenance in manifest.json.
+"""Store the averaged weights of a run as a shipped folder: bf16 safetensors, with provenance in manifest.json.
 
-    python runs/ship.py out/base assets/base
+    python runs/ship.py assets/base "bash runs/base.sh" out/base/t2i out/base/inpaint
+
+The runs are the stages in order: the last one's weights are stored, pictures and minutes are summed over all.
 """
 
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -14,26 +17,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 
 
-def main(run: str, out: str) -> None:
-    tensors, manifest = common.load_checkpoint(run, ("ema",))
-    weights = {k: v.to(torch.bfloat16) for k, v in tensors["ema"].items() if k != common.EMA_COUNT}
+def minutes(run: str) -> float:
+    """Training time by metrics.jsonl; a gap of more than ten minutes is a pause between two starts."""
     rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    times = [r["time"] for r in rows if "time" in r]
-    # gaps of more than ten minutes are pauses between two starts of the same command
-    seconds = sum(b - a for a, b in zip(times, times[1:]) if b - a < 600)
+    times = [row["time"] for row in rows if "time" in row]
+    return sum(b - a for a, b in zip(times, times[1:]) if b - a < 600) / 60
+
+
+def main(out: str, command: str, *runs: str) -> None:
+    stages = [common.load_checkpoint(run, ("ema",)) for run in runs]
+    tensors, manifest = stages[-1]
+    weights = {k: v.to(torch.bfloat16) for k, v in tensors["ema"].items() if k != common.EMA_COUNT}
+    seen = sum(m["samples"] for _, m in stages)
+    config = {k: v for k, v in manifest["config"].items() if k not in ("out", "init")}
     provenance = {
-        "command": "bash runs/base.sh", "commit": manifest["git"], "pictures_seen": manifest["samples"],
-        "training_minutes": round(seconds / 60),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": manifest["torch"], "saved": manifest["time"], "weights": "EMA, bf16"}
-    meta = {"arch": manifest["arch"], "config": manifest["config"], "samples": manifest["samples"],
-            "provenance": provenance}
-    folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, meta)
+        "command": command, "commit": manifest["git"], "pictures_seen": seen,
+        "training_minutes": round(sum(map(minutes, runs))), "saved": manifest["time"], "torch": manifest["torch"],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "weights": "EMA, bf16",
+        "stages": [{k: v for k, v in m["config"].items() if k not in ("out", "init")} for _, m in stages]}
+    folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, {
+        "arch": manifest["arch"], "config": config, "samples": seen, "provenance": provenance})
     size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
-    print(f"{folder}: step {manifest['step']}, {manifest['samples']:,} pictures seen, {size:.1f} MiB")
+    print(f"{folder}: step {manifest['step']}, {seen:,} pictures seen, {size:.1f} MiB")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: python runs/ship.py RUN_FOLDER OUT_FOLDER")
+    if len(sys.argv) < 4:
+        raise SystemExit("usage: python runs/ship.py OUT_FOLDER COMMAND RUN_FOLDER [RUN_FOLDER ...]")
     main(*sys.argv[1:])
