@@ -1,4 +1,4 @@
-"""Store the averaged weights of a run as a shipped folder: bf16 safetensors, with provenance in manifest.json.
+"""Store the averaged weights of a run as a shipped folder: bf16 safetensors, provenance in manifest.json.
 
     python runs/ship.py assets/base "bash runs/base.sh" out/base/t2i out/base/inpaint
 
@@ -32,7 +32,8 @@ def main(out: str, command: str, *runs: str) -> None:
     config = {k: v for k, v in manifest["config"].items() if k not in ("out", "init")}
     provenance = {
         "command": command, "commit": manifest["git"], "pictures_seen": seen,
-        "training_minutes": round(sum(map(minutes, runs))), "saved": manifest["time"], "torch": manifest["torch"],
+        "training_minutes": round(sum(map(minutes, runs))), "saved": manifest["time"],
+        "torch": manifest["torch"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "weights": "EMA, bf16",
         "stages": [{k: v for k, v in m["config"].items() if k not in ("out", "init")} for _, m in stages]}
     folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, {
