@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The whole chain on your own pictures, starting from the embedded base: inpainting, preferences, rewards, PeFL.
+#   bash runs/photos.sh PATH OUT                  PATH: a folder of pictures, captioned or not, or parquet (README)
+#   STEPS=300 PEFL=20/15/10x50 bash runs/photos.sh PATH OUT     a short one
+set -euo pipefail
+DATA=$(realpath "${1:?usage: bash runs/photos.sh PATH OUT}")
+OUT=$(realpath -m "${2:?usage: bash runs/photos.sh PATH OUT}")
+cd "$(dirname "$0")/.."
+PY=${PYTHON:-python}
+BASE=${BASE:-assets/base}
+STEPS=${STEPS:-3000} REWARD_STEPS=${REWARD_STEPS:-500} PEFL=${PEFL:-20/15/10x150,8/6/3x150} N=${N:-1000}
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
+REWARD="--preset tiny --steps $REWARD_STEPS --lr 5e-4 --warmup 50 --batch_size 64 --wandb off"
+
+$PY train_omni.py --stage inpaint --init "$BASE" --data "$DATA" --lr 5e-4 --warmup 100 --shift 1.5 --steps "$STEPS" \
+    --sample_every 500 --save_every 500 --wandb off --out "$OUT/inpaint"
+$PY evaluate.py prefs --data "$DATA" --ckpt "$OUT/inpaint" --n "$N" --steps 4,6,8,20 --out "$OUT/prefs"
+$PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --out "$OUT/aesthetic" $REWARD
+pefl="--base $OUT/inpaint --aesthetic $OUT/aesthetic"
+if [ -s "$OUT/prefs/alignment.jsonl" ]; then  # pictures without captions have no alignment to learn
+    $PY train_reward.py --pairs "$OUT/prefs/alignment.jsonl" --out "$OUT/alignment" $REWARD
+    pefl="$pefl --alignment $OUT/alignment"
+fi
+$PY train_pefl.py $pefl --data "$DATA" --phases "$PEFL" --batch_size 32 --lr 1e-4 --warmup 20 --ema 0.98 --disc_lr 3e-4 \
+    --sample_every 50 --save_every 50 --wandb off --out "$OUT/pefl"
+echo "sheets: $OUT/inpaint/images and $OUT/pefl/images"
