@@ -861,28 +861,30 @@ def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, seed
 
 
 #### 7. preferences ##########################################################################################
-Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse")
+Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind", defaults=[""])
 
 
 def _pairs_of(row):
     """Row of a preference file -> list of Pair. Of ImageReward's ranks lower is better; ties are skipped."""
+    kind = str(row.get("kind", ""))  # what tells better from worse: accuracy is reported for each
     caption = next((row[k] for k in ("caption", "prompt", "text") if isinstance(row.get(k), str)), None)
     if "ranking" in row or "generations" in row:
         files, ranks = row.get("generations"), row.get("ranking")
-        if not (caption and isinstance(files, list) and isinstance(ranks, list) and len(files) == len(ranks)):
+        lists = isinstance(files, list) and isinstance(ranks, list) and len(files) == len(ranks)
+        if caption is None or not lists:
             raise ValueError("needs prompt, and generations and ranking of equal length")
         ranked = list(zip(files, ranks))
         if not all(type(f) is str and type(r) in (int, float) and abs(r) < math.inf for f, r in ranked):
             raise ValueError("generations must be file names and ranking finite numbers")
-        return [Pair(f, caption, g, caption) for f, a in ranked for g, b in ranked if a < b]
+        return [Pair(f, caption, g, caption, kind) for f, a in ranked for g, b in ranked if a < b]
     better, worse = row.get("better"), row.get("worse")
     if not (isinstance(better, str) and isinstance(worse, str)) or better == worse:
         raise ValueError("better and worse must be two different strings")
     if isinstance(row.get("image"), str):
-        return [Pair(row["image"], better, row["image"], worse)]
+        return [Pair(row["image"], better, row["image"], worse, kind)]
     if caption is None:
         raise ValueError("neither caption (of two pictures) nor image (of two captions)")
-    return [Pair(better, caption, worse, caption)]
+    return [Pair(better, caption, worse, caption, kind)]
 
 
 class Pairs(list):
@@ -920,7 +922,7 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
 def make_pair(pairs, index, h, w, rng, notes):
     """Both pictures, centre crops: a judgement is about all of a picture."""
     p, out = pairs[index], {}
-    for side, file, text in (("better", *p[:2]), ("worse", *p[2:])):
+    for side, file, text in (("better", *p[:2]), ("worse", *p[2:4])):
         same = side == "worse" and file == p.image_better
         image = None if same else read_image(inside(pairs.root, file), cover=(h, w))
         out[side] = out["better"] if same else fit(image, h, w)[0]

@@ -62,6 +62,7 @@ class Config:
     guidance: float = 1.0  # classifier-free guidance; 1 = off
     solver: Literal["euler", "heun"] = "euler"  # of the sampler
     seeds: str = "0"  # noise seeds, with commas
+    captions: int = 0  # prefs: further true pictures for alignment pairs alone
     k: int = 4  # prefs: pictures for each prompt, of which the best and the worst are kept
     batch_size: int = 64  # pictures sampled together; parser: scenes in a training batch
     lr: float = 2e-3  # parser: peak learning rate, cosine
@@ -900,6 +901,19 @@ def degrade(x: Tensor, truth: Tensor, mask: Tensor, rng: np.random.Generator) ->
     return y, name
 
 
+def false_captions(s: scenes.Scene, seed: int, index: int, image: str,
+                   kinds: tuple = ("scene", "scene", None)) -> list[dict]:
+    """Alignment pairs {image, better, worse, kind} of one picture: a true caption against another scene's,
+    as mismatched pairs of the web are (ByteEdit Sec. 3.2), and against the same sentence wrong in a fact."""
+    rows = []
+    for draw, ask in enumerate(kinds):
+        say = (seed, index % 2**32, 14 + draw)
+        better = scenes.caption(s, scenes.rng_for(*say))
+        worse, kind = scenes.false_caption(s, scenes.rng_for(*say), ask)
+        rows.append({"image": image, "better": better, "worse": worse, "kind": kind})
+    return rows
+
+
 def run_prefs(cfg: Config, device: torch.device) -> None:
     """Writes OUT/images/*.png, OUT/aesthetic.json (ImageReward's items: truth, best and worst of k; a
     picture and its degraded copy) and OUT/alignment.jsonl ({image, better, worse, kind}: true and false
@@ -963,18 +977,19 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
             #    part); of a photo, the caption of another that says something else
             if cfg.data == "scenes":
                 s = source.scene(index)
-                asks = (("truth", None), ("truth", None), ("best", ("background", "scene")[index % 2]))
-                for draw, (k, ask) in enumerate(asks):
-                    say = (seed, index, 14 + draw)
-                    better = scenes.caption(s, scenes.rng_for(*say))
-                    worse, kind = scenes.false_caption(s, scenes.rng_for(*say), ask)
-                    captions.append({"image": files[k], "better": better, "worse": worse, "kind": kind})
+                captions += false_captions(s, seed, index, files["truth"])
+                captions += false_captions(s, seed, -1 - index, files["best"], ("background",))
             elif others := [c for c in prompts if c != prompts[j]]:
                 worse = others[rng.integers(len(others))]
                 captions.append({"image": files["truth"], "better": prompts[j], "worse": worse,
                                  "kind": "other"})
         bar.update(B)
     bar.close()
+    first = cfg.offset + cfg.n
+    for index in range(first, first + cfg.captions if cfg.data == "scenes" else first):
+        file = f"images/{index:08d}_truth.png"
+        Image.fromarray(source.load(index, e.size, e.size)["image"]).save(out / file)
+        captions += false_captions(source.scene(index), seed, index, file)
     (out / "aesthetic.json").write_text(json.dumps(items))
     (out / "alignment.jsonl").write_text("".join(json.dumps(x) + "\n" for x in captions))
     write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "items": len(items),

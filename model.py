@@ -354,7 +354,7 @@ class ByteText(nn.Module):
         """[B] strings -> uint8 [B, max_bytes], cut or padded with 0; a cut never leaves half a character."""
         out = torch.zeros(len(captions), self.max_bytes, dtype=torch.uint8)
         for i, caption in enumerate(captions):
-            raw = caption.encode()[: self.max_bytes].decode(errors="ignore").encode()
+            raw = caption.encode(errors="replace")[: self.max_bytes].decode(errors="ignore").encode()
             out[i, : len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
         return out
 
@@ -478,6 +478,7 @@ class CoherenceConfig:
 REWARD_PRESETS: dict[str, RewardConfig] = {
     "test": RewardConfig(32, 8, 32, 2, 2, 32, 2, 2, 64, 512, 40, 64),
     "tiny": RewardConfig(32, 4, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
+    "tiny-p8": RewardConfig(32, 8, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
     "imagereward": RewardConfig(),
 }
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -625,6 +626,9 @@ class PreferenceReward(nn.Module):
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
         self.tokenizer = Tokenizer.from_str(cfg.tokenizer) if cfg.tokenizer else None
+        if self.tokenizer:
+            self.tokenizer.encode_special_tokens = True  # a typed "[PAD]" is text
+        self.score_mean, self.score_std = 0.0, 1.0  # of held-out scores, from the manifest
 
     @property
     def arch(self) -> dict:
@@ -654,7 +658,14 @@ class PreferenceReward(nn.Module):
             image = image[..., top:top + S, left:left + S]
         img = self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)
         txt = self.blip["text_encoder"](ids, attend, img)
-        return self.mlp(txt[:, 0].float())[:, 0]
+        with torch.autocast(image.device.type, enabled=False):  # bf16 scores tie
+            return self.mlp(txt[:, 0].float())[:, 0]
+
+
+    def normalised(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
+        """The score [B] in standard deviations of the held-out ones, as ImageReward's: -log sigmoid of a raw
+        score of 10 has no gradient left."""
+        return (self(image, ids, attend) - self.score_mean) / self.score_std
 
 
 def build_reward(arch: dict, what: str = "the checkpoint") -> PreferenceReward:

@@ -398,7 +398,7 @@ def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, aspects
     elif task != "t2i":
         mask, path = find_mask(item, *source.shape[:2])
         about["mask"] = str(path.resolve())
-    if len(item["prompt"].encode()) > arch.txt_bytes:
+    if len(item["prompt"].encode(errors="replace")) > arch.txt_bytes:
         common.print0(f"note: {item['name']}: the model reads {arch.txt_bytes} bytes of the prompt")
     H, W = data.bucket(*mask.shape, size, arch.patch, aspects)
     if max(H, W) > arch.pos_max * arch.patch:

@@ -202,7 +202,7 @@ def main(cfg: Config) -> None:
                 for name, weight in weights.items():
                     if name in rewards and weight:
                         net, tokens = rewards[name], rewards[name].tokenize(captions, device)
-                        score = maybe_checkpoint(cfg, net, fake, *tokens)
+                        score = maybe_checkpoint(cfg, net.normalised, fake, *tokens)
                         losses[name] = (weight, reward_loss(score).mean())
                         metrics.add(**{f"reward/{name}": score.detach()})
                 fake_logits = maybe_checkpoint(cfg, disc, fake)         # R_gamma(x0'), [B, 1, H, W]
@@ -352,6 +352,8 @@ def load_reward(path: str, device: torch.device, what: str) -> model.PreferenceR
     if net.tokenizer is None:
         raise SystemExit(f"error: {what}: holds no tokenizer: use a folder that train_reward.py wrote")
     common.load_state(net, tensors["model"], path)
+    scores = manifest.get("meta", {}).get("val") or {}
+    net.score_mean, net.score_std = scores.get("score_mean", 0.0), scores.get("score_std", 1.0)
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -436,7 +438,7 @@ def judge(cfg: Config, editor: model.Editor, base: model.Editor, rewards: dict, 
     row = {}
     for name, net in rewards.items():
         for who, image in out.items():
-            row[f"judge/{name}_{who}"] = net(image, *net.tokenize(captions, device)).mean().item()
+            row[f"judge/{name}_{who}"] = net.normalised(image, *net.tokenize(captions, device)).mean().item()
     real = image_stats(x)
     row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in image_stats(out["tuned"]).items()}
     keep = (1 - mask).expand_as(x)
