@@ -901,6 +901,9 @@ def degrade(x: Tensor, truth: Tensor, mask: Tensor, rng: np.random.Generator) ->
     return y, name
 
 
+PROMPT_FREE = 0.25  # share of aesthetic preferences without a prompt: the editor outpaints without one
+
+
 def false_captions(s: scenes.Scene, seed: int, index: int, image: str,
                    kinds: tuple = ("scene", "scene", None)) -> list[dict]:
     """Alignment pairs {image, better, worse, kind} of one picture: a true caption against another scene's,
@@ -942,6 +945,7 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
         truth = to_float(np.stack([image for image, _ in fitted]))
         prompts = [data.clean_caption(x["caption"])[0] for x in loaded]
         tasks = [("inpaint", "edit", "outpaint")[rng.integers(3)] for rng in rngs]
+        prompts = ["" if rng.random() < PROMPT_FREE else c for rng, c in zip(rngs, prompts)]
         mask = np.stack([data.task_mask(task, e.size, e.size, rng, segments)[0]
                          for task, rng, (_, segments) in zip(tasks, rngs, fitted)])
         mask = torch.from_numpy(mask)[:, None]
@@ -979,7 +983,7 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
                 s = source.scene(index)
                 captions += false_captions(s, seed, index, files["truth"])
                 captions += false_captions(s, seed, -1 - index, files["best"], ("background",))
-            elif others := [c for c in prompts if c != prompts[j]]:
+            elif prompts[j] and (others := [c for c in prompts if c not in ("", prompts[j])]):
                 worse = others[rng.integers(len(others))]
                 captions.append({"image": files["truth"], "better": prompts[j], "worse": worse,
                                  "kind": "other"})

@@ -173,6 +173,9 @@ def main(cfg: Config) -> None:
             x, mask, captions = batch["image"].to(device), batch["mask"].to(device), batch["caption"]
             z_mask = shrink(mask, space.stride)                         # [B, 1, h, w] of latents
             masked = space.encode(x * (1 - mask))                       # x (1 - m), [B, C, h, w]
+            # what rewards are told: the erase prompt is for the editor; no prompt, nothing to comply with
+            told = ["" if task == "erase" else c for c, task in zip(captions, batch["task"])]
+            prompted = torch.tensor([float(bool(c)) for c in told], device=device)
 
             # noise comes from (seed, draw, global position of the sample): the same for any number of ranks;
             # t' is one for the whole batch on all ranks, so that they do equal work
@@ -201,9 +204,10 @@ def main(cfg: Config) -> None:
                 losses = {}
                 for name, weight in weights.items():
                     if name in rewards and weight:
-                        net, tokens = rewards[name], rewards[name].tokenize(captions, device)
+                        net, tokens = rewards[name], rewards[name].tokenize(told, device)
                         score = maybe_checkpoint(cfg, net.normalised, fake, *tokens)
-                        losses[name] = (weight, reward_loss(score).mean())
+                        asked = prompted if name == "alignment" else torch.ones_like(prompted)
+                        losses[name] = (weight, (asked * reward_loss(score)).mean())
                         metrics.add(**{f"reward/{name}": score.detach()})
                 fake_logits = maybe_checkpoint(cfg, disc, fake)         # R_gamma(x0'), [B, 1, H, W]
                 losses["coherence"] = (cfg.w_coherence, reward_loss(fake_logits).mean())
