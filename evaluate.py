@@ -927,8 +927,9 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
     if cfg.k < 2:
         raise SystemExit(f"error: --k: {cfg.k}: ranking needs at least 2 pictures")
     source = data.open_source(cfg.data, "train")
-    if cfg.n < 1 or cfg.offset < 0 or cfg.offset + cfg.n > len(source):
-        raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)} pictures, with --offset")
+    wanted = cfg.n + cfg.captions
+    if min(cfg.n, cfg.captions, cfg.offset) < 0 or not 1 <= wanted <= len(source) - cfg.offset:
+        raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)}, with --captions and --offset")
     if not cfg.ckpt or "," in cfg.ckpt:
         raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: prefs needs one checkpoint folder, the base")
     e = load_editor(cfg.ckpt, device, cfg.bf16)
@@ -994,13 +995,16 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
         file = f"images/{index:08d}_truth.png"
         Image.fromarray(source.load(index, e.size, e.size)["image"]).save(out / file)
         captions += false_captions(source.scene(index), seed, index, file)
-    (out / "aesthetic.json").write_text(json.dumps(items))
-    (out / "alignment.jsonl").write_text("".join(json.dumps(x) + "\n" for x in captions))
+    written = {"aesthetic.json": (items, json.dumps(items)),
+               "alignment.jsonl": (captions, "".join(json.dumps(x) + "\n" for x in captions))}
+    for name, (rows, text) in written.items():
+        if rows:
+            (out / name).write_text(text)
+            print(f"wrote {out / name}: {len(rows):,} items")
     write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "items": len(items),
                                       "captions": len(captions)})
-    print(f"best and worst differ clearly for {100 * wins / cfg.n:.0f}% of {cfg.n} prompts\n"
-          f"wrote {out / 'aesthetic.json'} ({len(items)} items) and {out / 'alignment.jsonl'}"
-          f" ({len(captions)} pairs) in {time.time() - started:.0f} s")
+    if items:
+        print(f"best and worst differ clearly for {100 * wins / cfg.n:.0f}% of {cfg.n} prompts")
 
 
 def main(cfg: Config) -> None:
