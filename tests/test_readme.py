@@ -1,0 +1,104 @@
+"""Every command of README.md runs, in order, in a folder of links to this checkout, with small sizes."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {  # appended to a command: the last value of a flag wins
+    "train_omni.py": "--steps 2 --batch_size 4 --warmup 1 --sample_every 0 --wandb off",
+    "train_reward.py": "--steps 2 --batch_size 4 --wandb off --eval_pairs 8",
+    "train_pefl.py": "--phases 20/15/10x1,8/6/3x1 --batch_size 2 --sample_every 0 --wandb off",
+    "evaluate.py prefs": "--n 12 --steps 2",
+    "evaluate.py scenes": "--n 4 --steps 2,2",
+    "data.py": "--limit 5",
+    "sample.py": "--steps 2",
+}
+
+
+def commands() -> list[str]:
+    """Lines of the README's bash blocks, continued lines joined, comments dropped."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder that looks like the checkout; whatever a command writes stays in it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in os.listdir(ROOT):
+        if not name.startswith(".") and name != "out":
+            (folder / name).symlink_to(ROOT / name)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (48, 40, 3), np.uint8)).save(folder / "photo.png")
+    mask = np.zeros((48, 40), np.uint8)
+    mask[10:30, 10:30] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def run(command: list[str], folder: Path, **env: str) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env})
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def photos(folder: Path, n: int = 24) -> Path:
+    rng = np.random.default_rng(1)
+    folder.mkdir()
+    for i in range(n):
+        colour = ("red", "green", "blue")[i % 3]
+        picture = rng.integers(0, 60, (40, 56, 3), np.uint8)
+        picture[..., i % 3] += 150
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {colour} picture")
+    return folder
+
+
+@pytest.mark.slow
+def test_commands(checkout):
+    python = [c for c in commands() if c.startswith("python ")]
+    assert len(python) >= 10
+    for command in python:
+        words = shlex.split(command)
+        small = SMALL.get(words[1]) or SMALL[" ".join(words[1:3])]
+        run([sys.executable, *words[1:], *shlex.split(small)], checkout)
+
+
+@pytest.mark.slow
+def test_demo(checkout):
+    out = run(["bash", "runs/demo.sh"], checkout, OUT="out/demo", N="24", REWARD_STEPS="2", ALIGN_STEPS="2",
+              PEFL="20/15/10x1,8/6/3x1", EVAL="4")
+    sheet = Path(re.search(r"\S+sheet\.png", out).group())
+    assert (checkout / sheet).is_file() and "erase" in out
+
+
+@pytest.mark.slow
+def test_photos(checkout):
+    small = {"STEPS": "2", "REWARD_STEPS": "2", "PEFL": "20/15/10x1", "N": "12"}
+    run(["bash", "runs/photos.sh", str(photos(checkout / "photos")), "out/photos"], checkout, **small)
+    assert list((checkout / "out/photos/pefl/images").glob("*.png"))
+
+
+def test_every_other_command_exists():
+    """make targets and scripts; the long ones are only read by bash."""
+    makefile = (ROOT / "Makefile").read_text()
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.M), command
+        elif words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), command
+        else:
+            assert words[0] == "python" and (ROOT / words[1]).is_file(), command
+    for script in (ROOT / "runs").glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
