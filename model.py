@@ -738,7 +738,8 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW groups of what trains: matrices decay; biases, norms, embeddings and positions do not."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decay = [p for n, p in named if p.ndim >= 2 and "embed" not in n and not n.endswith("pos")]
+    tables = ("pos", "pos_embed", "cls_token", "embed.weight", "embeddings.weight")
+    decay = [p for n, p in named if p.ndim >= 2 and not n.endswith(tables)]
     chosen = set(map(id, decay))
     rest = [p for _, p in named if id(p) not in chosen]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
