@@ -9,7 +9,6 @@ data.py, open_pairs): what is compared is always two (caption, picture) couples.
 its manifest holds the architecture and the tokenizer.
 """
 
-import contextlib
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -84,11 +83,12 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     found, weights = common.load_latest(cfg.out), None
     if found:
+        arch = model.config_from(model.RewardConfig, found[1]["arch"], "reward", cfg.out)
         same_run(cfg, found[1])
-        arch = model.config_from(model.RewardConfig, found[1]["arch"], "reward")
     elif cfg.init:
         tensors, manifest = common.load_checkpoint(cfg.init, "model")
-        weights, arch = tensors["model"], model.config_from(model.RewardConfig, manifest["arch"], "reward")
+        weights = tensors["model"]
+        arch = model.config_from(model.RewardConfig, manifest["arch"], "reward", f"--init: {cfg.init}")
     else:
         arch = model.REWARD_PRESETS[cfg.preset]
         arch = replace(arch, tokenizer=train_tokenizer(captions_of(pairs), arch.vocab, arch.txt_len))
@@ -176,7 +176,8 @@ def main(cfg: Config) -> None:
 
         # 8) logs, and the plateau: gradients of a head that starts too small are below Adam's eps
         if step % cfg.log_every == 0 or last:
-            row = metrics.flush(step, {"lr": opt.param_groups[0]["lr"], **perf.read()})
+            row = metrics.flush(step, {"lr": opt.param_groups[0]["lr"], **perf.read(),
+                                       "data/skipped": batches.stats()["skipped"]})
             flat = abs(row["train/loss"] - LN2) <= 0.002
             flat_since = (step - cfg.log_every if flat_since is None else flat_since) if flat else None
             if flat and not warned and cfg.plateau_warn and step - flat_since >= cfg.plateau_warn:
@@ -218,6 +219,10 @@ def check(cfg: Config) -> None:
     for flag in ("batch_size", "accum", "steps", "log_every", "save_every"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
+    for flag in ("lr", "warmup", "grad_clip", "augment", "workers", "eval_every", "eval_pairs",
+                 "plateau_warn", "keep"):
+        if not getattr(cfg, flag) >= 0:
+            refuse(flag, "must not be negative")
     if not 0 <= cfg.val_fraction < 1:
         refuse("val_fraction", "must be at least 0 and below 1")
     if not 0 <= cfg.freeze <= 1:
@@ -378,6 +383,8 @@ def train_tokenizer(captions: list[str], vocab: int, length: int) -> str:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main(tyro.cli(Config, description=__doc__, config=(
-            tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)))
+    try:
+        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
+        main(tyro.cli(Config, description=__doc__, config=cli))
+    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
+        raise SystemExit("interrupted: the same command resumes at the newest checkpoint") from None

@@ -219,6 +219,8 @@ BAD = [
     ({"val_pairs": "none.jsonl"}, "none.jsonl"),
     ({"pairs": "none.jsonl"}, "none.jsonl"),
     ({"device": "tpu9"}, "tpu9"),
+    ({"lr": -1.0}, "--lr: -1.0"),
+    ({"keep": -1}, "--keep: -1"),
 ]
 SAME = '{"image": "0.png", "better": "a", "worse": "a"}'
 
