@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 import common
@@ -436,7 +438,7 @@ class Editor:
 def load_editor(path: str, device: torch.device, bf16: bool) -> Editor:
     """Averaged weights if there are any; SystemExit unless it is an inpainting editor in pixel space."""
     weights, manifest = common.load_checkpoint(path, ("ema", "model"))
-    net = model.build_editor(manifest.get("arch", {}))
+    net = model.build_editor(manifest.get("arch", {}), path)
     if not net.cfg.inpaint:
         raise SystemExit(f"error: {path}: is a text-to-image base without mask input: train it with"
                          " `train_omni.py --stage inpaint`")
@@ -730,10 +732,7 @@ def sheet(results: list[Result], cases: dict[str, Cases], rows: int) -> Image.Im
 
 
 def open_out(folder: str) -> Path:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise SystemExit(f"error: --out: {folder}: {e.strerror}: choose another folder") from None
+    Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 
@@ -751,10 +750,7 @@ def run_parser(cfg: Config, device: torch.device) -> None:
     print(table(["", *held], [[k, *(cell("shape", v[k]) for v in held.values())] for k in heads]))
     meta = {"arch": net.arch, "config": asdict(cfg), "samples": steps * cfg.batch_size, "heldout": held,
             **provenance(started)}
-    try:
-        common.write_checkpoint(cfg.out, steps, {"model": weights}, meta)
-    except OSError as e:
-        raise SystemExit(f"error: --out: {cfg.out}: {e}: free some space or choose another folder") from None
+    common.write_checkpoint(cfg.out, steps, {"model": weights}, meta)
     print(f"wrote {cfg.out}: {common.n_params(net) / 1e6:.2f} M parameters, {time.time() - started:.0f} s")
 
 
@@ -935,13 +931,24 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
     e = load_editor(cfg.ckpt, device, cfg.bf16)
     out = open_out(cfg.out)
     (out / "images").mkdir(exist_ok=True)
-    items, captions, wins = [], [], 0
+    items, captions, wins, bad, read = [], [], 0, 0, 0
     bar = common.progress(cfg.n, desc="preferences")
     for start in range(cfg.offset, cfg.offset + cfg.n, cfg.batch_size):
-        indices = list(range(start, min(start + cfg.batch_size, cfg.offset + cfg.n)))
-        B = len(indices)
+        indices, loaded = [], []
+        for i in range(start, min(start + cfg.batch_size, cfg.offset + cfg.n)):
+            read += 1
+            try:
+                loaded.append(source.load(i, e.size, e.size))
+                indices.append(i)
+            except data.BadFile as problem:
+                bad += 1
+                common.print0(f"skipped: {str(problem).removeprefix('error: ')}")
+                if data.too_many(bad, read):
+                    raise
+        bar.update(read - bar.n)
+        if not indices:
+            continue
         rngs = [np.random.Generator(np.random.PCG64([seed, i, 13])) for i in indices]
-        loaded = [source.load(i, e.size, e.size) for i in indices]
         fitted = [data.fit(x["image"], e.size, e.size, segments=x.get("segments")) for x in loaded]
         truth = to_float(np.stack([image for image, _ in fitted]))
         prompts = [data.clean_caption(x["caption"])[0] for x in loaded]
@@ -988,7 +995,6 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
                 worse = others[rng.integers(len(others))]
                 captions.append({"image": files["truth"], "better": prompts[j], "worse": worse,
                                  "kind": "other"})
-        bar.update(B)
     bar.close()
     first = cfg.offset + cfg.n
     for index in range(first, first + cfg.captions if cfg.data == "scenes" else first):
@@ -1002,16 +1008,28 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
             (out / name).write_text(text)
             print(f"wrote {out / name}: {len(rows):,} items")
     write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "items": len(items),
-                                      "captions": len(captions)})
+                                      "captions": len(captions), "skipped": bad})
     if items:
-        print(f"best and worst differ clearly for {100 * wins / cfg.n:.0f}% of {cfg.n} prompts")
+        print(f"best and worst differ clearly for {100 * wins / (read - bad):.0f}% of {read - bad} prompts; "
+              f"{bad} picture(s) skipped")
 
 
 def main(cfg: Config) -> None:
+    if cfg.batch_size < 1:
+        raise SystemExit(f"error: --batch_size: {cfg.batch_size}: use at least 1")
     device = common.setup(cfg.device).device
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
     run = {"parser": run_parser, "scenes": run_scenes, "compare": run_compare, "prefs": run_prefs}
-    run[cfg.task](cfg, device)
+    try:
+        run[cfg.task](cfg, device)
+    except (OSError, SafetensorError) as e:  # what is read is read by data.py and common.py, which say so
+        raise SystemExit(f"error: --out: {cfg.out}: cannot write {getattr(e, 'filename', None) or 'there'} "
+                         f"({getattr(e, 'strerror', None) or e}): free some space or choose another folder"
+                         ) from None
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
+    try:
+        main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: nothing was judged") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 import data
@@ -255,10 +256,24 @@ def test_prefs_are_read_by_data(folders, tmp_path):
     pairs = data.open_pairs(tmp_path / "p/aesthetic.json")
     assert len(pairs) >= 48 and not any("truth.png" in p.image_worse for p in pairs)
     texts = data.open_pairs(tmp_path / "p/alignment.jsonl")
-    assert len(texts) == 36 and all(p.caption_better != p.caption_worse for p in texts)
+    assert len(texts) == 4 * 12 and all(p.caption_better != p.caption_worse for p in texts)
     for opened in (pairs, texts):
         batch = next(iter(data.pair_loader(opened, SIZE, 4, workers=0)))
         assert batch["better"].shape == batch["worse"].shape == (4, 3, SIZE, SIZE)
+
+
+def test_prefs_skip_bad_pictures(folders, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((40, 50, 3), 40 * i, np.uint8)).save(tmp_path / f"in/{i}.png")
+        (tmp_path / f"in/{i}.txt").write_text(f"grey number {i}")
+    (tmp_path / "in/2.png").write_bytes((tmp_path / "in/2.png").read_bytes()[:60])
+    n = len(data.open_source(str(tmp_path / "in")))
+    ev.main(ev.Config("prefs", ckpt=str(folders / "editor"), data=str(tmp_path / "in"), n=n, k=2, steps="1",
+                      out=str(tmp_path / "p"), device="cpu"))
+    said = capsys.readouterr().out
+    assert "skipped: " in said and "2.png: damaged" in said and "1 picture(s) skipped" in said
+    assert len(json.loads((tmp_path / "p/aesthetic.json").read_text())) == 3 * (n - 1)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -266,7 +281,8 @@ def test_prefs_are_read_by_data(folders, tmp_path):
     ({"ckpt": "BASE"}, "without mask input"), ({"parser": "nowhere"}, "train the judge"),
     ({"parser": "EDITOR"}, "'editor'"), ({"steps": "many"}, "whole numbers"), ({"steps": "0"}, "at least 1"),
     ({"steps": "1,2,3"}, "--steps"), ({"n": 0}, "--n"), ({"task": "compare"}, "exactly two"),
-    ({"task": "prefs", "k": 1}, "--k"), ({"task": "prefs", "ckpt": "a,b"}, "one checkpoint"),
+    ({"batch_size": 0}, "--batch_size: 0"), ({"task": "prefs", "k": 1}, "--k"),
+    ({"task": "prefs", "ckpt": "a,b"}, "one checkpoint"),
     ({"out": "/dev/null/x"}, "--out")])
 def test_mistakes_give_one_line(folders, tmp_path, change, words):
     args = {"task": "scenes", "ckpt": "EDITOR", "parser": "PARSER", "out": str(tmp_path), "n": 2,
@@ -280,6 +296,7 @@ def test_mistakes_give_one_line(folders, tmp_path, change, words):
 
 
 def test_unknown_flag_and_missing_checkpoint_from_the_shell(folders):
-    assert run("scenes", "--chekpoint", "x").returncode == 2
+    done = run("scenes", "--chekpoint", "x")
+    assert done.returncode == 2 and "--chekpoint" in done.stderr and "Traceback" not in done.stderr
     done = run("scenes", "--ckpt", "/no/such/folder", "--parser", folders / "parser")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "/no/such/folder" in done.stderr
