@@ -945,7 +945,7 @@ def pair_loader(pairs, image_size, batch_size, seed=0, rank=0, world=1, workers=
 
 #### python data.py check SPEC ###############################################################################
 def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = False, limit: int = 500,
-          out: str = "check.png"):
+          out: str = "out/check.png"):
     """Open a data source and report counts, bad files, shapes, captions and mask areas; draw a sheet.
 
     Args:
@@ -960,6 +960,8 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
 
     from common import contact_sheet
 
+    if limit < 1:
+        raise SystemExit(f"error: --limit: {limit}: look at one picture at least")
     source = open_source(spec, "train" if spec == "scenes" else "all")
     picks = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist()
     used, notes, lengths, areas, bad, rows = Counter(), Counter(), [], {t: [] for t in TASKS}, [], []
@@ -992,7 +994,11 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
     for t, a in areas.items():
         low, mid, high = np.quantile(a, (0.05, 0.5, 0.95)) if a else (0, 0, 0)
         print(f"  mask area, {t}: median {mid:.2f}, 5% to 95% {low:.2f} to {high:.2f} ({len(a):,} pictures)")
-    contact_sheet(rows, ["picture", *TASKS]).save(out)
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(rows, ["picture", *TASKS]).save(out)
+    except (OSError, ValueError) as e:  # Pillow: an unknown suffix is a ValueError
+        raise SystemExit(f"error: --out: {out}: {e}: give a writable place that ends in .png") from None
     print(f"  sheet: {out}")
     raise SystemExit(1 if bad else 0)
 

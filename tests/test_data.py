@@ -281,7 +281,56 @@ def test_parquet_without_a_picture_column_names_what_it_found(tmp_path):
         open_source(str(tmp_path / "a.parquet"))
 
 
+@pytest.mark.parametrize("column", ["segments", "mask"])
+def test_label_maps_and_masks_must_not_leave_the_root(tmp_path, column):
+    (tmp_path / "root").mkdir()
+    root = folder(tmp_path / "root", 1)
+    Image.fromarray(np.ones((24, 32), np.uint8)).save(tmp_path / "secret.png")
+    (root / "metadata.jsonl").write_text(json.dumps({"file_name": "000.png", column: "../secret.png"}))
+    with pytest.raises(BadFile, match="leaves the data folder"):
+        open_source(str(root), "all").load(0, 16, 16)
+
+
+def test_parquet_paths_must_not_leave_the_root(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "root").mkdir()
+    folder(tmp_path, 1)
+    table = pa.table({"image": ["../000.png", str(tmp_path / "000.png")]})
+    pq.write_table(table, tmp_path / "root/a.parquet")
+    source = open_source(str(tmp_path / "root/a.parquet"), "all")
+    for i in (0, 1):
+        with pytest.raises(BadFile, match="leaves the data folder"):
+            source.load(i, 16, 16)
+
+
 # bad files while loading
+
+
+def test_unusual_pictures_train_as_they_look(tmp_path):
+    """One grey, stored in every way, is one grey in the batch; a decompression bomb is skipped, counted."""
+    grey = np.full((16, 16), 100, np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8bit.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16bit.png")
+    indexed = Image.fromarray(grey * 0).convert("P")
+    indexed.putpalette([100, 100, 100, 255, 0, 0])
+    indexed.save(tmp_path / "palette.png")
+    hidden = np.dstack([grey, grey, grey, np.full_like(grey, 255)])
+    Image.fromarray(hidden).save(tmp_path / "rgba.png")
+    hidden[..., :3], hidden[..., 3] = 7, 0
+    Image.fromarray(hidden).save(tmp_path / "transparent.png")
+    bomb = bytearray((tmp_path / "8bit.png").read_bytes())
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    source = open_source(str(tmp_path), "all")
+    names = [row.file for row in source.rows]
+    batches, stats = loader(source, 3, batch_size=6, workers=1)
+    seen = {}
+    for b in batches:
+        seen |= {names[i]: x for i, x in zip(b["index"].tolist(), b["image"])}
+    assert seen.keys() == set(names) - {"bomb.png"} and stats["skipped"] == 1
+    for name, x in seen.items():
+        assert torch.allclose(x, torch.tensor((255 if name == "transparent.png" else 100) / 127.5 - 1)), name
 
 
 def test_bad_files_are_replaced_counted_and_deterministic(tmp_path, capsys):
@@ -541,7 +590,7 @@ def test_imagereward_json(prefs, capsys):
              {"id": "c", "prompt": "r", "generations": ["003.png", "004.png"], "ranking": [1, float("nan")]}]
     (prefs / "p.json").write_text(json.dumps(items))
     pairs = open_pairs(prefs / "p.json")
-    assert list(pairs) == [("001.png", "p", "000.png", "p"), ("001.png", "p", "002.png", "p")]
+    assert [p[:4] for p in pairs] == [("001.png", "p", "000.png", "p"), ("001.png", "p", "002.png", "p")]
     err = capsys.readouterr().err
     assert pairs.bad_rows == 3 and "item 1: needs prompt" in err and "item 2: not a JSON object" in err
     (prefs / "p.json").write_text("[{")
@@ -555,7 +604,7 @@ def test_flat_pairs_and_their_loader(prefs, capsys):
             {"caption": "c", "better": "000.png"}, {"better": "a", "worse": "b"}]
     (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "nonsense\n")
     pairs = open_pairs(prefs / "p.jsonl")
-    assert list(pairs) == [("000.png", "c", "001.png", "c"), ("002.png", "yes", "002.png", "no")]
+    assert [p[:4] for p in pairs] == [("000.png", "c", "001.png", "c"), ("002.png", "yes", "002.png", "no")]
     assert pairs.bad_rows == 3 and "line 5: not JSON" in capsys.readouterr().err
     (b,) = pair_loader(pairs, 16, 4, stride=4, workers=0, once=True)
     assert b["better"].shape == (2, 3, 16, 16) and not torch.equal(b["better"][0], b["worse"][0])
@@ -597,6 +646,10 @@ def test_check_command(tmp_path):
     r = check(tmp_path, "--image-size", 32, "--out", tmp_path / "sheet.png")
     assert r.returncode == 1 and "002.png: not a readable picture" in r.stdout and "Traceback" not in r.stderr
     assert "mask area, outpaint" in r.stdout and Image.open(tmp_path / "sheet.png").width > 100
+    for flags, words in ((("--limit", 0), "--limit: 0"), (("--out", tmp_path / "x.xyz"), "--out: "),
+                         (("--colour", 3), "--colour")):
+        r = check(tmp_path, "--image-size", 32, *flags)
+        assert r.returncode and words in r.stderr and "Traceback" not in r.stderr
     r = check(tmp_path / "none")
     assert r.returncode == 1 and r.stderr.startswith("error: ") and len(r.stderr.splitlines()) == 1
 
