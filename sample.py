@@ -342,7 +342,7 @@ def load_editor(cfg: Config) -> tuple[model.Editor, dict]:
     arch = manifest.get("arch", {})
     if arch.get("kind") != "editor":
         raise SystemExit(f"error: {cfg.ckpt}: holds a {arch.get('kind')!r}: give an editor's folder")
-    editor = model.build_editor(arch)
+    editor = model.build_editor(arch, cfg.ckpt)
     if not editor.cfg.txt_bytes:
         raise SystemExit(f"error: {cfg.ckpt}: needs a VAE and text encoders: give a pixel-space model")
     if cfg.task != "t2i" and not editor.cfg.inpaint:

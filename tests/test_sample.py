@@ -275,6 +275,22 @@ def test_mask_of_half_size(at, tmp_path, capsys):
     assert np.array_equal(after[:17], pixels(at / "a.png")[:17])
 
 
+@pytest.mark.parametrize("values", ["0 and 1", "16 bit", "1 bit", "palette", "alpha"])
+def test_mask_values(at, tmp_path, values):
+    """However a mask is stored, it selects the same pixels."""
+    m = (pixels(at / "m.png")[..., 0] > 0).astype(np.uint8)
+    palette = Image.fromarray(m).convert("P")
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    white = np.dstack([np.full((*m.shape, 3), 255, np.uint8), m * 255])
+    stored = {"0 and 1": Image.fromarray(m), "16 bit": Image.fromarray(m.astype(np.uint16) * 65535),
+              "1 bit": Image.fromarray(m * 255).convert("1"), "palette": palette,
+              "alpha": Image.fromarray(white)}
+    stored[values].save(tmp_path / "m.png")
+    (got,), (expected,) = (ask(at, tmp_path / str(i), **edit(at, mask=f)).values()
+                           for i, f in enumerate((tmp_path / "m.png", at / "m.png")))
+    assert np.array_equal(got, expected)
+
+
 def test_long_prompt(at, tmp_path, capsys):
     ask(at, tmp_path, **edit(at, prompt="é" * 50_000))
     assert "the model reads 128 bytes of the prompt" in capsys.readouterr().out
