@@ -1,7 +1,10 @@
 """Settings that must stand before torch is imported, and the repository root on sys.path."""
 import os
+import signal
 import sys
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads: a factor of 10 on a shared machine
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -10,3 +13,17 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@pytest.fixture
+def one_thread_and_own_signals():
+    """For tests that call main(), which installs handlers and may choose a number of threads."""
+    import torch
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for s, handler in before.items():
+        signal.signal(s, handler)

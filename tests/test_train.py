@@ -33,23 +33,12 @@ import train_pefl
 import train_reward
 
 ROOT = Path(train_omni.__file__).parent
+pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SHARED = dict(batch_size=4, lr=1e-3, warmup=2, ema=0.9, bf16=False, workers=0, device="cpu", wandb="off",
               log_every=1, sample_every=0, save_every=4)
 OMNI = SHARED | dict(preset="test", lr_schedule="constant", steps=4)
 PEFL = SHARED | dict(phases="5/4/2x4", disc_width=32, disc_depth=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_own_signals():
-    """main() installs handlers and, without OMP_NUM_THREADS, chooses a number of threads."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for s, handler in before.items():
-        signal.signal(s, handler)
 
 
 def shipped(folder, net, **meta):
