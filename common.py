@@ -7,6 +7,7 @@ Test for every helper here: delete the call, and the script still reads as a tra
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -42,7 +43,6 @@ _stop_signal = None  # name of the first SIGTERM or SIGUSR1 seen; read through s
 @dataclass(frozen=True)
 class Dist:
     rank: int = 0
-    local_rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
 
@@ -78,7 +78,9 @@ def setup(device="auto"):
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(s, _on_signal)
-    return Dist(rank, local_rank, world, device)
+    if rank == 0:
+        git_revision()
+    return Dist(rank, world, device)
 
 
 def _on_signal(number, frame):
@@ -574,8 +576,9 @@ def load_state(module, tensors, what):
     module.load_state_dict({k: v for k, v in tensors.items() if k != EMA_COUNT}, strict=True)
 
 
+@functools.cache  # setup() asks first: the checkout may move on while a run goes on
 def git_revision():
-    """Commit of this code, with "+" if the tree differs from it; None outside git."""
+    """Commit of the code that runs, with "+" if the tree differed from it; None outside git."""
     try:
         command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
