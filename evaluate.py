@@ -1017,6 +1017,8 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
 def main(cfg: Config) -> None:
     if cfg.batch_size < 1:
         raise SystemExit(f"error: --batch_size: {cfg.batch_size}: use at least 1")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit("error: torchrun: several processes would judge the same: start one, without it")
     device = common.setup(cfg.device).device
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
     run = {"parser": run_parser, "scenes": run_scenes, "compare": run_compare, "prefs": run_prefs}

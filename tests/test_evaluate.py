@@ -295,6 +295,12 @@ def test_mistakes_give_one_line(folders, tmp_path, change, words):
     assert text.startswith("error: ") and "\n" not in text and words in text
 
 
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="error: torchrun: "):
+        ev.main(ev.Config("scenes"))
+
+
 def test_unknown_flag_and_missing_checkpoint_from_the_shell(folders):
     done = run("scenes", "--chekpoint", "x")
     assert done.returncode == 2 and "--chekpoint" in done.stderr and "Traceback" not in done.stderr
