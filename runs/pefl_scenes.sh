@@ -13,7 +13,7 @@ REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --eval_every 500 --wan
 [ -f "$OUT/prefs/results.json" ] || $PY evaluate.py prefs --ckpt assets/base --n 3000 --steps 4,6,8,20 --out "$OUT/prefs"
 [ -f "$OUT/captions/results.json" ] ||
     $PY evaluate.py prefs --ckpt assets/base --n 0 --captions 20000 --offset 500000 --out "$OUT/captions"
-$PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps 1200 --out "$OUT/aesthetic" $REWARD &
+$PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps 800 --out "$OUT/aesthetic" $REWARD &
 $PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p8 --steps 3000 --val_fraction 0.05 \
     --out "$OUT/alignment" $REWARD &
 wait
@@ -21,25 +21,27 @@ wait
 # 2) PeFL, the seeds side by side
 for seed in $SEEDS; do
     $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
-        --phases 20/15/10x300,8/6/3x300 --batch_size 32 --lr 1e-4 --warmup 20 --ema 0.99 --disc_lr 3e-4 \
-        --w_aesthetic 0.02 --w_alignment 0.02 --seed "$seed" --sample_every 100 --save_every 300 --wandb off \
+        --phases 20/15/10x200,8/6/3x200 --batch_size 32 --lr 1e-4 --warmup 20 --ema 0.99 --disc_lr 3e-4 \
+        --w_aesthetic 0.02 --w_alignment 0.02 --seed "$seed" --sample_every 100 --save_every 200 --wandb off \
         --out "$OUT/seed$seed" &
 done
 # ... and a control: the base trained on with flow matching, on as many pictures and masks
 $PY train_omni.py --init assets/base --stage inpaint --t_shift 3 --lr 1e-4 --warmup 20 --ema 0.99 --shift 1.5 \
-    --lr_schedule constant --batch_size 32 --steps 600 --sample_every 0 --wandb off --out "$OUT/control" &
+    --lr_schedule constant --batch_size 32 --steps 400 --sample_every 0 --wandb off --out "$OUT/control" &
 wait
 
 # 3) the judge: every model on the same scenes, masks and noise; and paired counts against the base at 20 steps
 export OMP_NUM_THREADS=4
 ckpts="assets/base,$OUT/control" steps="20,20"
-for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000300" steps="$steps,20"; done
+for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000200" steps="$steps,20"; done
 ckpts="$ckpts,assets/base,$OUT/control" steps="$steps,8,8"
-for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000600" steps="$steps,8"; done
-$PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n 500 --out "$OUT/judge" | tee "$OUT/judge.txt"
+for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000400" steps="$steps,8"; done
+$PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n 500 --save "$OUT/pictures" --out "$OUT/judge" |
+    tee "$OUT/judge.txt"
+saved() { echo "$OUT/pictures/$(echo "$1" | tr / _)"; }
 for seed in $SEEDS; do
-    $PY evaluate.py compare --ckpt "$OUT/seed$seed/step_00000300,assets/base" --steps 20,20 --n 500 \
-        --out "$OUT/quality$seed" | tee "$OUT/quality$seed.txt"
-    $PY evaluate.py compare --ckpt "$OUT/seed$seed/step_00000600,assets/base" --steps 8,20 --n 500 \
-        --out "$OUT/speed$seed" | tee "$OUT/speed$seed.txt"
-done
+    for against in "seed$seed/step_00000200@20" "seed$seed/step_00000400@8"; do
+        $PY evaluate.py compare --ckpt "$(saved "$OUT/$against"),$(saved assets/base@20)" --n 500 \
+            --out "$OUT/compare/$(echo "$against" | tr / _)"
+    done
+done | tee "$OUT/compare.txt"
