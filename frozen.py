@@ -72,7 +72,7 @@ def load_vgg16(path: str) -> VGG16:
                          ".pth or .safetensors") from None
     net = VGG16()
     own = net.state_dict()
-    kept = {k: v for k, v in weights.items() if k in own}
+    kept = {k: v for k, v in weights.items() if k in own} if isinstance(weights, dict) else {}
     if bad := [k for k in own if k not in kept or kept[k].shape != own[k].shape]:
         raise SystemExit(f"error: --vgg: {path}: {bad[0]} is missing or of another shape: give torchvision's "
                          "VGG16 weights")

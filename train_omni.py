@@ -7,7 +7,6 @@
 The same command again resumes. Data: "scenes", a folder of pictures, or parquet (see data.py).
 """
 
-import contextlib
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -77,6 +76,8 @@ def main(cfg: Config) -> None:
         arch = arch | {"inpaint": arch.get("inpaint", False) or cfg.stage == "inpaint"}
         if not arch.get("txt_bytes", 1):
             raise SystemExit(f"error: --init: {cfg.init}: needs a VAE and text encoders: name one without")
+        if cfg.stage == "base" and arch.get("inpaint"):
+            raise SystemExit(f"error: --stage: base: {cfg.init} is an inpainting model: use --stage inpaint")
         editor = model.build_editor(arch, f"--init: {cfg.init}")
         weights = model.widen_input(weights, editor.cfg.in_channels, "mmdit.x_embedder.proj.weight")
         common.load_state(editor, weights, cfg.init)
@@ -262,6 +263,8 @@ def sample_sheet(cfg: Config, editor: model.Editor, batch: dict, device: torch.d
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
         main(tyro.cli(Config, description=__doc__, config=cli))
+    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
+        raise SystemExit("interrupted: the same command resumes at the newest checkpoint") from None

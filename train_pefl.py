@@ -12,7 +12,6 @@ coherence model, which learns online as the discriminator (Eq. 6, 8). Progressiv
 (Sec. 3.3). The same command again resumes.
 """
 
-import contextlib
 import copy
 import math
 import re
@@ -357,7 +356,7 @@ def load_reward(path: str, device: torch.device, what: str) -> model.PreferenceR
         raise SystemExit(f"error: {what}: holds no tokenizer: use a folder that train_reward.py wrote")
     common.load_state(net, tensors["model"], path)
     scores = manifest.get("meta", {}).get("val") or {}
-    net.score_mean, net.score_std = scores.get("score_mean", 0.0), scores.get("score_std", 1.0)
+    net.score_mean, net.score_std = scores.get("score_mean", 0.0), max(scores.get("score_std", 1.0), 1e-3)
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -458,6 +457,8 @@ def judge(cfg: Config, editor: model.Editor, base: model.Editor, rewards: dict, 
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
         main(tyro.cli(Config, description=__doc__, config=cli))
+    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
+        raise SystemExit("interrupted: the same command resumes at the newest checkpoint") from None

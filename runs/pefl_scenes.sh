@@ -16,7 +16,7 @@ REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --eval_every 500 --wan
 $PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps 800 --out "$OUT/aesthetic" $REWARD &
 $PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p8 --steps 3000 --val_fraction 0.05 \
     --out "$OUT/alignment" $REWARD &
-wait
+for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
 
 # 2) PeFL, the seeds side by side
 for seed in $SEEDS; do
@@ -28,7 +28,7 @@ done
 # ... and a control: the base trained on with flow matching, on as many pictures and masks
 $PY train_omni.py --init assets/base --stage inpaint --t_shift 3 --lr 1e-4 --warmup 20 --ema 0.99 --shift 1.5 \
     --lr_schedule constant --batch_size 32 --steps 400 --sample_every 0 --wandb off --out "$OUT/control" &
-wait
+for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
 
 # 3) the judge: every model on the same scenes, masks and noise; and paired counts against the base at 20 steps
 export OMP_NUM_THREADS=4
