@@ -96,6 +96,8 @@ def test_every_other_command_exists():
         words = shlex.split(command)
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.M), command
+        elif words[0] == ".":
+            assert words[1] == ".venv/bin/activate" and "VENV ?= .venv" in makefile
         elif words[0] == "bash":
             assert (ROOT / words[1]).is_file(), command
         else:
