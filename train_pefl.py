@@ -58,6 +58,7 @@ class Config:
     disc_depth: int = 4  # its blocks
     disc_patch: int | None = None  # its patch; None = the editor's
     disc_lr: float = 1e-4  # its learning rate (default ours, paper silent)
+    disc_first: int = 0  # steps in which it learns alone before the editor moves (0 as in the paper)
     lr: float = 2e-6  # of the editor (Sec. 4.1)
     warmup: int = 1000  # steps of linear warm-up (Sec. 4.1)
     weight_decay: float = 0.0  # on matrices only
@@ -163,7 +164,7 @@ def main(cfg: Config) -> None:
     while step < total:
         phase, (T, T1, T2) = phase_at(phases, step)
         for group in opt.param_groups:
-            group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup, total)
+            group["lr"] = common.lr_at(max(step - cfg.disc_first, 0), cfg.lr, cfg.warmup, total)
         g_sum = d_sum = torch.zeros((), device=device)
         for micro in range(cfg.accum):
             draw = step * cfg.accum + micro
@@ -245,9 +246,10 @@ def main(cfg: Config) -> None:
                 raise SystemExit(f"error: {cfg.out}: 20 non-finite steps in a row: lower --lr or the "
                                  "reward weights")
         else:
-            opt.step()
             disc_opt.step()
-            ema.update()
+            if step >= cfg.disc_first:
+                opt.step()
+                ema.update()
         opt.zero_grad(set_to_none=True)
         disc_opt.zero_grad(set_to_none=True)
         step += 1
@@ -295,7 +297,8 @@ def check(cfg: Config) -> None:
     for flag in ("batch_size", "accum", "log_every", "save_every", "disc_depth", "disc_width"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
-    for flag in ("lr", "disc_lr", "warmup", "weight_decay", "grad_clip", "sample_every", "workers", "lora"):
+    for flag in ("lr", "disc_lr", "disc_first", "warmup", "weight_decay", "grad_clip", "sample_every", "workers",
+                 "lora"):
         if not getattr(cfg, flag) >= 0:
             refuse(flag, "must not be negative")
     for flag in ("p_outpaint", "p_edit", "p_inpaint", "p_erase", "p_promptfree"):

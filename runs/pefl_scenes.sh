@@ -21,8 +21,8 @@ for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
 # 2) PeFL, the seeds side by side
 for seed in $SEEDS; do
     $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
-        --phases 20/15/10x200,8/6/3x200 --batch_size 32 --lr 1e-4 --warmup 20 --ema 0.99 --disc_lr 3e-4 \
-        --w_aesthetic 0.02 --w_alignment 0.02 --seed "$seed" --sample_every 100 --save_every 200 --wandb off \
+        --phases 20/15/10x200,8/6/3x120 --batch_size 32 --lr 5e-5 --warmup 20 --ema 0.98 --disc_lr 1e-3 \
+        --eta 0.1 --w_aesthetic 0.002 --w_alignment 0.002 --w_coherence 0.1 --disc_first 80 --seed "$seed" --sample_every 40 --save_every 200 --wandb off \
         --out "$OUT/seed$seed" &
 done
 # ... and a control: the base trained on with flow matching, on as many pictures and masks
@@ -35,12 +35,12 @@ export OMP_NUM_THREADS=4
 ckpts="assets/base,$OUT/control" steps="20,20"
 for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000200" steps="$steps,20"; done
 ckpts="$ckpts,assets/base,$OUT/control" steps="$steps,8,8"
-for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000400" steps="$steps,8"; done
+for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000320" steps="$steps,8"; done
 $PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n 500 --save "$OUT/pictures" --out "$OUT/judge" |
     tee "$OUT/judge.txt"
 saved() { echo "$OUT/pictures/$(echo "$1" | tr / _)"; }
 for seed in $SEEDS; do
-    for against in "seed$seed/step_00000200@20" "seed$seed/step_00000400@8"; do
+    for against in "seed$seed/step_00000200@20" "seed$seed/step_00000320@8"; do
         $PY evaluate.py compare --ckpt "$(saved "$OUT/$against"),$(saved assets/base@20)" --n 500 \
             --out "$OUT/compare/$(echo "$against" | tr / _)"
     done
