@@ -297,8 +297,8 @@ def check(cfg: Config) -> None:
     for flag in ("batch_size", "accum", "log_every", "save_every", "disc_depth", "disc_width"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
-    for flag in ("lr", "disc_lr", "disc_first", "warmup", "weight_decay", "grad_clip", "sample_every", "workers",
-                 "lora"):
+    for flag in ("lr", "disc_lr", "disc_first", "warmup", "weight_decay", "grad_clip", "sample_every",
+                 "workers", "lora"):
         if not getattr(cfg, flag) >= 0:
             refuse(flag, "must not be negative")
     for flag in ("p_outpaint", "p_edit", "p_inpaint", "p_erase", "p_promptfree"):
