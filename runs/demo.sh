@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=${OUT:-out/demo}
-N=${N:-800} REWARD_STEPS=${REWARD_STEPS:-400} ALIGN_STEPS=${ALIGN_STEPS:-600} PEFL=${PEFL:-20/15/10x100,8/6/3x100} EVAL=${EVAL:-100}
+N=${N:-800} REWARD_STEPS=${REWARD_STEPS:-400} ALIGN_STEPS=${ALIGN_STEPS:-600} PEFL=${PEFL:-20/15/10x120,8/6/3x80} EVAL=${EVAL:-100}
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 case "${1:-}" in
     "") ;;
@@ -28,7 +28,8 @@ $PY train_reward.py --pairs "$OUT/prefs/alignment.jsonl" --preset tiny-p8 --step
 
 echo "4/5 perceptual feedback learning: phase 1 at T/T1/T2 = 20/15/10, phase 2 at 8/6/3"
 $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" --phases "$PEFL" \
-    --batch_size 32 --lr 1e-4 --warmup 20 --ema 0.98 --disc_lr 3e-4 --w_aesthetic 0.02 --w_alignment 0.02 \
+    --batch_size 32 --lr 5e-5 --warmup 20 --ema 0.98 --disc_lr 1e-3 --disc_first 40 \
+    --eta 0.1 --w_aesthetic 0.002 --w_alignment 0.002 --w_coherence 0.1 \
     --sample_every 50 --save_every 100 --wandb off --out "$OUT/pefl"
 
 echo "5/5 the judge, on held-out scenes: base at 20 steps, PeFL at 20 and at 8"
