@@ -896,7 +896,7 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
     {caption, better, worse} with two pictures, {image, better, worse} with two captions, told by the keys.
 
     Pictures are relative to `images`, else to the file's folder. split "train" / "heldout" goes by a hash of
-    the prompt (the picture, where captions are compared), else a prompt would stand on both sides; `fraction`
+    the prompt (the picture, where captions are compared or there is none): none stands on both sides; `fraction`
     is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
     path = Path(path)
     if split not in ("train", "heldout", "all") or not path.is_file():
@@ -911,7 +911,7 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
     found, bad_rows = _checked(rows, _pairs_of)
     pairs = Pairs(p for row in found for p in row)
     if split != "all":
-        keys = [p.caption_better if p.image_better != p.image_worse else p.image_better for p in pairs]
+        keys = [p.image_better != p.image_worse and p.caption_better or p.image_better for p in pairs]
         pairs = Pairs(p for p, k in zip(pairs, keys) if held_out(k, fraction) == (split == "heldout"))
     if not pairs:
         raise SystemExit(f"error: {path}: no pairs in its {split} part: check its keys, or the fraction")
