@@ -896,8 +896,8 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
     {caption, better, worse} with two pictures, {image, better, worse} with two captions, told by the keys.
 
     Pictures are relative to `images`, else to the file's folder. split "train" / "heldout" goes by a hash of
-    the prompt (the picture, where captions are compared or there is none): none stands on both sides; `fraction`
-    is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
+    the prompt (the picture, where captions are compared or there is none), so that none is on both sides;
+    `fraction` is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
     path = Path(path)
     if split not in ("train", "heldout", "all") or not path.is_file():
         raise SystemExit(f"error: {path}, split {split!r}: no such file or split: use train, heldout or all")
