@@ -3,6 +3,7 @@
 Bad pictures, masks, captions and metadata: test_data.py, test_sample.py. Values and flags: with the scripts.
 """
 
+import contextlib
 import json
 import resource
 import shutil
@@ -126,22 +127,26 @@ def test_only_checkpoint_of_a_run_is_damaged(made, tmp_path, script):
     assert "none of 1 checkpoints verifies" in refused(made, tmp_path, script)
 
 
-@pytest.fixture
-def small_files(capsys):
-    """No file can grow beyond a few bytes, as on a disk that is full; capsys: what is printed is no file."""
+@contextlib.contextmanager
+def small_files():
+    """No file can grow beyond a few bytes, as on a full disk. Only around the call: pytest's own log is a file too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("script, flags", [
     (sample, {}), (evaluate, {}), (evaluate, {"save": "SAVE"}),
     (evaluate, {"task": "prefs", "n": 1, "k": 2}), (evaluate, {"task": "compare", "ckpt": "TWICE"})])
-def test_full_disk_while_writing_results(made, tmp_path, small_files, script, flags):
+def test_full_disk_while_writing_results(made, tmp_path, capsys, script, flags):
     flags = {k: {"SAVE": tmp_path / "save", "TWICE": f"{made / 'editor-ok'},{made / 'editor-ok'}"}.get(v, v)
              for k, v in flags.items()}
-    assert str(tmp_path) in refused(made, tmp_path / "out", script, **flags)
+    with small_files():
+        said = refused(made, tmp_path / "out", script, **flags)
+    assert str(tmp_path) in said
 
 
 def test_full_disk_while_saving_a_reward(made, tmp_path, monkeypatch, capsys):
