@@ -129,7 +129,7 @@ def test_only_checkpoint_of_a_run_is_damaged(made, tmp_path, script):
 
 @contextlib.contextmanager
 def small_files():
-    """No file can grow beyond a few bytes, as on a full disk. Only around the call: pytest's own log is a file too."""
+    """Files cannot grow, as on a full disk; only around the call, since pytest's log may be a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
