@@ -9,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import common
+import model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {  # appended to a command: the last value of a flag wins
@@ -87,6 +91,20 @@ def test_photos(checkout):
     small = {"STEPS": "2", "REWARD_STEPS": "2", "PEFL": "20/15/10x1", "N": "12"}
     run(["bash", "runs/photos.sh", str(photos(checkout / "photos")), "out/photos"], checkout, **small)
     assert list((checkout / "out/photos/pefl/images").glob("*.png"))
+
+
+def test_ship(checkout):
+    """runs/ship.py: the last stage's averaged weights in bf16, and what was seen in all stages."""
+    flags = ["--preset", "test", "--log_every", "1", *SMALL["train_omni.py"].split()]
+    for stage in ("base", "inpaint"):
+        run([sys.executable, "train_omni.py", "--stage", stage, "--out", f"out/{stage}", *flags], checkout)
+    run([sys.executable, "runs/ship.py", "out/shipped", "bash x.sh", "out/base", "out/inpaint"], checkout)
+    tensors, manifest = common.load_checkpoint(checkout / "out/shipped")
+    assert manifest["samples"] == 16 and manifest["meta"]["provenance"]["command"] == "bash x.sh"
+    assert all(t.dtype == torch.bfloat16 for t in tensors["model"].values())
+    editor = model.build_editor(manifest["arch"])
+    common.load_state(editor, tensors["model"], "shipped")
+    assert editor.cfg.inpaint
 
 
 def test_every_other_command_exists():
