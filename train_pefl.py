@@ -230,7 +230,8 @@ def main(cfg: Config) -> None:
             metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()})
             metrics.add(**{
                 "coherence/real": real_logits, "coherence/fake": fake_logits,
-                "coherence/accuracy": torch.cat([real_logits > 0, fake_logits <= 0]).float()})
+                "coherence/accuracy": torch.cat([real_logits > 0, fake_logits <= 0]).float(),
+                "coherence/seam": (real_logits > fake_logits)[seam(mask)].float()})
             perf.add(len(x) * dist.world)
 
         # 5) one verdict on both losses for all ranks; a non-finite step changes nothing
@@ -389,6 +390,12 @@ def maybe_checkpoint(cfg: Config, fn, *inputs):
 def shrink(mask: torch.Tensor, stride: int) -> torch.Tensor:
     """[B, 1, H, W] -> [B, 1, H/s, W/s]: a latent is regenerated when any of its pixels is."""
     return mask if stride == 1 else F.max_pool2d(mask, stride)
+
+
+def seam(mask: torch.Tensor) -> torch.Tensor:
+    """Pixels within 2 of the hole's border, [B, 1, H, W] bool: where incoherence shows. A coherence model that
+    knows nothing scores the real picture above the generated one in half of them."""
+    return (F.max_pool2d(mask, 5, 1, 2) > 0) & (F.max_pool2d(1 - mask, 5, 1, 2) > 0)
 
 
 def editor_tensors(cfg: Config, editor: model.Editor, ema: common.EMA) -> dict:
