@@ -22,5 +22,5 @@ if [ -s "$OUT/prefs/alignment.jsonl" ]; then  # pictures without captions have n
     pefl="$pefl --alignment $OUT/alignment"
 fi
 $PY train_pefl.py $pefl --data "$DATA" --phases "$PEFL" --batch_size 32 --lr 5e-5 --warmup 20 --ema 0.98 --disc_lr 1e-3 \
-    --eta 0.1 --w_aesthetic 0.002 --w_alignment 0.002 --w_coherence 0.1 --sample_every 50 --save_every 50 --wandb off --out "$OUT/pefl"
+    --eta 0.2 --w_aesthetic 0.0002 --w_alignment 0.0005 --w_coherence 0.1 --sample_every 50 --save_every 50 --wandb off --out "$OUT/pefl"
 echo "sheets: $OUT/inpaint/images and $OUT/pefl/images"
