@@ -393,8 +393,8 @@ def shrink(mask: torch.Tensor, stride: int) -> torch.Tensor:
 
 
 def seam(mask: torch.Tensor) -> torch.Tensor:
-    """Pixels within 2 of the hole's border, [B, 1, H, W] bool: where incoherence shows. A coherence model that
-    knows nothing scores the real picture above the generated one in half of them."""
+    """Pixels within 2 of the hole's border, [B, 1, H, W] bool: where incoherence shows. A coherence model
+    that knows nothing scores the real picture above the generated one in half of them."""
     return (F.max_pool2d(mask, 5, 1, 2) > 0) & (F.max_pool2d(1 - mask, 5, 1, 2) > 0)
 
 

@@ -97,8 +97,9 @@ def test_ship(checkout):
     """runs/ship.py: the last stage's averaged weights in bf16, and what was seen in all stages."""
     flags = ["--preset", "test", "--log_every", "1", *SMALL["train_omni.py"].split()]
     for stage in ("base", "inpaint"):
-        run([sys.executable, "train_omni.py", "--stage", stage, "--out", f"out/{stage}", *flags], checkout)
-    run([sys.executable, "runs/ship.py", "out/shipped", "bash x.sh", "out/base", "out/inpaint"], checkout)
+        run([sys.executable, "train_omni.py", "--stage", stage, "--out", f"out/s/{stage}", *flags], checkout)
+    run([sys.executable, "runs/ship.py", "out/shipped", "bash x.sh", "out/s/base", "out/s/inpaint"],
+        checkout)
     tensors, manifest = common.load_checkpoint(checkout / "out/shipped")
     assert manifest["samples"] == 16 and manifest["meta"]["provenance"]["command"] == "bash x.sh"
     assert all(t.dtype == torch.bfloat16 for t in tensors["model"].values())
