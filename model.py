@@ -4,8 +4,9 @@
     2. Primitives: patches, positions, timesteps, modulation
     3. MMDiT: SD3's transformer, under the parameter names of its single-file checkpoints
     4. ByteText, Editor: captions and noisy pictures in, velocity out
-    5. ViT, MED text encoder, PreferenceReward (aesthetic, alignment), CoherenceReward
-    6. LoRA, parameter groups
+    5. EditNet, controlnet, textcontrol, concat: instruction editors on top of an Editor
+    6. ViT, MED text encoder, PreferenceReward (aesthetic, alignment), CoherenceReward
+    7. LoRA, parameter groups
 
 Shapes: B batch, L tokens, D width, H heads, K head dim, p patch side; pictures and latents are [B, C, H, W].
 Conventions (flow.py): x_t = (1 - t) x_0 + t noise, v = noise - x_0, t in [0, 1]; the sinusoid gets 1000 t.
@@ -199,24 +200,42 @@ class StreamBlock(nn.Module):
         return self.adaLN_modulation[1](silu_c).chunk(2 if self.pre_only else 9 if self.dual else 6, dim=-1)
 
 
+Memory = tuple[tuple, tuple | None]  # (k, v) [B, L, H, K] for the joint attention, the same for the dual one
+
+
+def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], far: tuple | None) -> list[Tensor]:
+    """joint_attention; `far` holds the keys and values of one more stream, which asks nothing."""
+    if far is None:
+        return joint_attention(q, k, v)
+    return joint_attention([*q, None], [*k, far[0]], [*v, far[1]])[:-1]
+
+
 class JointBlock(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool, last: bool, dual: bool):
         super().__init__()
         self.context_block = StreamBlock(width, heads, qk_norm, pre_only=last)
         self.x_block = StreamBlock(width, heads, qk_norm, dual=dual)
 
-    def forward(self, img: Tensor, txt: Tensor, silu_c: Tensor) -> tuple[Tensor, Tensor | None]:
-        """img [B, L, D], txt [B, Lt, D], silu_c [B, D] -> img, txt (None after the last block)."""
+    def forward(self, img: Tensor, txt: Tensor, silu_c: Tensor, memory: Memory | None = None,
+                keep: list | None = None) -> tuple[Tensor, Tensor | None]:
+        """img [B, L, D], txt [B, Lt, D], silu_c [B, D] -> img, txt (None after the last block).
+
+        memory: keys and values of further image tokens, attended to as this block's own; keep: a list to
+        which this call appends those of its image tokens, to be another call's memory.
+        """
         x, c = self.x_block, self.context_block
         mi, mt = x.modulation(silu_c), c.modulation(silu_c)
+        far, far2 = memory or (None, None)
 
         # 1) attention over both streams
         qi, ki, vi = x.attn(modulate(img, mi[0], mi[1]))
         qt, kt, vt = c.attn(modulate(txt, mt[0], mt[1]))
-        ai, at = joint_attention([qi, None if c.pre_only else qt], [ki, kt], [vi, vt])
+        ai, at = attend([qi, None if c.pre_only else qt], [ki, kt], [vi, vt], far)
         if x.dual:  # fed from the same input of the block, not from attention's result
             q2, k2, v2 = x.attn2(modulate(img, mi[6], mi[7]))
-            (a2,) = joint_attention([q2], [k2], [v2])
+            (a2,) = attend([q2], [k2], [v2], far2)
+        if keep is not None:
+            keep.append(((ki, vi), (k2, v2) if x.dual else None))
         img = img + mi[2][:, None] * x.attn.proj(ai.flatten(2))
         if x.dual:
             img = img + mi[8][:, None] * x.attn2.proj(a2.flatten(2))
@@ -272,21 +291,32 @@ class MMDiT(nn.Module):
             if "adaLN_modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(p)
 
+    def embed(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs of `forward` -> img [B, hw, D], txt [B, Lt, D], silu_c [B, D]: what the blocks take."""
+        h, w = x.shape[-2] // self.patch, x.shape[-1] // self.patch
+        img = self.x_embedder(x) + crop_pos(self.pos_embed, h, w)                        # [B, hw, D]
+        silu_c = F.silu(self.t_embedder(t) + self.y_embedder(vec))                       # [B, D]
+        return img, self.context_embedder(txt), silu_c
+
+    def run(self, block: JointBlock, *inputs) -> tuple[Tensor, Tensor | None]:
+        """block(*inputs), recomputed in the backward pass if this model is told to."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def unembed(self, img: Tensor, silu_c: Tensor, h: int, w: int) -> Tensor:
+        """The last tokens [B, hw, D] -> [B, C, H, W]."""
+        return unpatchify(self.final_layer(img, silu_c), h, w, self.patch)
+
     def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
         """x [B, C_in, H, W], t [B] in [0, 1], txt [B, Lt, txt_dim], vec [B, vec_dim] -> [B, C, H, W].
 
         H and W are multiples of the patch; any aspect ratio the position table can hold.
         """
-        h, w = x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        img = self.x_embedder(x) + crop_pos(self.pos_embed, h, w)                        # [B, hw, D]
-        silu_c = F.silu(self.t_embedder(t) + self.y_embedder(vec))                       # [B, D]
-        txt = self.context_embedder(txt)                                                 # [B, Lt, D]
+        img, txt, silu_c = self.embed(x, t, txt, vec)
         for block in self.joint_blocks:
-            if self.checkpoint and torch.is_grad_enabled():
-                img, txt = checkpoint(block, img, txt, silu_c, use_reentrant=False)
-            else:
-                img, txt = block(img, txt, silu_c)
-        return unpatchify(self.final_layer(img, silu_c), h, w, self.patch)
+            img, txt = self.run(block, img, txt, silu_c)
+        return self.unembed(img, silu_c, x.shape[-2] // self.patch, x.shape[-1] // self.patch)
 
 
 def widen_input(weights: dict[str, Tensor], channels_in: int, key: str) -> dict[str, Tensor]:
@@ -411,12 +441,18 @@ class Editor(nn.Module):
         x_0 (1 - mask). Without a mask an inpainting model generates the whole picture (mask of ones,
         ByteEdit's global mask). -> v [B, C, H, W]
         """
-        inp = x
-        if self.cfg.inpaint:
-            mask = torch.ones_like(x[:, :1]) if mask is None else mask
-            masked = torch.zeros_like(x) if masked is None else masked
-            inp = torch.cat([x, mask.to(x.dtype), masked.to(x.dtype)], dim=1)
-        out = self.mmdit(inp, t, txt, vec)
+        return self.to_velocity(x, t, self.mmdit(self.network_input(x, mask, masked), t, txt, vec))
+
+    def network_input(self, x: Tensor, mask: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
+        """x, or x | mask | masked along channels, [B, C_in, H, W]."""
+        if not self.cfg.inpaint:
+            return x
+        mask = torch.ones_like(x[:, :1]) if mask is None else mask
+        masked = torch.zeros_like(x) if masked is None else masked
+        return torch.cat([x, mask.to(x.dtype), masked.to(x.dtype)], dim=1)
+
+    def to_velocity(self, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
+        """The transformer's output, v or x_0, as v."""
         if self.cfg.predict == "v":
             return out
         return (x - out) / t.to(x.dtype).clamp(min=self.X0_T_MIN)[:, None, None, None]
@@ -441,7 +477,161 @@ def config_from(cls: type, arch: dict, kind: str, what: str = "the checkpoint"):
 
 
 ####################################################################################################
-# 5. Reward models
+# 5. EditNet and the variants it is compared with (OmniEdit, Sec. 3.3, Fig. 4, Table 7)
+####################################################################################################
+
+
+VARIANTS = ("editnet", "controlnet", "textcontrol", "concat")
+
+
+class EditNet(nn.Module):
+    """An Editor that follows instructions: it sees a source picture and the region that may change.
+
+    Every variant starts as its base, bit for bit, and differs in how the source gets in:
+        editnet      each block's copy, the control block, attends jointly to the base's image tokens, to the
+                     source's and to the text, all as they stand before that block; what it makes of the image
+                     and of the text tokens is added to the base's after the block
+        controlnet   the copies run on their own: noisy + source tokens enter the first one; only image tokens
+                     are added to the base's
+        textcontrol  the same, and text tokens are added too
+        concat       InstructPix2Pix: the source is further channels of the input; no copies, all is tuned
+
+    Sums enter through zero Linears, new input columns are zero (ours: OmniEdit is silent). An instruction is
+    read by a trainable copy of a built-in text encoder, since the base's has only read captions; `base` alone
+    is untouched. Free-form edits have a region of ones (UltraEdit); the null image is zeros and ones.
+
+    `cached` (editnet): source tokens attend to source and text only and are modulated as at t = 0, so that
+    their keys and values are computed once per edit (`remember`) instead of at every step. Ours.
+    """
+
+    def __init__(self, base: EditorConfig, variant: str = "editnet", cached: bool = False):
+        super().__init__()
+        if variant not in VARIANTS:
+            raise SystemExit(f"error: variant {variant!r}: use one of {', '.join(VARIANTS)}")
+        if cached and variant != "editnet":
+            raise SystemExit(f"error: variant {variant!r} has no source tokens to cache: use editnet")
+        D = base.width
+        self.cfg, self.variant, self.cached = base, variant, cached
+        self.base = Editor(base)
+        if base.txt_bytes:
+            self.text = ByteText(base.txt_bytes, base.txt_dim, base.vec_dim)
+        # a convolution of concatenated channels is the sum of two: this is the second one, for every variant
+        self.src_embedder = PatchEmbed(base.patch, base.channels + 1, D)
+        if variant != "concat":
+            self.blocks = nn.ModuleList(
+                JointBlock(D, base.heads, base.qk_norm, last=i == base.depth - 1, dual=i < base.dual)
+                for i in range(base.depth))
+            self.img_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
+        if variant in ("editnet", "textcontrol"):
+            self.txt_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth - 1))  # the last: no text
+        for name, p in self.named_parameters():
+            if name.startswith(("img_out.", "txt_out.", "src_embedder.")):
+                nn.init.zeros_(p)
+
+    @property
+    def arch(self) -> dict:
+        return {"kind": "editnet", "variant": self.variant, "cached": self.cached, "base": self.base.arch}
+
+    @torch.no_grad()
+    def attach(self, weights: dict[str, Tensor]) -> None:
+        """Take the base's weights (a state dict of Editor), and begin the copies as copies of it."""
+        self.base.load_state_dict(weights)
+        if self.cfg.txt_bytes:
+            self.text.load_state_dict(self.base.text.state_dict())
+        if self.variant != "concat":
+            self.blocks.load_state_dict(self.base.mmdit.joint_blocks.state_dict())
+        if self.variant == "editnet":  # source tokens begin as the base sees a picture; the region as nothing
+            image = self.base.mmdit.x_embedder.proj
+            self.src_embedder.proj.weight[:, :-1] = image.weight[:, :self.cfg.channels]
+            self.src_embedder.proj.bias.copy_(image.bias)
+
+    def encode_text(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
+        """[B] instructions -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's null condition."""
+        return self.text(self.text.tokenize(instructions).to(self.base.mmdit.pos_embed.device))
+
+    def base_only(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """The base's text-to-image velocity, the branch off; txt, vec from `base.encode_text`."""
+        return self.base(x, t, txt, vec)
+
+    def source_tokens(self, src: Tensor, region: Tensor) -> Tensor:
+        """src [B, C, H, W], region [B, 1, H, W] -> [B, hw, D], without positions."""
+        return self.src_embedder(torch.cat([src, region.to(src.dtype)], dim=1))
+
+    def remember(self, txt: Tensor, vec: Tensor, src: Tensor, region: Tensor) -> list[Memory]:
+        """Keys and values of the source at every control block: all that `cached` needs of it at a step."""
+        m = self.base.mmdit
+        h, w = src.shape[-2] // m.patch, src.shape[-1] // m.patch
+        tokens = self.source_tokens(src, region) + crop_pos(m.pos_embed, h, w)
+        silu_c = F.silu(m.t_embedder(src.new_zeros(len(src))) + m.y_embedder(vec))
+        txt, memory = m.context_embedder(txt), []
+        for block in self.blocks:
+            tokens, txt = block(tokens, txt, silu_c, None, memory)
+        return memory
+
+    def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor, src: Tensor, region: Tensor,
+                memory: list[Memory] | None = None) -> Tensor:
+        """Velocity at x_t.
+
+        x [B, C, H, W] at times t [B] in [0, 1]; txt, vec from encode_text; src [B, C, H, W] the source's
+        latents; region [B, 1, H, W], 1 = may change; memory: what `remember` returned, to save its time.
+        -> v [B, C, H, W]
+        """
+        if self.cached and memory is None:
+            memory = self.remember(txt, vec, src, region)
+        m = self.base.mmdit
+        h, w = x.shape[-2] // m.patch, x.shape[-1] // m.patch
+        img, txt, silu_c = m.embed(self.base.network_input(x), t, txt, vec)
+        if self.variant == "concat":
+            img = img + self.source_tokens(src, region)
+            for block in m.joint_blocks:
+                img, txt = m.run(block, img, txt, silu_c)
+        elif self.variant == "editnet":
+            img = self.interact(img, txt, silu_c, src, region, memory)
+        else:
+            img = self.parallel(img, txt, silu_c, src, region)
+        return self.base.to_velocity(x, t, m.unembed(img, silu_c, h, w))
+
+    def interact(self, img: Tensor, txt: Tensor, silu_c: Tensor, src: Tensor, region: Tensor,
+                 memory: list[Memory] | None) -> Tensor:
+        """EditNet: block by block, the control block reads the base's tokens and writes to them."""
+        m, L = self.base.mmdit, img.shape[1]
+        h, w = src.shape[-2] // m.patch, src.shape[-1] // m.patch
+        tokens = None if self.cached else self.source_tokens(src, region) + crop_pos(m.pos_embed, h, w)
+        for i, (block, control) in enumerate(zip(m.joint_blocks, self.blocks)):
+            if self.cached:
+                read_img, read_txt = m.run(control, img, txt, silu_c, memory[i])
+            else:  # image and source tokens share a stream: the same weights, the same modulation
+                both, read_txt = m.run(control, torch.cat([img, tokens], 1), txt, silu_c)
+                read_img, tokens = both[:, :L], both[:, L:]
+            img, txt = m.run(block, img, txt, silu_c)
+            img = img + self.img_out[i](read_img)
+            if txt is not None:
+                txt = txt + self.txt_out[i](read_txt)
+        return img
+
+    def parallel(self, img: Tensor, txt: Tensor, silu_c: Tensor, src: Tensor, region: Tensor) -> Tensor:
+        """ControlNet (Zhang et al. 2023, as in SD3's): the branch never sees what the base makes of it."""
+        m = self.base.mmdit
+        read_img, read_txt = img + self.source_tokens(src, region), txt
+        for i, (block, control) in enumerate(zip(m.joint_blocks, self.blocks)):
+            read_img, read_txt = m.run(control, read_img, read_txt, silu_c)
+            img, txt = m.run(block, img, txt, silu_c)
+            img = img + self.img_out[i](read_img)
+            if self.variant == "textcontrol" and txt is not None:
+                txt = txt + self.txt_out[i](read_txt)
+        return img
+
+
+def build_editnet(arch: dict, what: str = "the checkpoint") -> EditNet:
+    """EditNet from the `arch` of a manifest; SystemExit that names `what` when it is of another kind."""
+    if arch.get("kind") != "editnet":
+        raise SystemExit(f"error: {what}: holds a {arch.get('kind')!r}, this needs an 'editnet': name the "
+                         "folder of a run with --stage edit")
+    return EditNet(config_from(EditorConfig, arch["base"], "editor", what), arch["variant"], arch["cached"])
+
+
+####################################################################################################
+# 6. Reward models
 ####################################################################################################
 
 
@@ -694,8 +884,13 @@ class CoherenceReward(nn.Module):
         return unpatchify(tokens.float(), image.shape[-2] // p, image.shape[-1] // p, p)
 
 
+def build_coherence(arch: dict, what: str = "the checkpoint") -> CoherenceReward:
+    """CoherenceReward from a manifest's `coherence_arch`; SystemExit that names `what` when it is none."""
+    return CoherenceReward(config_from(CoherenceConfig, arch, "coherence", what))
+
+
 ####################################################################################################
-# 6. LoRA, parameter groups
+# 7. LoRA, parameter groups
 ####################################################################################################
 
 

@@ -54,7 +54,8 @@ class Config:
     reward_loss: Literal["neg_log_sigmoid", "relu_margin"] = "neg_log_sigmoid"  # Eq. 2, or relu(2 - r)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
     vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = a reward's image tower
-    disc_width: int = 128  # coherence ViT (default ours, paper silent)
+    disc_init: str | None = None  # start it from a PeFL run's coherence model or a reward's image tower
+    disc_width: int = 128  # coherence ViT (default ours, paper silent); --disc_init brings its own sizes
     disc_depth: int = 4  # its blocks
     disc_patch: int | None = None  # its patch; None = the editor's
     disc_lr: float = 1e-4  # its learning rate (default ours, paper silent)
@@ -109,9 +110,7 @@ def main(cfg: Config) -> None:
     weights = {"aesthetic": cfg.w_aesthetic, "alignment": cfg.w_alignment}
     perceptual, perceptual_name = load_perceptual(cfg, rewards, device)
     torch.manual_seed(cfg.seed)
-    patch = cfg.disc_patch or max(editor.cfg.patch * space.stride, 4)
-    disc = model.CoherenceReward(model.CoherenceConfig(
-        image_size // patch, patch, cfg.disc_width, cfg.disc_depth, max(1, cfg.disc_width // 32))).to(device)
+    disc = load_coherence(cfg, image_size, editor.cfg.patch * space.stride).to(device)
     common.print0(
         f"editor {common.n_params(editor) / 1e6:.1f} M "
         f"({sum(p.numel() for p in trained) / 1e6:.2f} M trained), "
@@ -146,7 +145,7 @@ def main(cfg: Config) -> None:
     # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions
     source = data.open_source(cfg.data, "train")
     towers = [r.cfg.patch for r in rewards.values()] if not cfg.vgg else []  # L_vgg's features, unresized
-    stride = math.lcm(editor.cfg.patch * space.stride, patch, *towers)
+    stride = math.lcm(editor.cfg.patch * space.stride, disc.cfg.patch, *towers)
     tasks = {"outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint, "erase": cfg.p_erase}
     loader = data.make_loader(
         source, image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world,
@@ -163,6 +162,7 @@ def main(cfg: Config) -> None:
     bar = common.progress(total, step, "pefl", dist)
     while step < total:
         phase, (T, T1, T2) = phase_at(phases, step)
+        moving = step >= cfg.disc_first  # before that the coherence model learns alone
         for group in opt.param_groups:
             group["lr"] = common.lr_at(max(step - cfg.disc_first, 0), cfg.lr, cfg.warmup, total)
         g_sum = d_sum = torch.zeros((), device=device)
@@ -195,6 +195,7 @@ def main(cfg: Config) -> None:
                 with torch.no_grad():
                     x_t = flow.sample(lambda x, t: editor(x, t, txt, vec, z_mask, masked), x_t, ts)
 
+            with autocast, torch.set_grad_enabled(moving):
                 # stage 3: x_t' -> x0' in one prediction, with gradient
                 v = editor(x_t, t_end, txt, vec, z_mask, masked)
                 z0 = flow.x0_from_v(x_t, v, t_end)
@@ -218,7 +219,8 @@ def main(cfg: Config) -> None:
 
             # L^G, Eq. 8; only the editor receives this gradient
             g_loss = sum(weight * loss for weight, loss in losses.values())
-            (g_loss / cfg.accum).backward(inputs=trained)
+            if moving:
+                (g_loss / cfg.accum).backward(inputs=trained)
 
             # L^D, Eq. 6 and 8: every pixel of x is real, every pixel of x0' is generated
             with autocast:
@@ -248,7 +250,7 @@ def main(cfg: Config) -> None:
                                  "reward weights")
         else:
             disc_opt.step()
-            if step >= cfg.disc_first:
+            if moving:
                 opt.step()
                 ema.update()
         opt.zero_grad(set_to_none=True)
@@ -362,6 +364,29 @@ def load_reward(path: str, device: torch.device, what: str) -> model.PreferenceR
     scores = manifest.get("meta", {}).get("val") or {}
     net.score_mean, net.score_std = scores.get("score_mean", 0.0), max(scores.get("score_std", 1.0), 1e-3)
     return net.to(device).eval().requires_grad_(False)
+
+
+def load_coherence(cfg: Config, image_size: int, stride: int) -> model.CoherenceReward:
+    """R_gamma: fresh, from a PeFL run's coherence model, or on a trained reward's image tower with a fresh
+    head. The paper's backbone is a ViT, of unknown origin; a tower that knows pictures already learns to tell
+    generated pixels several times faster than a fresh one (LOG.md)."""
+    patch = cfg.disc_patch or max(stride, 4)
+    heads = max(1, cfg.disc_width // 32)
+    if not cfg.disc_init:
+        return model.CoherenceReward(model.CoherenceConfig(
+            image_size // patch, patch, cfg.disc_width, cfg.disc_depth, heads))
+    tensors, manifest = common.load_checkpoint(cfg.disc_init, ("coherence", "model"))
+    if arch := manifest["meta"].get("coherence_arch"):
+        disc = model.build_coherence(arch, f"--disc_init: {cfg.disc_init}")
+        common.load_state(disc, tensors["coherence"], cfg.disc_init)
+        return disc
+    r = model.build_reward(manifest["arch"], f"--disc_init: {cfg.disc_init}").cfg
+    disc = model.CoherenceReward(model.CoherenceConfig(
+        r.image_size // r.patch, r.patch, r.vit_width, r.vit_depth, r.vit_heads))
+    tower = "blip.visual_encoder."
+    common.load_state(disc.vit, {k.removeprefix(tower): v for k, v in tensors["model"].items()
+                                 if k.startswith(tower)}, cfg.disc_init)
+    return disc
 
 
 def load_perceptual(cfg: Config, rewards: dict, device: torch.device):
