@@ -94,6 +94,34 @@ def guide(denoise_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], guida
     return denoise
 
 
+def dual_weights(guidance: float, image_guidance: float) -> dict[str, float]:
+    """Rows that dual guidance has to evaluate, in order, and what each is multiplied by.
+
+    InstructPix2Pix (Brooks et al. 2023, Eq. 3) with text scale s_T = guidance and image scale s_I:
+        v = v(null) + s_I (v(image) - v(null)) + s_T (v(image, text) - v(image))
+          = s_T v(image, text) + (s_I - s_T) v(image) + (1 - s_I) v(null)
+    A row of weight zero is left out: (image, text) at s_T = 0, image at s_I = s_T, null at s_I = 1. So 1, 1
+    is one row, and s_T = 1 alone saves nothing.
+    """
+    rows = {"both": guidance, "image": image_guidance - guidance, "none": 1 - image_guidance}
+    return {name: float(weight) for name, weight in rows.items() if weight}
+
+
+def dual_guide(denoise_rows: Denoise, weights: dict[str, float]) -> Denoise:
+    """Dual classifier-free guidance, one evaluation a step.
+
+    `denoise_rows` gets x and t of B pictures once for each of `weights` (from dual_weights), [n B, ...] in
+    its order, and returns v [n B, C, H, W].
+    """
+    n = len(weights)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        rows = denoise_rows(x.repeat(n, 1, 1, 1), t.repeat(n)).float().chunk(n)
+        return sum(weight * v for weight, v in zip(weights.values(), rows))
+
+    return denoise
+
+
 # ---- samplers ------------------------------------------------------------------------------------
 
 
@@ -102,21 +130,29 @@ def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
 
 
 def sample(denoise: Denoise, x: Tensor, ts: list[float], solver: str = "euler",
-           known: Tensor | None = None, noise: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+           known: Tensor | None = None, noise: Tensor | None = None, mask: Tensor | None = None,
+           alternate: bool = False) -> Tensor:
     """Integrate dx/dt = v from ts[0] to ts[-1].
 
     x: [B, C, H, W] at time ts[0], kept in fp32. solver: "euler", or "heun" (second order: two evaluations a
     step, the last step to t = 0 is Euler's). With known, noise [B, C, H, W] and mask [B, 1, H, W]
     (1 = regenerate) every step puts the known region back at its noise level. -> x at ts[-1].
+
+    alternate: only every second step does, as in UltraEdit's region edits (Algorithm 1; known = the source,
+    mask soft), and the model settles the seam in between. Its paper blends where t mod 2 = 0, t counting
+    down; its code, which made its data, after steps 1, 3, 5, ... counted from 0, and so does this. The two
+    agree for an odd number of steps. An even number ends with a blend: what the mask keeps is then the source
+    itself; after an odd number the last step is free.
     """
     if solver not in ("euler", "heun"):
         raise SystemExit(f"error: unknown solver {solver!r}: use 'euler' or 'heun'")
     x = x.float()
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
         v = denoise(x, x.new_full((len(x),), t)).float()
         x_next = euler_step(x, v, t, t_next)
         if solver == "heun" and t_next > 0:
             v = (v + denoise(x_next, x.new_full((len(x),), t_next)).float()) / 2
             x_next = euler_step(x, v, t, t_next)
-        x = x_next if mask is None else blend_known(x_next, known, noise, mask, t_next)
+        keep = mask is not None and not (alternate and i % 2 == 0)
+        x = blend_known(x_next, known, noise, mask, t_next) if keep else x_next
     return x

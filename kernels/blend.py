@@ -1,4 +1,4 @@
-"""The known-region blend of a sampling step (RePaint / Blended Latent Diffusion; ByteEdit's masked input).
+"""The known-region blend of a sampling step (RePaint; Blended Latent Diffusion; UltraEdit's region edits).
 
     known_t = (1 - t) x_known + t noise          the known region brought to the step's noise level
     out     = m x + (1 - m) known_t              m = 1 regenerate, 0 keep; soft values interpolate

@@ -197,6 +197,33 @@ def test_soft_masks_interpolate():
     assert flow.blend_known(x.bfloat16(), known, noise, mask, t).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_alternating_blend(solver, n):
+    """UltraEdit's code: blended after steps 1, 3, ... from 0, the source at the next step's noise level."""
+    known, noise, _ = pictures()
+    mask = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    ts, seen = flow.timesteps(n, 2.0), []
+
+    def denoise(x, t):
+        seen.append((t[0].item(), x))
+        return 2 * x - 1
+
+    out = flow.sample(denoise, noise, ts, solver, known, noise, mask, alternate=True)
+    x = noise  # by hand
+    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
+        free = flow.sample(lambda x, t: 2 * x - 1, x, [t, t_next], solver)
+        source = flow.interpolate(known, noise, torch.full((4,), t_next))
+        x = mask * free + (1 - mask) * source if i % 2 == 1 else free
+        assert i + 1 == n or any(s == pytest.approx(t_next) and torch.allclose(y, x, atol=1e-5)
+                                 for s, y in seen)
+    assert torch.allclose(out, x, atol=1e-5)
+    hard = flow.sample(denoise, noise, ts, solver, known, noise, torch.zeros_like(mask), alternate=True)
+    assert torch.equal(hard, known) == (n % 2 == 0)  # an even number of steps ends with a blend
+    always = flow.sample(denoise, noise, ts, solver, known, noise, mask)
+    assert not torch.allclose(out, always, atol=1e-3)
+
+
 # ---- guidance ------------------------------------------------------------------------------------
 
 
@@ -209,3 +236,25 @@ def test_guidance_algebra():
     guided = flow.x0_from_v(x, flow.guide(lambda x, t: (cond, null), 3.0)(x, t), t)
     a, b = flow.x0_from_v(x, cond, t), flow.x0_from_v(x, null, t)
     assert torch.allclose(guided, b + 3 * (a - b), atol=1e-5)
+
+
+@pytest.mark.parametrize("text, image, rows", [
+    (7.5, 1.5, ["both", "image", "none"]), (1, 1.5, ["both", "image", "none"]),
+    (1, 0, ["both", "image", "none"]), (3, 1, ["both", "image"]), (2, 2, ["both", "none"]), (0, 2, ["image", "none"]), (1, 1, ["both"]),
+    (0, 1, ["image"]), (0, 0, ["none"])])
+def test_dual_guidance(text, image, rows):
+    """The formula as InstructPix2Pix writes it, from the rows that matter alone, in one evaluation."""
+    v = dict(zip(("both", "image", "none"), torch.randn(3, 4, 3, 8, 8)))
+    x, t = torch.randn(4, 3, 8, 8), torch.rand(4)
+    weights, calls = flow.dual_weights(text, image), []
+
+    def denoise_rows(xs, ts):
+        calls.append(len(xs))
+        assert torch.equal(xs, torch.cat([x] * len(rows))) and torch.equal(ts, torch.cat([t] * len(rows)))
+        return torch.cat([v[name] for name in weights])
+
+    naive = v["none"] + image * (v["image"] - v["none"]) + text * (v["both"] - v["image"])
+    got = flow.dual_guide(denoise_rows, weights)(x, t)
+    assert list(weights) == rows and calls == [4 * len(rows)]
+    assert torch.allclose(got, naive, atol=1e-5)
+    assert len(rows) > 1 or torch.equal(got, v[rows[0]])
