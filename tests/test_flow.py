@@ -240,8 +240,8 @@ def test_guidance_algebra():
 
 @pytest.mark.parametrize("text, image, rows", [
     (7.5, 1.5, ["both", "image", "none"]), (1, 1.5, ["both", "image", "none"]),
-    (1, 0, ["both", "image", "none"]), (3, 1, ["both", "image"]), (2, 2, ["both", "none"]), (0, 2, ["image", "none"]), (1, 1, ["both"]),
-    (0, 1, ["image"]), (0, 0, ["none"])])
+    (1, 0, ["both", "image", "none"]), (3, 1, ["both", "image"]), (2, 2, ["both", "none"]),
+    (0, 2, ["image", "none"]), (1, 1, ["both"]), (0, 1, ["image"]), (0, 0, ["none"])])
 def test_dual_guidance(text, image, rows):
     """The formula as InstructPix2Pix writes it, from the rows that matter alone, in one evaluation."""
     v = dict(zip(("both", "image", "none"), torch.randn(3, 4, 3, 8, 8)))
