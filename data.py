@@ -1,34 +1,49 @@
-"""Pictures, captions and masks from any source, in one batch format.
+"""Pictures, captions and masks, or edit pairs, from any source, in one batch format.
 
-    python data.py check photos/        # counts, broken files, shapes, captions, mask areas, a sample sheet
+    python data.py check photos/         # counts, broken files, shapes, captions, mask areas, a sample sheet
+    python data.py check omniedit:DIR    # the same of a set of edit pairs (edits.py names the layouts)
 
-Readers of untrusted files, sources, geometry, masks (ByteEdit Sec. 4.1), order, loaders, preferences, check.
+Sources, geometry, order, loaders, preferences, check. Files are read by pictures.py, masks made by masks.py.
 Masks are 1 where the picture is to be regenerated. Pictures leave this file as float [-1, 1].
 """
 
-import hashlib
-import io
 import json
 import math
 import os
-import re
 import signal
 import sys
-from collections import Counter, OrderedDict, namedtuple
+from collections import Counter, namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # no TIFF or PSD: far larger decoders for untrusted files
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # refused before decoding: a PNG of 10 kB can claim 400 MB
-MAX_CAPTION, MAX_BAD = 2_000, 100  # bytes of UTF-8; bad files before a run stops
-CACHE_BYTES = 256 << 20  # parquet row groups kept per process
-HELDOUT = 0.05  # of a source that has no held-out part of its own
-HELDOUT_NAMES = ("heldout", "val", "valid", "validation", "test", "dev")
+from masks import task_mask
+from pictures import (
+    HELDOUT,
+    MAX_BAD,
+    MAX_CAPTION,
+    SUFFIXES,
+    BadFile,
+    RowGroups,
+    checked,
+    clean_caption,
+    files_of,
+    held_out,
+    image_size,
+    inside,
+    json_lines,
+    part_of,
+    picture_cell,
+    printable,
+    read_image,
+    read_labels,
+    read_mask,
+    too_many,
+)
+
 ERASE_PROMPT = "empty background, nothing there"
 
 # How often a sample gets each task and loses its caption: ours, the paper gives no probabilities
@@ -36,192 +51,10 @@ TASKS = {"t2i": 0.10, "inpaint": 0.30, "edit": 0.25, "outpaint": 0.25, "erase": 
 PROMPT_FREE = {"t2i": 0.0, "inpaint": 0.1, "edit": 0.0, "outpaint": 0.5, "erase": 0.0}
 
 
-class BadFile(SystemExit):
-    """A file that cannot be used. Uncaught it ends the program with one line; loaders catch it and skip."""
-
-    def __init__(self, name, problem, fix):
-        super().__init__(f"error: {printable(str(name))}: {problem}: {fix}")
-
-
-def printable(text):
-    """Text with every run of spaces and control characters (they would reach terminals) made one space."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+", " ", text).strip()
-
-
-def too_many(bad, read, limit=MAX_BAD):
-    """Ten bad files are always forgiven, then a tenth of what was read, and never more than `limit`."""
-    return bad > min(limit, max(10, read / 10))
-
-
-#### 1. readers ##############################################################################################
-def _open(source, name):
-    """PIL image from a path or bytes, header only; refuses unknown formats and sizes beyond the caps."""
-    name = name or ("picture in memory" if isinstance(source, bytes) else source)
-    if not isinstance(source, bytes) and not os.path.isfile(source):
-        raise BadFile(name, "no such file", "correct the path or remove the row")
-    try:
-        im = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise BadFile(name, f"more than {MAX_PIXELS:,} pixels", "scale it down") from None
-    except Exception:  # decoders raise anything on a hostile header: struct.error, SyntaxError, zlib.error
-        raise BadFile(name, "not a readable picture", f"use one of {', '.join(FORMATS)}") from None
-    w, h = im.size
-    if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE:
-        raise BadFile(name, f"{w}x{h} is over {MAX_PIXELS:,} pixels or {MAX_SIDE:,} a side", "scale it down")
-    return im, name
-
-
-def _turned(im):
-    """Whether EXIF turns the picture by 90 degrees. A damaged EXIF block does not make a picture unusable."""
-    try:
-        return im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception:
-        return False
-
-
-def _decode(im, name):
-    try:
-        im.load()  # verify() passes on a truncated JPEG; only decoding finds it
-    except Exception as e:
-        raise BadFile(name, f"damaged ({printable(str(e))[:80]})", "repair or remove it") from None
-    try:
-        ImageOps.exif_transpose(im, in_place=True)
-    except Exception:
-        pass
-    return im
-
-
-def _luma(im):
-    """Picture of any mode -> float32 [h, w] in [0, 1]. 16 bit is scaled; Pillow's own I;16 -> L saturates."""
-    deep = im.mode.startswith("I")
-    return np.clip(np.asarray(im if deep else im.convert("L"), np.float32) / (65535 if deep else 255), 0, 1)
-
-
-def image_size(source, name=None):
-    """(h, w) as `read_image` would return it, from the header alone."""
-    im, name = _open(source, name)
-    return im.size if _turned(im) else im.size[::-1]
-
-
-def read_image(source, name=None, cover=None):
-    """Path or bytes of a picture -> RGB uint8 [h, w, 3]. Raises BadFile.
-
-    EXIF orientation is applied, 16 bit is scaled, transparency is composited on white (`convert("RGB")` would
-    show the colours hidden under it). With `cover=(h, w)` a JPEG may be decoded at a fraction of its size
-    that still covers twice (h, w), which is several times faster; resize it antialiased afterwards.
-    """
-    im, name = _open(source, name)
-    if cover and im.format == "JPEG":
-        h, w = cover[::-1] if _turned(im) else cover
-        scale = min(1, 2 * max(h / im.height, w / im.width))
-        im.draft("RGB", (math.ceil(im.width * scale), math.ceil(im.height * scale)))
-    im = _decode(im, name)
-    if im.mode.startswith("I"):
-        return np.repeat((_luma(im) * 255 + 0.5).astype(np.uint8)[..., None], 3, axis=2)
-    if im.has_transparency_data:
-        im = im.convert("RGBA")
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-    return np.array(im.convert("RGB"))
-
-
-def read_mask(source, h=None, w=None, name=None, invert=False, log=None):
-    """Path or bytes of a mask -> float32 [h, w] in [0, 1], 1 = regenerate. BadFile if it selects nothing.
-
-    Luma, unless an alpha channel varies: then alpha is the mask if what is visible has one colour (UltraEdit:
-    painted = regenerate), else the transparent part is (MagicBrush: a hole in a picture). `invert` turns the
-    result round. Two values, one of them 0, are a binary mask whatever the other is (0/1, 0/255, a palette).
-    Another size is stretched to (h, w), nearest if binary, else antialiased. `log` (print) gets the area."""
-    im, name = _open(source, name)
-    im, how = _decode(im, name), "luma"
-    rgba = np.asarray(im.convert("RGBA")) if im.has_transparency_data else np.zeros((1, 1, 4), np.uint8)
-    if rgba[..., 3].min() < rgba[..., 3].max():
-        seen, m = rgba[..., :3][rgba[..., 3] > 127], rgba[..., 3].astype(np.float32) / 255
-        hole = seen.size and int(np.ptp(seen, axis=0).max()) > 16
-        m, how = (1 - m, "transparent part") if hole else (m, "alpha")
-    else:
-        m = _luma(im if im.mode.startswith("I") else im.convert("RGB"))
-    top = m.max(initial=0)
-    binary = bool(top > 0 and np.all((m == 0) | (m == top)))
-    m = (m > 0).astype(np.float32) if binary else m
-    m, own = (1 - m if invert else m), m.shape
-    if h and w and own != (h, w):
-        kind = Image.Resampling.NEAREST if binary else Image.Resampling.BILINEAR
-        m = np.clip(np.asarray(Image.fromarray(m).resize((w, h), kind)), 0, 1)
-    if m.max() < 0.5:
-        raise BadFile(name, "the mask selects nothing", "paint what is to be regenerated white, or invert")
-    if log:
-        size = f"{own[1]}x{own[0]}" + (f" stretched to {w}x{h}" if m.shape != own else "")
-        area = float(m.mean())
-        warn = "" if 0.001 <= area <= 0.99 else " WARNING: nearly nothing or everything"
-        log(f"mask {printable(str(name))}: {size}, {how}{' inverted' * invert}, regenerates {area:.1%}{warn}")
-    return m
-
-
-def _read_labels(source, name):
-    """Label map (grey, 16 bit or palette indices) -> int32 [h, w]."""
-    im, name = _open(source, name)
-    if im.mode not in ("1", "L", "P", "I;16", "I"):
-        raise BadFile(name, f"label map with pixel mode {im.mode}", "save it grey or with a palette")
-    return np.array(_decode(im, name)).astype(np.int32)
-
-
-def clean_caption(text):
-    """-> (caption, cut): control characters out, cut to MAX_CAPTION bytes at a whole character."""
-    raw = printable(text[: 4 * MAX_CAPTION]).encode("utf-8", "ignore")  # JSON may hold lone surrogates
-    cut = len(raw) > MAX_CAPTION or len(text) > 4 * MAX_CAPTION
-    return raw[:MAX_CAPTION].decode("utf-8", "ignore"), cut
-
-
-def inside(root, name):
-    """Path of `name` under the folder `root`; BadFile if it leaves it (absolute, "..", a symbolic link)."""
-    if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
-        raise BadFile(root, f"{str(name)[:80]!r} is not a file name", "correct the row")
-    base = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(base, name))
-    if os.path.isabs(name) or os.path.commonpath([base, path]) != base:
-        raise BadFile(name, f"leaves the data folder {root}", "move the file into it")
-    return path
-
-
-def _checked(rows, check):
-    """check(row) of every (place, row), rows with which it raises ValueError named and left out.
-
-    row may itself be a ValueError. -> (results, number of bad rows); SystemExit when there are too many."""
-    good, bad = [], 0
-    for n, (place, row) in enumerate(rows, 1):
-        try:
-            if not isinstance(row, dict):
-                raise row if isinstance(row, ValueError) else ValueError("not a JSON object")
-            good.append(check(row))
-        except ValueError as e:
-            bad += 1
-            problem = BadFile(place, str(e), f"repair or remove it (bad so far: {bad})")
-            if too_many(bad, n):
-                raise problem from None
-            print(f"skipped: {str(problem).removeprefix('error: ')}", file=sys.stderr)
-    return good, bad
-
-
-def _json_lines(path):
-    with open(path, "rb") as f:
-        for n, line in enumerate(iter(lambda: f.readline(1 << 20), b""), 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError):
-                row = ValueError("not JSON, or longer than 1 MiB")
-            if line.strip():
-                yield f"{path} line {n}", row
-
-
-#### 2. sources ##############################################################################################
+#### 1. sources ##############################################################################################
 # A source has len(), .name, .size(i) -> (h, w) or None when it draws at any size, and .load(i, h, w) ->
 # dict(image uint8 [h', w', 3] covering (h, w) if it can, caption str, segments int [h'', w''] or None).
 # Optional: .runs and .window, rows that are read together (see `shuffled`).
-def held_out(key, fraction):
-    """Stable split: a key falls on the same side in every process and version."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:6]) < fraction * 2**48
-
-
 Row = namedtuple("Row", "file caption segments mask")  # caption None: look for NAME.txt
 
 
@@ -241,7 +74,7 @@ class Folder:
     def __init__(self, root, split, share):
         self.root, self.name, self.bad_lines = str(root), str(root), 0
         if (Path(root) / "metadata.jsonl").is_file():
-            rows, self.bad_lines = _checked(_json_lines(Path(root) / "metadata.jsonl"), _metadata_row)
+            rows, self.bad_lines = checked(json_lines(Path(root) / "metadata.jsonl"), _metadata_row)
         else:
             files = sorted(os.path.relpath(os.path.join(at, f), root) for at, _, names in os.walk(root)
                            for f in names if f.lower().endswith(SUFFIXES) and not f.startswith("."))
@@ -268,7 +101,7 @@ class Folder:
                 with open(inside(self.root, text), "rb") as f:
                     caption = f.read(16 * MAX_CAPTION).decode("utf-8", "replace")
         if row.segments:
-            segments = _read_labels(inside(self.root, row.segments), None)
+            segments = read_labels(inside(self.root, row.segments), None)
         elif row.mask:
             segments = (read_mask(inside(self.root, row.mask)) > 0.5).astype(np.int32)
         return dict(image=image, caption=caption, segments=segments)
@@ -276,71 +109,34 @@ class Folder:
 
 class Parquet:
     """Parquet files with a picture column (Hugging Face struct {bytes, path}, raw bytes, or a path under the
-    file's folder) and perhaps captions (string or list). The row groups last used stay in memory."""
+    file's folder) and perhaps captions (string or list)."""
 
     def __init__(self, files, name, split, share):
-        import pyarrow.parquet as pq
-
-        self.name, self.pid, self.groups, runs, largest = name, None, [], [], 1
-        for file in map(str, files):
-            try:
-                f = pq.ParquetFile(file)
-            except Exception as e:  # ArrowInvalid, OSError
-                raise BadFile(file, f"not parquet ({printable(str(e))[:80]})", "download it again") from None
-            kinds = {field.name: str(field.type) for field in f.schema_arrow}
-            structs = [n for n, t in kinds.items() if t.startswith("struct<bytes")]
-            pictures = [n for n in ("image", "img", "jpg", "png", "image_path") if n in kinds] + structs
-            captions = [n for n in ("caption", "text", "prompt") if n in kinds]
-            if not pictures:
-                raise BadFile(file, f"no picture column among {', '.join(kinds) or 'its none'}",
-                              "name it image: a struct {bytes, path}, bytes or a path")
-            for g in range(f.metadata.num_row_groups):
-                group = f.metadata.row_group(g)
-                if group.total_byte_size > 2 << 30:
-                    raise BadFile(file, f"row group {g} is over 2 GiB", "write smaller row groups")
-                largest = max(largest, group.total_byte_size)
-                self.groups.append((file, g, pictures[0], captions[0] if captions else None))
-                runs.append(group.num_rows)
-        self.window = max(1, CACHE_BYTES // largest)
-        self.first = np.concatenate([[0], np.cumsum(runs)]).astype(np.int64)
-        self.rows = np.arange(self.first[-1])
+        self.name, self.groups = name, RowGroups(files, self._columns)
+        self.window, self.rows = self.groups.window, np.arange(self.groups.first[-1])
         if split != "all":
             held = _mix(self.rows.astype(np.uint64)) < np.uint64(share * 2**63) * np.uint64(2)
             self.rows = self.rows[held == (split == "heldout")]
-        self.runs = np.diff(np.searchsorted(self.rows, self.first))
+        self.runs = self.groups.runs(self.rows)
+
+    @staticmethod
+    def _columns(file, kinds):
+        structs = [n for n, t in kinds.items() if t.startswith("struct<bytes")]
+        found = [n for n in ("image", "img", "jpg", "png", "image_path") if n in kinds] + structs
+        captions = [n for n in ("caption", "text", "prompt") if n in kinds]
+        if not found:
+            raise BadFile(file, f"no picture column among {', '.join(kinds) or 'its none'}",
+                          "name it image: a struct {bytes, path}, bytes or a path")
+        return found[0], captions[0] if captions else None
 
     def __len__(self):
         return len(self.rows)
 
-    def _row(self, i):
-        """-> (file, picture cell, caption cell)."""
-        import pyarrow.parquet as pq
-
-        g = int(np.searchsorted(self.first, self.rows[i], "right")) - 1
-        file, group, picture, caption = self.groups[g]
-        if self.pid != os.getpid():  # a worker starts with its own cache
-            self.pid, self.cache = os.getpid(), OrderedDict()
-        if g not in self.cache:
-            try:
-                columns = [picture, caption] if caption else [picture]
-                self.cache[g] = pq.ParquetFile(file).read_row_group(group, columns=columns)
-            except Exception as e:
-                what = f"damaged ({printable(str(e))[:80]})"
-                raise BadFile(f"{file} row group {group}", what, "download the file again") from None
-            while len(self.cache) > 1 and sum(t.nbytes for t in self.cache.values()) > CACHE_BYTES:
-                self.cache.popitem(last=False)
-        self.cache.move_to_end(g)
-        row = int(self.rows[i] - self.first[g])
-        return file, *(self.cache[g][c][row].as_py() if c else "" for c in (picture, caption))
-
     def _picture(self, i):
         """-> (bytes or path, name for messages, caption cell)."""
-        file, value, caption = self._row(i)
-        value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+        file, (picture, caption) = self.groups.row(self.rows[i])
         name = f"{file} row {self.rows[i]}"
-        if not isinstance(value, bytes | str) or not value:
-            raise BadFile(name, "no picture in it", "remove the row")
-        return inside(os.path.dirname(file) or ".", value) if isinstance(value, str) else value, name, caption
+        return picture_cell(picture, file, name), name, caption
 
     def size(self, i):
         return image_size(*self._picture(i)[:2])
@@ -367,24 +163,18 @@ def open_source(spec, split="train"):
     if not path.exists() or path.is_file() and path.suffix != ".parquet":
         problem = "not a data source" if path.exists() else "no such file or folder"
         raise SystemExit(f"error: {spec}: {problem}: give scenes, a folder of pictures or a .parquet file")
-    if path.is_file():
-        source = Parquet([path], str(path), split, share)
-    else:
-        if split != "all" and (path / "train").is_dir() and not (path / "metadata.jsonl").is_file():
-            held = [path / n for n in HELDOUT_NAMES if (path / n).is_dir()]
-            path = held[0] if held and split == "heldout" else path / "train"
-            split = "all" if held else split
-        files = [] if (path / "metadata.jsonl").is_file() else sorted(path.rglob("*.parquet"))
-        held = [f for f in files if re.split("[-.]", f.name)[0] in HELDOUT_NAMES]
-        if held and split != "all":
-            files, split = held if split == "heldout" else [f for f in files if f not in held], "all"
-        source = Parquet(files, str(path), split, share) if files else Folder(path, split, share)
+    if not (path / "metadata.jsonl").is_file():
+        path, split = part_of(path, split)
+    files = []
+    if not (path / "metadata.jsonl").is_file():
+        files, split = files_of(path, split, ".parquet")
+    source = Parquet(files, str(path), split, share) if files else Folder(path, split, share)
     if not len(source):
         raise SystemExit(f"error: {spec}: no pictures in its {split} part: add some, or open split all")
     return source
 
 
-#### 3. geometry #############################################################################################
+#### 2. geometry #############################################################################################
 SCENE_RATIOS = (1, 2 / 3, 3 / 2, 3 / 4, 4 / 3, 9 / 16, 16 / 9)  # the seven of OmniEdit
 RATIOS = SCENE_RATIOS + (1 / 2, 2, 1 / 3, 3, 1 / 4, 4)
 
@@ -430,155 +220,7 @@ def fit(image, h, w, y=0.5, x=0.5, segments=None):
     return image, segments
 
 
-#### 4. masks ################################################################################################
-# Kinds as in ByteEdit Sec. 4.1; every size and probability is ours, the paper gives none.
-def dilate(m, r):
-    """bool [h, w] grown by r pixels in every direction (a square), in time independent of r."""
-    for axis in (0, 1) if r > 0 else ():
-        n, c = m.shape[axis], np.cumsum(m, axis, dtype=np.int32)
-        after, before = np.arange(n) + r, np.arange(n) - r - 1
-        first = (before >= 0)[:, None] if axis == 0 else before >= 0
-        m = c.take(np.minimum(after, n - 1), axis) > c.take(np.maximum(before, 0), axis) * first
-    return m
-
-
-def _box(m):
-    ys, xs = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
-    return int(ys[0]), int(xs[0]), int(ys[-1]) + 1, int(xs[-1]) + 1
-
-
-def _strokes(h, w, rng, area, box=None):
-    """Brush strokes along random walks from `box` (top, left, bottom, right) on, until `area` is covered."""
-    im = Image.new("L", (w, h))
-    draw, side = ImageDraw.Draw(im), math.sqrt(h * w)
-    top, left, bottom, right = box or (0, 0, h, w)
-    for _ in range(16):
-        n, width = int(rng.integers(4, 9)), max(2, int(side * rng.uniform(0.08, 0.2)))
-        angle = rng.uniform(0, 2 * math.pi) + np.cumsum(rng.normal(0, 0.8, n))
-        step = side * rng.uniform(0.05, 0.2, n)
-        xs = np.clip(rng.uniform(left, right) + np.cumsum(step * np.cos(angle)), 0, w - 1)
-        ys = np.clip(rng.uniform(top, bottom) + np.cumsum(step * np.sin(angle)), 0, h - 1)
-        path, r = np.stack([xs, ys], 1).tolist(), width / 2
-        draw.line([tuple(p) for p in path], fill=1, width=width)
-        for px, py in path:  # round joints: joint="curve" is slower
-            draw.ellipse((px - r, py - r, px + r, py + r), fill=1)
-        m = np.asarray(im)
-        if m.mean() >= area:
-            break
-    return m.astype(bool)
-
-
-def _rectangle(h, w, rng, area, centre=None):
-    rh = min(h, max(1, round(math.sqrt(area * h * w * 2 ** rng.uniform(-1, 1)))))
-    rw = min(w, max(1, round(area * h * w / rh)))
-    y, x = int(rng.integers(h - rh + 1)), int(rng.integers(w - rw + 1))
-    if centre:
-        y, x = max(0, centre[0] - rh // 2), max(0, centre[1] - rw // 2)
-    m = np.zeros((h, w), bool)
-    m[y:y + rh, x:x + rw] = True
-    return m
-
-
-def _outward(h, w, rng):
-    """Keep a window and regenerate around it, on 1 to 4 sides; of each extended axis 15% to 60% is new."""
-    sides = set(rng.permutation(4)[:rng.integers(1, 5)].tolist())
-    spans = []
-    for n, before, after in ((h, 0, 1), (w, 2, 3)):
-        new, part = rng.uniform(0.15, 0.6) * n, rng.uniform(0.3, 0.7)
-        part = part if {before, after} <= sides else float(before in sides)
-        lo = max(1, round(new * part)) if before in sides else 0
-        hi = n - max(1, round(new * (1 - part))) if after in sides else n
-        spans.append(slice(min(lo, n - 1), max(min(lo, n - 1) + 1, hi)))
-    m = np.ones((h, w), bool)
-    m[tuple(spans)] = False
-    return m
-
-
-def instances(segments):
-    """Label map -> (labels of instances, bool map of what erasing must not touch).
-
-    With a background label 0: the other labels of at least 0.2% of the picture. Without (BSDS500: a label per
-    region): regions of 1% to 50%, and if these leave no background, the largest region counts as it."""
-    area = np.bincount(segments.ravel()) / segments.size  # [labels], labels are small and not negative
-    if area[0] > 0:
-        return np.flatnonzero(area[1:] >= 0.002) + 1, segments != 0
-    keep = (area >= 0.01) & (area <= 0.5)
-    solid = keep.copy()
-    solid[area.argmax()] &= area[~solid].sum() >= 0.05
-    return np.flatnonzero(keep), solid[segments]
-
-
-def make_mask(kind, h, w, rng, segments=None):
-    """One mask, float32 [h, w] of 0 and 1 (1 = regenerate), or None if `segments` lacks what the kind needs.
-
-    global      everything
-    irregular   brush strokes, 5% to about 50% of the picture
-    square      one rectangle, 5% to 50%, sides 1:2 to 2:1
-    outward     all but a window
-    instance    an instance of the label map, dilated by 1% to 8% of the side and joined (70%) with strokes or
-                a rectangle around it; None without an instance
-    background  for erasing: the shape of an instance put elsewhere, strokes or a rectangle, never on an
-                instance or the pixels beside it; anywhere without a label map; None if no background is left
-    """
-    side = math.sqrt(h * w)
-    if kind == "global":
-        m = np.ones((h, w), bool)
-    elif kind == "irregular":
-        m = _strokes(h, w, rng, rng.uniform(0.05, 0.45))
-    elif kind == "square":
-        m = _rectangle(h, w, rng, rng.uniform(0.05, 0.5))
-    elif kind == "outward":
-        m = _outward(h, w, rng)
-    elif kind == "instance":
-        labels = instances(segments)[0] if segments is not None else ()
-        if not len(labels):
-            return None
-        one = segments == labels[rng.integers(len(labels))]
-        m, (top, left, bottom, right) = dilate(one, max(1, round(side * rng.uniform(0.01, 0.08)))), _box(one)
-        around, grow = rng.random(), side * rng.uniform(0, 0.15)
-        if around < 0.35:
-            m = m | _strokes(h, w, rng, 0.02, (top - grow, left - grow, bottom + grow, right + grow))
-        elif around < 0.7:
-            m[int(max(0, top - grow)):int(bottom + grow), int(max(0, left - grow)):int(right + grow)] = True
-    elif kind == "background":
-        labels, solid = instances(segments) if segments is not None else ((), np.zeros((h, w), bool))
-        solid = dilate(solid, max(1, round(side / 64)) if len(labels) else 0)
-        free = np.flatnonzero(~solid)
-        if not len(free):
-            return None
-        for _ in range(4):
-            y, x = divmod(int(free[rng.integers(len(free))]), w)
-            what, area = rng.random(), rng.uniform(0.03, 0.25)
-            if what < 0.5 and len(labels):
-                one = segments == labels[rng.integers(len(labels))]
-                top, left, bottom, right = _box(one)
-                y, x = rng.integers(h - bottom + top + 1), rng.integers(w - right + left + 1)
-                m = np.zeros((h, w), bool)
-                m[y:y + bottom - top, x:x + right - left] = one[top:bottom, left:right]
-                m = dilate(m, max(1, round(side * rng.uniform(0.01, 0.06))))
-            else:
-                shape = (_strokes, area / 2, (y, x, y, x)) if what < 0.75 else (_rectangle, area, (y, x))
-                m = shape[0](h, w, rng, *shape[1:])
-            m = m & ~solid
-            if m.mean() >= 0.01:
-                break
-        if not m.any():
-            m.flat[free[rng.integers(len(free))]] = True
-    else:
-        raise ValueError(f"mask kind {kind!r}")
-    return m.astype(np.float32)
-
-
-def task_mask(task, h, w, rng, segments=None):
-    """(mask, task): "t2i" global, "inpaint" irregular or square, "edit" instance, "outpaint" outward, "erase"
-    background. Without an instance to edit, or background to erase from, the task becomes "inpaint"."""
-    kind = {"t2i": "global", "edit": "instance", "outpaint": "outward", "erase": "background"}.get(task)
-    if kind and (m := make_mask(kind, h, w, rng, segments)) is not None:
-        return m, task
-    return make_mask("irregular" if rng.random() < 0.5 else "square", h, w, rng), "inpaint"
-
-
-#### 5. order ################################################################################################
+#### 3. order ################################################################################################
 def _mix(z):
     """Bits of uint64 [n] scrambled (splitmix64); arithmetic wraps."""
     z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -724,7 +366,7 @@ class Listed:
         return int(slot) % self.n
 
 
-#### 6. loaders ##############################################################################################
+#### 4. loaders ##############################################################################################
 def mixture(tasks):
     """Task -> probability, checked and summing to 1. SystemExit on an unknown task or an impossible
     number."""
@@ -860,7 +502,7 @@ def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, seed
     return Loader(source, order, make, seed, workers, None, max_bad)
 
 
-#### 7. preferences ##########################################################################################
+#### 5. preferences ##########################################################################################
 Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind", defaults=[""])
 
 
@@ -907,8 +549,8 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
         items = json.loads(path.read_bytes()) if is_list else ()
     except (ValueError, RecursionError) as e:
         raise BadFile(path, f"not JSON ({printable(str(e))[:80]})", "repair it") from None
-    rows = ((f"{path} item {n}", row) for n, row in enumerate(items)) if is_list else _json_lines(path)
-    found, bad_rows = _checked(rows, _pairs_of)
+    rows = ((f"{path} item {n}", row) for n, row in enumerate(items)) if is_list else json_lines(path)
+    found, bad_rows = checked(rows, _pairs_of)
     pairs = Pairs(p for row in found for p in row)
     if split != "all":
         keys = [p.image_better != p.image_worse and p.caption_better or p.image_better for p in pairs]

@@ -40,8 +40,10 @@ from torch import Tensor
 import common
 import data
 import flow
+import masks
 import model
 import scenes
+from pictures import BadFile, clean_caption, read_image, too_many
 
 ####################################################################################################
 # 1. Config
@@ -382,15 +384,15 @@ def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) 
         biggest = int(np.argmax(area)) + 1
         if task == "outpaint":
             rng = np.random.Generator(np.random.PCG64(scenes.rng_for(source.seed, index, 12).integers(2**32)))
-            mask = data.make_mask("outward", size, size, rng) > 0
+            mask = masks.make_mask("outward", size, size, rng) > 0
             judged = [k for k, n in enumerate(area, 1) if n and 0.5 <= mask[labels == k].mean() < 1]
         elif task == "edit":
-            mask = data.dilate(labels == biggest, max(1, round(0.08 * size)))
+            mask = masks.dilate(labels == biggest, max(1, round(0.08 * size)))
             judged = [biggest]
         elif task == "erase":
             without = replace(s, objects=s.objects[:biggest - 1] + s.objects[biggest:])
             truth = scenes.draw(without, size, size)
-            mask = data.dilate((truth != image).any(-1) | (labels == biggest), max(1, round(size / 64)))
+            mask = masks.dilate((truth != image).any(-1) | (labels == biggest), max(1, round(size / 64)))
             caption = data.ERASE_PROMPT
         else:
             raise ValueError(f"task {task!r}")
@@ -520,7 +522,7 @@ def read_result(result: Result, folder: Path, cases: dict[str, Cases], seeds: li
         for seed in seeds:
             for index in c.indices:
                 file = folder / task / f"seed_{seed}" / f"{index:06d}.png"
-                picture = data.read_image(file)
+                picture = read_image(file)
                 if picture.shape != (result.size, result.size, 3):
                     h, w = picture.shape[:2]
                     raise SystemExit(f"error: {file}: {w}x{h}: judge.json says {result.size}x{result.size}:"
@@ -940,10 +942,10 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
             try:
                 loaded.append(source.load(i, e.size, e.size))
                 indices.append(i)
-            except data.BadFile as problem:
+            except BadFile as problem:
                 bad += 1
                 common.print0(f"skipped: {str(problem).removeprefix('error: ')}")
-                if data.too_many(bad, read):
+                if too_many(bad, read):
                     raise
         bar.update(read - bar.n)
         if not indices:
@@ -951,10 +953,10 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
         rngs = [np.random.Generator(np.random.PCG64([seed, i, 13])) for i in indices]
         fitted = [data.fit(x["image"], e.size, e.size, segments=x.get("segments")) for x in loaded]
         truth = to_float(np.stack([image for image, _ in fitted]))
-        prompts = [data.clean_caption(x["caption"])[0] for x in loaded]
+        prompts = [clean_caption(x["caption"])[0] for x in loaded]
         tasks = [("inpaint", "edit", "outpaint")[rng.integers(3)] for rng in rngs]
         prompts = ["" if rng.random() < PROMPT_FREE else c for rng, c in zip(rngs, prompts)]
-        mask = np.stack([data.task_mask(task, e.size, e.size, rng, segments)[0]
+        mask = np.stack([masks.task_mask(task, e.size, e.size, rng, segments)[0]
                          for task, rng, (_, segments) in zip(tasks, rngs, fitted)])
         mask = torch.from_numpy(mask)[:, None]
 

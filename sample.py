@@ -34,7 +34,9 @@ from tqdm import tqdm
 import common
 import data
 import flow
+import masks
 import model
+import pictures
 
 
 @dataclass
@@ -114,7 +116,7 @@ def main(cfg: Config) -> None:
                     raise
                 skipped += 1
                 bar.total -= cfg.num_samples * calls
-                tqdm.write(f"skipped: {data.printable(str(e)).removeprefix('error: ')}")
+                tqdm.write(f"skipped: {pictures.printable(str(e)).removeprefix('error: ')}")
         for batch in batches(jobs, cfg.num_samples, cfg.batch_size):
             x0 = generate(
                 editor, [job.prompt for job, _ in batch], torch.stack([job.mask_in for job, _ in batch]),
@@ -223,8 +225,8 @@ def complete(item: dict, task: str) -> dict:
         if value is not None and (type(value) is not int if number else not isinstance(value, str)):
             raise ValueError(f"{key}: {value!r}: give {'an integer' if number else 'a text'}")
         low = key not in SIDES
-        if number and key != "seed" and value is not None and not low <= value <= data.MAX_SIDE:
-            raise ValueError(f"{key}: {value}: must be between {int(low)} and {data.MAX_SIDE}")
+        if number and key != "seed" and value is not None and not low <= value <= pictures.MAX_SIDE:
+            raise ValueError(f"{key}: {value}: must be between {int(low)} and {pictures.MAX_SIDE}")
     if "image" in item and not item["image"]:
         raise ValueError(f"image: missing: {task} needs a picture")
     if task == "outpaint":
@@ -242,7 +244,7 @@ def complete(item: dict, task: str) -> dict:
         prompt = beside.read_text(errors="replace")
     if prompt is None and task != "outpaint":
         raise ValueError(f'prompt: missing for {item.get("image", task)}: say what to draw, "" = prompt-free')
-    return item | {"prompt": data.clean_caption(prompt or "")[0]}
+    return item | {"prompt": pictures.clean_caption(prompt or "")[0]}
 
 
 def ratio(text: str) -> float:
@@ -263,7 +265,7 @@ def list_items(cfg: Config) -> tuple[list[dict], int]:
             items, bad = read_jsonl(Path(cfg.jsonl), base, cfg.task)
         elif cfg.image and Path(cfg.image).is_dir():
             files = sorted(p for p in Path(cfg.image).iterdir()
-                           if p.suffix.lower() in data.SUFFIXES and not p.stem.endswith(".mask"))
+                           if p.suffix.lower() in pictures.SUFFIXES and not p.stem.endswith(".mask"))
             items = [complete(base | {"image": str(p)}, cfg.task) for p in files]
         else:
             items = [complete(base, cfg.task)]
@@ -305,7 +307,7 @@ def read_jsonl(path: Path, base: dict, task: str) -> tuple[list[dict], int]:
             items.append(complete(item, task))
         except ValueError as e:
             bad += 1
-            common.print0(f"skipped: {path}:{n}: {data.printable(str(e))}")
+            common.print0(f"skipped: {path}:{n}: {pictures.printable(str(e))}")
     return items, bad
 
 
@@ -382,18 +384,18 @@ class Job:
 
 
 def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, aspects: bool) -> Job:
-    """Read one input. SystemExit (data.BadFile) with one line when it cannot be used."""
+    """Read one input. SystemExit (pictures.BadFile) with one line when it cannot be used."""
     source, about = None, {}
     if task == "t2i":
         canvas = np.zeros((item["height"] or size, item["width"] or size, 3), np.uint8)
         mask = np.ones(canvas.shape[:2], np.float32)
     else:
-        source = canvas = data.read_image(item["image"])
+        source = canvas = pictures.read_image(item["image"])
         about["image"] = str(Path(item["image"]).resolve())
     if task == "outpaint":
         canvas, mask, sides = extend(source, item)
         about |= sides
-        common.print0(f"{data.printable(item['image'])}: {source.shape[1]}x{source.shape[0]} grows to "
+        common.print0(f"{pictures.printable(item['image'])}: {source.shape[1]}x{source.shape[0]} grows to "
                       f"{canvas.shape[1]}x{canvas.shape[0]}, regenerates {mask.mean():.1%}")
     elif task != "t2i":
         mask, path = find_mask(item, *source.shape[:2])
@@ -419,9 +421,9 @@ def extend(picture: np.ndarray, item: dict) -> tuple[np.ndarray, np.ndarray, dic
             raise SystemExit(f"error: {item['image']}: is {item['aspect']} already: give another --aspect")
         add = dict(zip(SIDES, (more_w // 2, more_w - more_w // 2, more_h // 2, more_h - more_h // 2)))
     height, width = h + add["top"] + add["bottom"], w + add["left"] + add["right"]
-    if height * width > data.MAX_PIXELS or max(height, width) > data.MAX_SIDE:
+    if height * width > pictures.MAX_PIXELS or max(height, width) > pictures.MAX_SIDE:
         raise SystemExit(f"error: {item['image']}: would grow to {width}x{height}, over the cap of "
-                         f"{data.MAX_PIXELS:,} pixels, {data.MAX_SIDE:,} a side: add less")
+                         f"{pictures.MAX_PIXELS:,} pixels, {pictures.MAX_SIDE:,} a side: add less")
     inner = slice(add["top"], add["top"] + h), slice(add["left"], add["left"] + w)
     canvas, mask = np.full((height, width, 3), 128, np.uint8), np.ones((height, width), np.float32)
     canvas[inner], mask[inner] = picture, 0
@@ -434,17 +436,17 @@ def find_mask(item: dict, h: int, w: int) -> tuple[np.ndarray, Path]:
     if item["mask"] and not Path(item["mask"]).is_dir():
         choices = [Path(item["mask"])]
     elif item["mask"]:
-        choices = [Path(item["mask"]) / f"{image.stem}{suffix}" for suffix in (".png", *data.SUFFIXES)]
+        choices = [Path(item["mask"]) / f"{image.stem}{suffix}" for suffix in (".png", *pictures.SUFFIXES)]
     else:
-        choices = [image.with_name(f"{image.stem}.mask{suffix}") for suffix in (".png", *data.SUFFIXES)]
+        choices = [image.with_name(f"{image.stem}.mask{suffix}") for suffix in (".png", *pictures.SUFFIXES)]
     path = next((p for p in choices if p.is_file()), None)
     if path is None:
         raise SystemExit(f"error: {choices[0]}: no such mask for {image}: give --mask, or put "
                          f"{image.stem}.mask.png beside the picture")
-    mh, mw = data.image_size(path)
+    mh, mw = pictures.image_size(path)
     if abs(mw * h - mh * w) > max(h, w):  # the longer side rounded to a pixel is not another aspect
         raise SystemExit(f"error: {path}: {mw}x{mh}, but {image} is {w}x{h}: make them equal")
-    mask = data.read_mask(path, h, w, log=common.print0)
+    mask = pictures.read_mask(path, h, w, log=common.print0)
     mask[mask < 0.02] = 0  # black saved as JPEG is not quite black, and unmasked means untouched
     return mask, path
 
@@ -492,7 +494,7 @@ def ramp(mask: np.ndarray, seam: int) -> np.ndarray:
     same time for every seam.
     """
     r = seam // 2
-    total, count = data.dilate(mask, seam - r).astype(np.int64), 1
+    total, count = masks.dilate(mask, seam - r).astype(np.int64), 1
     for axis in (0, 1):
         c = np.insert(np.cumsum(total, axis), 0, 0, axis)
         i = np.arange(mask.shape[axis])

@@ -23,6 +23,7 @@ from torch import Tensor
 import common
 import data
 import model
+import pictures
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive forking workers
 
@@ -265,7 +266,7 @@ def open_all(paths: str, split: str, cfg: Config) -> data.Pairs:
 def captions_of(pairs: data.Pairs) -> list[str]:
     """Every distinct caption once, in order."""
     both = (c for p in pairs for c in (p.caption_better, p.caption_worse))
-    return [data.clean_caption(c)[0] for c in dict.fromkeys(both)]
+    return [pictures.clean_caption(c)[0] for c in dict.fromkeys(both)]
 
 
 def freeze(reward: model.PreferenceReward, fraction: float) -> None:

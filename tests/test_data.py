@@ -15,7 +15,11 @@ import torch
 from PIL import Image
 
 import data
-from data import BadFile, make_eval_batches, make_loader, make_mask, open_pairs, open_source, pair_loader
+import masks
+import pictures
+from data import make_eval_batches, make_loader, open_pairs, open_source, pair_loader
+from masks import make_mask
+from pictures import BadFile
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)
@@ -65,13 +69,13 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     for name, what in (("none.png", "no such file"), ("cut.jpg", "damaged"), ("text.png", "not a readable")):
         with pytest.raises(BadFile, match=f"{name}.*{what}") as e:
-            data.read_image(tmp_path / name)
+            pictures.read_image(tmp_path / name)
         assert isinstance(e.value, SystemExit) and "\n" not in str(e.value)
 
 
 def test_16_bit_grey_is_scaled_not_saturated():
     a = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    out = data.read_image(png(a))
+    out = pictures.read_image(png(a))
     assert out.shape == (16, 16, 3) and np.abs(out[..., 0] - a / 257.0).max() <= 1
 
 
@@ -79,16 +83,16 @@ def test_palette_and_transparency(tmp_path):
     im = Image.fromarray(noise(8, 8)).quantize(4)
     buf = io.BytesIO()
     im.save(buf, "PNG")
-    assert np.array_equal(data.read_image(buf.getvalue()), np.asarray(im.convert("RGB")))
+    assert np.array_equal(pictures.read_image(buf.getvalue()), np.asarray(im.convert("RGB")))
     buf = io.BytesIO()
     im.save(buf, "PNG", transparency=int(np.asarray(im)[0, 0]))
-    assert (data.read_image(buf.getvalue())[0, 0] == 255).all()
+    assert (pictures.read_image(buf.getvalue())[0, 0] == 255).all()
 
 
 def test_rgba_with_hidden_colours_shows_white():
     a = np.full((4, 4, 4), (200, 10, 10, 0), np.uint8)
     a[0, 0, 3] = 255
-    out = data.read_image(png(a))
+    out = pictures.read_image(png(a))
     assert (out[1:] == 255).all() and tuple(out[0, 0]) == (200, 10, 10)
 
 
@@ -96,12 +100,12 @@ def test_other_modes_and_exif():
     for mode in ("L", "LA", "CMYK", "1"):
         buf = io.BytesIO()
         Image.fromarray(noise()).convert(mode).save(buf, "JPEG" if mode == "CMYK" else "PNG")
-        assert data.read_image(buf.getvalue()).shape == (24, 32, 3)
+        assert pictures.read_image(buf.getvalue()).shape == (24, 32, 3)
     exif, buf = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.fromarray(noise(24, 32)).save(buf, "JPEG", exif=exif)
-    assert data.read_image(buf.getvalue()).shape == (32, 24, 3)
-    assert data.image_size(buf.getvalue()) == (32, 24)
+    assert pictures.read_image(buf.getvalue()).shape == (32, 24, 3)
+    assert pictures.image_size(buf.getvalue()) == (32, 24)
 
 
 def test_decompression_bomb_is_refused_before_decoding():
@@ -111,14 +115,14 @@ def test_decompression_bomb_is_refused_before_decoding():
         head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
         bomb = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
         with pytest.raises(BadFile, match="pixels"):
-            data.read_image(bomb, "bomb.png")
+            pictures.read_image(bomb, "bomb.png")
 
 
 def test_jpeg_is_decoded_small_when_that_suffices():
     buf = io.BytesIO()
     Image.fromarray(noise(800, 1200)).save(buf, "JPEG")
-    assert data.read_image(buf.getvalue(), cover=(100, 100)).shape == (200, 300, 3)
-    assert data.read_image(buf.getvalue(), cover=(64, 128)).shape[1] >= 256
+    assert pictures.read_image(buf.getvalue(), cover=(100, 100)).shape == (200, 300, 3)
+    assert pictures.read_image(buf.getvalue(), cover=(64, 128)).shape[1] >= 256
 
 
 # masks from files
@@ -128,47 +132,47 @@ def test_mask_conventions():
     m = np.zeros((10, 12), np.uint8)
     m[2:5, 3:9] = 1
     expect = m.astype(np.float32)
-    assert np.array_equal(data.read_mask(png(m)), expect)                       # 0/1
-    assert np.array_equal(data.read_mask(png(m * 255)), expect)                 # 0/255
-    assert np.array_equal(data.read_mask(png(m * 255), invert=True), 1 - expect)
-    assert np.array_equal(data.read_mask(png(m.astype(np.uint16) * 65535)), expect)
+    assert np.array_equal(pictures.read_mask(png(m)), expect)                       # 0/1
+    assert np.array_equal(pictures.read_mask(png(m * 255)), expect)                 # 0/255
+    assert np.array_equal(pictures.read_mask(png(m * 255), invert=True), 1 - expect)
+    assert np.array_equal(pictures.read_mask(png(m.astype(np.uint16) * 65535)), expect)
     white = np.dstack([np.full((10, 12, 3), 255, np.uint8), m * 255])           # UltraEdit: alpha = region
-    assert np.array_equal(data.read_mask(png(white)), expect)
+    assert np.array_equal(pictures.read_mask(png(white)), expect)
     hole = np.dstack([noise(10, 12), 255 - m * 255])                            # MagicBrush: a hole
-    assert np.array_equal(data.read_mask(png(hole)), expect)
+    assert np.array_equal(pictures.read_mask(png(hole)), expect)
     palette = Image.fromarray(m).convert("P")
     palette.putpalette([0, 0, 0, 128, 0, 0])                                    # VOC: dark red is label 1
     buf = io.BytesIO()
     palette.save(buf, "PNG")
-    assert np.array_equal(data.read_mask(buf.getvalue()), expect)
+    assert np.array_equal(pictures.read_mask(buf.getvalue()), expect)
     soft = np.tile(np.linspace(0, 255, 12).astype(np.uint8), (10, 1))
-    assert np.allclose(data.read_mask(png(soft)), soft / 255)
+    assert np.allclose(pictures.read_mask(png(soft)), soft / 255)
 
 
 def test_mask_of_another_size_is_stretched_and_its_area_said():
     m = np.zeros((20, 20), np.uint8)
     m[:10] = 255
     lines = []
-    out = data.read_mask(png(m), 30, 50, name="m.png", log=lines.append)
+    out = pictures.read_mask(png(m), 30, 50, name="m.png", log=lines.append)
     assert out.shape == (30, 50) and set(np.unique(out)) == {0, 1} and out[:15].all() and not out[15:].any()
     assert "m.png: 20x20 stretched to 50x30" in lines[0] and "50.0%" in lines[0]
 
 
 def test_all_zero_mask_is_an_error():
     with pytest.raises(BadFile, match="m.png: the mask selects nothing"):
-        data.read_mask(png(np.zeros((8, 8), np.uint8)), name="m.png")
+        pictures.read_mask(png(np.zeros((8, 8), np.uint8)), name="m.png")
     with pytest.raises(BadFile, match="nothing"):
-        data.read_mask(png(np.full((8, 8), 255, np.uint8)), invert=True)
+        pictures.read_mask(png(np.full((8, 8), 255, np.uint8)), invert=True)
 
 
 # sources
 
 
 def test_captions_are_cleaned_and_cut():
-    assert data.clean_caption(" a\x00b\x1b[31m\n c\u202e ") == ("a b [31m c", False)
-    text, cut = data.clean_caption("é" * 50_000)
+    assert pictures.clean_caption(" a\x00b\x1b[31m\n c\u202e ") == ("a b [31m c", False)
+    text, cut = pictures.clean_caption("é" * 50_000)
     assert cut and len(text.encode()) == 2000
-    assert data.clean_caption("x\ud800y")[0] == "xy"
+    assert pictures.clean_caption("x\ud800y")[0] == "xy"
 
 
 def test_long_caption_in_a_folder_is_cut_and_counted(tmp_path):
@@ -447,22 +451,22 @@ def test_erase_masks_avoid_every_instance():
     full = np.ones((64, 64), np.int32)
     full[0, 0] = 0
     assert make_mask("background", 64, 64, RNG, full) is None
-    assert data.task_mask("erase", 64, 64, RNG, full)[1] == "inpaint"
+    assert masks.task_mask("erase", 64, 64, RNG, full)[1] == "inpaint"
 
 
 def test_label_maps_without_background():
     s = np.repeat(np.arange(1, 5), 16)[None].repeat(64, 0)  # four equal regions: one counts as background
-    ids, solid = data.instances(s)
+    ids, solid = masks.instances(s)
     assert list(ids) == [1, 2, 3, 4] and not solid[:, :16].any() and solid[:, 16:].all()
     s = np.ones((64, 64), np.int32)
     s[:20, :20], s[40, 40] = 2, 3        # 1 covers 90%, 3 is a speck: only 2 is an instance
-    assert list(data.instances(s)[0]) == [2] and data.instances(s)[1].sum() == 400
+    assert list(masks.instances(s)[0]) == [2] and masks.instances(s)[1].sum() == 400
 
 
 def test_dilation():
     m = np.zeros((9, 9), bool)
     m[5, 5] = m[0, 0] = True
-    assert data.dilate(m, 2).sum() == 25 + 9 and data.dilate(m, 0).sum() == 2
+    assert masks.dilate(m, 2).sum() == 25 + 9 and masks.dilate(m, 0).sum() == 2
 
 
 # order

@@ -12,6 +12,7 @@ from PIL import Image
 
 import common
 import data
+import masks
 import model
 import sample
 
@@ -105,7 +106,7 @@ def test_inpaint_process(at, tmp_path):
     assert "100%" in done.stderr  # the progress bar
     before, mask = pixels(at / "a.png"), pixels(at / "m.png")[..., 0] > 0
     results = [pixels(tmp_path / f"a_inpaint_{k}.png") for k in (0, 1)]
-    near = data.dilate(mask, 2)  # --seam 2
+    near = masks.dilate(mask, 2)  # --seam 2
     for after in results:
         assert after.shape == before.shape
         assert np.array_equal(after[~near], before[~near])
@@ -121,7 +122,7 @@ def test_inpaint_process(at, tmp_path):
 def test_seam(at, tmp_path, seam):
     (after,) = ask(at, tmp_path, **edit(at, seam=seam)).values()
     before, mask = pixels(at / "a.png"), pixels(at / "m.png")[..., 0] > 0
-    near = data.dilate(mask, seam)
+    near = masks.dilate(mask, seam)
     assert np.array_equal(after[~near], before[~near])
     changed = (after != before).any(-1)
     assert changed[mask].mean() > 0.9
