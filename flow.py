@@ -122,6 +122,22 @@ def dual_guide(denoise_rows: Denoise, weights: dict[str, float]) -> Denoise:
     return denoise
 
 
+def edit_denoise(net, text: tuple[Tensor, Tensor], null: tuple[Tensor, Tensor], src: Tensor, region: Tensor,
+                 guidance: float, image_guidance: float) -> Denoise:
+    """An instruction editor under dual guidance, as a `denoise`.
+
+    net: model.EditNet; text, null: what its encode_text gives for the instructions and for "", [B, ...] each;
+    src [B, C, H, W], region [B, 1, H, W]. A null picture is zeros with a region of ones. The source's part of
+    a cached net is computed here, once.
+    """
+    weights = dual_weights(guidance, image_guidance)
+    known = {"both": (*text, src, region), "image": (*null, src, region),
+             "none": (*null, torch.zeros_like(src), torch.ones_like(region))}
+    rows = [torch.cat(z) for z in zip(*(known[name] for name in weights))]
+    memory = net.remember(*rows) if net.cached else None
+    return dual_guide(lambda x, t: net(x, t, *rows, memory), weights)
+
+
 # ---- samplers ------------------------------------------------------------------------------------
 
 
