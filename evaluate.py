@@ -42,6 +42,7 @@ import data
 import flow
 import masks
 import model
+import scene_text
 import scenes
 from pictures import BadFile, clean_caption, read_image, too_many
 
@@ -909,8 +910,8 @@ def false_captions(s: scenes.Scene, seed: int, index: int, image: str,
     rows = []
     for draw, ask in enumerate(kinds):
         say = (seed, index % 2**32, 14 + draw)
-        better = scenes.caption(s, scenes.rng_for(*say))
-        worse, kind = scenes.false_caption(s, scenes.rng_for(*say), ask)
+        better = scene_text.caption(s, scenes.rng_for(*say))
+        worse, kind = scene_text.false_caption(s, scenes.rng_for(*say), ask)
         rows.append({"image": image, "better": better, "worse": worse, "kind": kind})
     return rows
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import scene_edits
+import scene_text
 import scenes
 
 LOCAL = ("swap", "remove", "add", "attribute")
@@ -29,9 +31,9 @@ def _invert(words):
     return {w: name for name, many in words.items() for w in many}
 
 
-SIZE, MATERIAL = _invert(scenes._SIZE_WORDS), _invert(scenes._MATERIAL_WORDS)
-WHERE, WHEN = _invert(scenes._BACKGROUND_WORDS), _invert(scenes._ENVIRONMENT_WORDS)
-STYLE = _invert(scenes._STYLE_WORDS)
+SIZE, MATERIAL = _invert(scene_text.SIZE_WORDS), _invert(scene_text.MATERIAL_WORDS)
+WHERE, WHEN = _invert(scene_text.BACKGROUND_WORDS), _invert(scene_text.ENVIRONMENT_WORDS)
+STYLE = _invert(scene_text.STYLE_WORDS)
 
 
 def _any(words):
@@ -104,8 +106,8 @@ def test_deterministic():
     """Descriptions and words are the same on every machine. Pixels may differ in the last bit there (the
     libraries' sine), so they are held by block means."""
     text = [json.dumps(scenes.to_dict(scenes.scene(1, i)), sort_keys=True) for i in range(100)]
-    text += [scenes.caption(scenes.scene(1, i), scenes.rng_for(i)) for i in range(100)]
-    edits = [f(scenes.scene(1, i), scenes.rng_for(i)) for i in range(30) for f in scenes.EDITS.values()]
+    text += [scene_text.caption(scenes.scene(1, i), scenes.rng_for(i)) for i in range(100)]
+    edits = [f(scenes.scene(1, i), scenes.rng_for(i)) for i in range(30) for f in scene_edits.EDITS.values()]
     text += [json.dumps([e.instruction, scenes.to_dict(e.target)], sort_keys=True) for e in edits]
     assert hashlib.sha256("\n".join(text).encode()).hexdigest()[:16] == "ecea9fcb3cc18ca2"
     blocks = [scenes.draw(scenes.scene(1, i), 32, 32).reshape(2, 16, 2, 16, 3) for i in range(6)]
@@ -209,12 +211,12 @@ def test_captions_are_true_short_and_varied():
     seen = set()
     for i in range(3000):
         s = scenes.scene(9, i)
-        text = scenes.caption(s, scenes.rng_for(i))
+        text = scene_text.caption(s, scenes.rng_for(i))
         assert is_true(text, s), (text, s)
-        assert text.isascii() and len(text) <= scenes.MAX_BYTES
+        assert text.isascii() and len(text) <= scene_text.MAX_BYTES
         seen.add(text)
     assert len(seen) > 2990
-    one = {scenes.caption(scenes.scene(9, 1), scenes.rng_for(i)) for i in range(200)}
+    one = {scene_text.caption(scenes.scene(9, 1), scenes.rng_for(i)) for i in range(200)}
     assert len(one) > 60
 
 
@@ -222,12 +224,12 @@ def test_captions_of_crowded_and_empty_scenes():
     for i in range(300):
         s = scenes.scene(9, i)
         for k in range(3):
-            s = scenes.add(s, scenes.rng_for(i, k)).target
-            text = scenes.caption(s, scenes.rng_for(i))
-            assert len(text) <= scenes.MAX_BYTES and is_true(text, s), (text, s)
+            s = scene_edits.add(s, scenes.rng_for(i, k)).target
+            text = scene_text.caption(s, scenes.rng_for(i))
+            assert len(text) <= scene_text.MAX_BYTES and is_true(text, s), (text, s)
         empty = replace(s, objects=())
-        assert is_true(scenes.caption(empty, scenes.rng_for(i)), empty)
-        assert not is_true(scenes.false_caption(empty, scenes.rng_for(i))[0], empty)
+        assert is_true(scene_text.caption(empty, scenes.rng_for(i)), empty)
+        assert not is_true(scene_text.false_caption(empty, scenes.rng_for(i))[0], empty)
         scenes.draw(empty, 32, 32)
 
 
@@ -235,31 +237,32 @@ def test_false_captions_are_false_and_differ_in_one_fact():
     kinds = set()
     for i in range(3000):
         s = scenes.scene(9, i)
-        true, (text, kind) = scenes.caption(s, scenes.rng_for(i)), scenes.false_caption(s, scenes.rng_for(i))
+        true = scene_text.caption(s, scenes.rng_for(i))
+        text, kind = scene_text.false_caption(s, scenes.rng_for(i))
         assert not is_true(text, s), (text, kind, s)
-        assert text.isascii() and len(text) <= scenes.MAX_BYTES
+        assert text.isascii() and len(text) <= scene_text.MAX_BYTES
         kinds.add(kind)
         if kind in ("colour", "shape", "material", "size"):
             a, b = ({w for w in re.findall(r"[a-z-]+", t) if w not in ("a", "an")} for t in (true, text))
             assert len(a - b) <= 1 and len(b - a) <= 1, (true, text)
-    assert kinds == set(scenes.FALSE_KINDS)
-    got = [scenes.false_caption(scenes.scene(9, i), scenes.rng_for(i), "colour")[1] for i in range(100)]
+    assert kinds == set(scene_text.FALSE_KINDS)
+    got = [scene_text.false_caption(scenes.scene(9, i), scenes.rng_for(i), "colour")[1] for i in range(100)]
     assert got.count("colour") > 95
 
 
 # ---- edits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", scenes.EDITS)
+@pytest.mark.parametrize("task", scene_edits.EDITS)
 def test_edits_change_what_they_say(task):
     texts = set()
     for i in range(150):
         s, (h, w) = scenes.scene(4, i), SHAPES_HW[i % 4]
-        e = scenes.EDITS[task](s, scenes.rng_for(i))
+        e = scene_edits.EDITS[task](s, scenes.rng_for(i))
         texts.add(e.instruction)
         assert e.task == task and e.target != s
-        assert len(e.instruction) <= scenes.MAX_BYTES and e.instruction.isascii()
-        a, b, mask = scenes.draw(s, h, w), scenes.draw(e.target, h, w), scenes.edit_mask(e, s, h, w)
+        assert len(e.instruction) <= scene_text.MAX_BYTES and e.instruction.isascii()
+        a, b, mask = scenes.draw(s, h, w), scenes.draw(e.target, h, w), scene_edits.edit_mask(e, s, h, w)
         changed = (a != b).any(-1)
         assert mask.shape == (h, w) and mask.dtype == np.float32 and set(np.unique(mask)) <= {0, 1}
         assert changed.any(), (e, s)
@@ -280,7 +283,7 @@ def test_edits_change_what_they_say(task):
 def test_edit_references_are_unambiguous():
     for i in range(800):
         s = scenes.scene(4, i)
-        e = scenes.remove(s, scenes.rng_for(i))
+        e = scene_edits.remove(s, scenes.rng_for(i))
         gone = s.objects[e.ids[0] - 1]
         text = re.sub(r" from the picture$", "", e.instruction)
         words = set(text.split())
@@ -302,7 +305,7 @@ def test_truth_under_a_removed_object_is_exact():
         mask = np.zeros((h, w), bool)
         for k in range(len(s.objects)):
             rest = replace(s, objects=s.objects[:k] + s.objects[k + 1 :])
-            mask |= scenes.edit_mask(scenes.Edit("remove", rest, "", (k + 1,)), s, h, w) > 0
+            mask |= scene_edits.edit_mask(scene_edits.Edit("remove", rest, "", (k + 1,)), s, h, w) > 0
         a, b = scenes.draw(s, h, w), scenes.draw(replace(s, objects=()), h, w)
         assert (a[~mask] == b[~mask]).all() and (a != b).any()
 
