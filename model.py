@@ -930,6 +930,29 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
+def trained_tensors(model: nn.Module, ema) -> dict[str, dict[str, Tensor]]:
+    """A checkpoint's "model" and "ema" (of common.EMA) as plain weights: samplers know nothing of LoRA. With
+    LoRA its factors and whatever else trains as well, as "lora" and "lora_ema", to resume from."""
+    plain, average = model.state_dict(), ema.state_dict()
+    if not any(".parametrizations." in name for name in plain):
+        return {"model": plain, "ema": average}
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    with ema.swapped():
+        merged = merged_state(model)
+    return {"model": merged_state(model), "ema": merged,
+            "lora": {k: v for k, v in plain.items() if k in names},
+            "lora_ema": {k: v for k, v in average.items() if k in names or k not in plain}}  # + its count
+
+
+def resumed_states(model: nn.Module, tensors: dict[str, dict]) -> tuple[dict, dict]:
+    """What trained_tensors saved -> the state dicts of the model, as it stands with or without LoRA, and of
+    its average. What LoRA leaves frozen is the model's own."""
+    if "lora" not in tensors:
+        return tensors["model"], tensors["ema"]
+    plain = model.state_dict()
+    return plain | tensors["lora"], plain | tensors["lora_ema"]
+
+
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW groups of what trains: matrices decay; biases, norms, embeddings and positions do not."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

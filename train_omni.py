@@ -1,10 +1,12 @@
-"""Supervised flow matching: a text-to-image base, or an inpainting model, from scratch or from a checkpoint.
+"""Supervised flow matching: a text-to-image base, an inpainting model, or an instruction editor (OmniEdit).
 
     python train_omni.py --stage base --data scenes --out out/base            # text to image, from scratch
     python train_omni.py --stage inpaint --init out/base --out out/inpaint    # inpainting on top of it
+    python train_omni.py --stage edit --init assets/base --out out/editnet    # EditNet on top of either
     torchrun --nproc_per_node=8 train_omni.py --stage inpaint --data /photos --preset small --image_size 256
 
-The same command again resumes. Data: "scenes", a folder of pictures, or parquet (see data.py).
+The same command again resumes. Data: "scenes", a folder of pictures, or parquet (see data.py); for --stage
+edit "scenes" or pairs in a published form, such as omniedit:PATH (see edits.py).
 """
 
 from dataclasses import asdict, dataclass
@@ -22,10 +24,18 @@ import model
 @dataclass
 class Config:
     out: str = "out/omni"  # run folder: checkpoints, metrics.jsonl, sample sheets
-    data: str = "scenes"  # "scenes", a folder of pictures or a .parquet file / folder
-    stage: Literal["base", "inpaint"] = "inpaint"  # base: text to image; inpaint: + mask and masked picture
+    data: str = "scenes"  # "scenes", a folder of pictures, a .parquet file / folder; edit: pairs, PRESET:PATH
+    stage: Literal["base", "inpaint", "edit"] = "inpaint"  # text to image; with mask; with source
     preset: str = "tiny"  # architecture, see PRESETS in model.py; ignored with --init
     init: str | None = None  # checkpoint folder to start from (its EMA); a base is widened for inpainting
+    variant: Literal["editnet", "controlnet", "textcontrol", "concat"] = "editnet"  # edit: see model.EditNet
+    cached: bool = False  # edit: source tokens see source and text only and are computed once per edit
+    tune_base: Literal["frozen", "lora", "full"] | None = None  # edit: None = frozen, but full for concat
+    lora: int = 16  # edit: rank of the base's update with --tune_base lora
+    weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: Eq. 6's lambda from the score
+    min_score: float = 9.0  # edit: threshold gives 1 from this score on and 0 below; "score" is score / 10
+    p_region: float = 0.3  # edit: share of the pairs with a mask that are shown it; the rest is free-form
+    drop_edit: float = 0.05  # edit: share without text, share without source, and share without both
     image_size: int = 32  # side of the square (or of the square of equal area, with --aspects)
     aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
     batch_size: int = 64  # pictures per rank and micro-batch
@@ -48,6 +58,7 @@ class Config:
     bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile the transformer: about a minute first, then faster
+    dry_run: bool = False  # print parameters, tokens and memory, and stop
     seed: int = 0  # of weights, data order, noise
     workers: int = 1  # data processes per rank
     device: str = "auto"  # auto, cpu, cuda
@@ -68,33 +79,26 @@ def main(cfg: Config) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
 
     # 1) model: from scratch, or from a checkpoint; a base's patch embedding gets zero columns for the mask
-    #    and the masked picture
+    #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        weights, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
-        arch, weights = manifest["arch"], weights.get("ema") or weights["model"]
-        arch = arch | {"inpaint": arch.get("inpaint", False) or cfg.stage == "inpaint"}
-        if not arch.get("txt_bytes", 1):
-            raise SystemExit(f"error: --init: {cfg.init}: needs a VAE and text encoders: name one without")
-        if cfg.stage == "base" and arch.get("inpaint"):
-            raise SystemExit(f"error: --stage: base: {cfg.init} is an inpainting model: use --stage inpaint")
-        editor = model.build_editor(arch, f"--init: {cfg.init}")
-        weights = model.widen_input(weights, editor.cfg.in_channels, "mmdit.x_embedder.proj.weight")
-        common.load_state(editor, weights, cfg.init)
-    else:
-        arch = model.PRESETS[cfg.preset]
-        editor = model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch)
+    editor = build(cfg)
     if cfg.image_size % editor.cfg.patch:
         raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of the patch, "
                          f"{editor.cfg.patch}")
     editor.to(device)
-    editor.mmdit.checkpoint = cfg.checkpointing
-    size = common.n_params(editor) / 1e6
-    common.print0(f"{cfg.stage}: {size:.1f} M parameters, {device}, {dist.world} rank(s)")
+    base = editor.base if cfg.stage == "edit" else editor
+    base.mmdit.checkpoint = cfg.checkpointing
+    size, trained = (common.n_params(editor, only) / 1e6 for only in (False, True))
+    common.print0(f"{cfg.stage}: {size:.1f} M parameters, {trained:.1f} M trained, {device}, "
+                  f"{dist.world} rank(s)")
+    if cfg.dry_run:
+        return common.print0(budget(cfg, editor))
 
     # 2) optimiser, averaged weights
-    groups = [{**g, "factor": 1.0} for g in model.param_groups(editor.mmdit, cfg.weight_decay)]
-    groups += [{**g, "factor": cfg.text_lr} for g in model.param_groups(editor.text, cfg.weight_decay)]
+    text = {id(p) for p in editor.text.parameters()}
+    groups = [{**g, "params": [p for p in g["params"] if (id(p) in text) == words], "factor": factor}
+              for words, factor in ((False, 1.0), (True, cfg.text_lr))
+              for g in model.param_groups(editor, cfg.weight_decay)]
     opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ema = common.EMA(editor, cfg.ema)
 
@@ -102,22 +106,29 @@ def main(cfg: Config) -> None:
     step, run_id = 0, None
     if found := common.load_latest(cfg.out):
         tensors, manifest = found
-        common.load_state(editor, tensors["model"], cfg.out)
-        ema.load_state_dict(tensors["ema"])
+        if manifest["arch"] != editor.arch:
+            raise SystemExit(f"error: {cfg.out}: holds another architecture, {manifest['arch']}: repeat the "
+                             "command that began it, or give another --out")
+        state, average = model.resumed_states(editor, tensors)
+        common.load_state(editor, state, cfg.out)
+        ema.load_state_dict(average)
         common.load_optimizer_tensors(opt, tensors["optimizer"])
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     if cfg.compile:
-        editor.mmdit.compile(dynamic=False)
+        editor.compile(dynamic=False)
         editor.text.compile(dynamic=False)
 
     # 4) data: batch s is a function of (seed, s, rank, world)
-    source = data.open_source(cfg.data, "train")
-    tasks = task_mixture(cfg)
-    loader = data.make_loader(
-        source, cfg.image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world,
-        workers=cfg.workers, start_step=step * cfg.accum, aspects=cfg.aspects, stride=editor.cfg.patch)
+    at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
+              start_step=step * cfg.accum, stride=editor.cfg.patch)
+    if cfg.stage == "edit":
+        source = data.open_edits(cfg.data, "train")
+        loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region, **at)
+    else:
+        source = data.open_source(cfg.data, "train")
+        loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
     common.print0(loader.summary)
     grid = sample_inputs(cfg, editor)
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
@@ -132,21 +143,21 @@ def main(cfg: Config) -> None:
         for micro in range(cfg.accum):
             with perf.wait():
                 batch = next(loader)
-            x0, mask = batch["image"].to(device), batch["mask"].to(device)      # [B, 3, H, W], [B, 1, H, W]
+            x0 = batch["image"].to(device)                                                   # [B, 3, H, W]
 
             # 5) everything random comes from (seed, step, global position of the sample)
             gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
             t = flow.sample_t(common.rand(gens, device), cfg.t_density, cfg.t_shift)                     # [B]
-            keep_caption = (common.rand(gens) >= cfg.drop_caption).tolist()
+            captions, *condition = conditions(cfg, batch, common.rand(gens), device)
             noise = common.randn(gens, x0.shape[1:], device)
-            captions = [c if k else "" for c, k in zip(batch["caption"], keep_caption)]
 
-            # 6) flow matching: t^w || v_theta(x_t, t, c, m, x_0 (1 - m)) - (noise - x_0) ||^2
+            # 6) flow matching: lambda t^w || v_theta(x_t, t, c, condition) - (noise - x_0) ||^2
+            #    condition: m and x_0 (1 - m), or the source picture and its region; lambda: Eq. 6 of OmniEdit
             with autocast:
                 txt, vec = editor.encode_text(captions)
-                v = editor(flow.interpolate(x0, noise, t), t, txt, vec, mask, x0 * (1 - mask))
+                v = editor(flow.interpolate(x0, noise, t), t, txt, vec, *condition)
             error = (v.float() - flow.velocity(x0, noise)).square().flatten(1).mean(1)                   # [B]
-            loss = (t**cfg.t_weight * error).mean()
+            loss = (importance(cfg, batch).to(device) * t**cfg.t_weight * error).mean()
             (loss / cfg.accum).backward()
             loss_sum += loss.detach() / cfg.accum
             for lo in (0, 25, 50, 75):
@@ -182,8 +193,7 @@ def main(cfg: Config) -> None:
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             saved = common.save_checkpoint(
                 cfg.out, step,
-                {"model": editor.state_dict(), "ema": ema.state_dict(),
-                 "optimizer": common.optimizer_tensors(opt)},
+                {**model.trained_tensors(editor, ema), "optimizer": common.optimizer_tensors(opt)},
                 {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step,
                  "run_id": metrics.run_id}, cfg.keep, dist)
             lost_saves = 0 if saved else lost_saves + 1
@@ -219,12 +229,121 @@ def check(cfg: Config) -> None:
     for flag in ("ema", "beta2"):
         if not 0 <= getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 0 and below 1")
-    for flag in ("drop_caption", "p_t2i"):
+    for flag in ("drop_caption", "p_t2i", "p_region"):
         if not 0 <= getattr(cfg, flag) <= 1:
             refuse(flag, "must be a probability from 0 to 1")
     for flag in ("shift", "t_shift"):
         if not getattr(cfg, flag) > 0:
             refuse(flag, "must be above 0; 1 leaves the times as they are")
+    if not 0 <= cfg.drop_edit <= 1 / 3:
+        refuse("drop_edit", "must be from 0 to 1/3: it is the share of each of three kinds")
+    if not 0 <= cfg.min_score <= 10:
+        refuse("min_score", "must be a score from 0 to 10")
+    if cfg.stage == "edit" and not cfg.init:
+        raise SystemExit("error: --stage: edit: needs a trained model to build on: give --init, such as "
+                         "--init assets/base")
+    if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.cached or cfg.tune_base):
+        refuse("stage", "--variant, --cached and --tune_base concern --stage edit only")
+    if cfg.cached and cfg.variant != "editnet":
+        refuse("variant", "has no source tokens to cache: leave out --cached")
+    if cfg.tune_base == "lora" and cfg.lora < 1:
+        refuse("lora", "must be at least 1")
+
+
+def build(cfg: Config) -> model.Editor | model.EditNet:
+    """The model of the stage with its starting weights, on the CPU; what stays frozen needs no gradient."""
+    if not cfg.init:
+        arch = model.PRESETS[cfg.preset]
+        return model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch)
+    weights, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
+    arch, weights = manifest["arch"], weights.get("ema") or weights["model"]
+    if cfg.stage == "edit":
+        return build_edit(cfg, arch, weights)
+    arch = arch | {"inpaint": arch.get("inpaint", False) or cfg.stage == "inpaint"}
+    if not arch.get("txt_bytes", 1):
+        raise SystemExit(f"error: --init: {cfg.init}: needs a VAE and text encoders: name one without")
+    if cfg.stage == "base" and arch.get("inpaint"):
+        raise SystemExit(f"error: --stage: base: {cfg.init} is an inpainting model: use --stage inpaint")
+    editor = model.build_editor(arch, f"--init: {cfg.init}")
+    weights = model.widen_input(weights, editor.cfg.in_channels, "mmdit.x_embedder.proj.weight")
+    common.load_state(editor, weights, cfg.init)
+    return editor
+
+
+def build_edit(cfg: Config, arch: dict, weights: dict) -> model.EditNet:
+    """A new EditNet of the variant on a base, or one that was trained before; frozen as --tune_base says."""
+    if arch.get("kind") == "editnet":
+        net = model.build_editnet(arch, f"--init: {cfg.init}")
+        if (net.variant, net.cached) != (cfg.variant, cfg.cached):
+            raise SystemExit(f"error: --init: {cfg.init}: holds --variant {net.variant}"
+                             f"{' --cached' * net.cached}: give the same flags, or a base")
+        common.load_state(net, weights, cfg.init)
+    else:
+        base = model.build_editor(arch, f"--init: {cfg.init}")
+        if not base.cfg.txt_bytes:
+            raise SystemExit(f"error: --init: {cfg.init}: needs a VAE and text encoders: name one without")
+        common.load_state(base, weights, cfg.init)
+        net = model.EditNet(base.cfg, cfg.variant, cfg.cached)
+        net.attach(base.state_dict())
+    tuned = cfg.tune_base or ("full" if cfg.variant == "concat" else "frozen")
+    if tuned == "frozen":
+        net.base.requires_grad_(False)
+    elif tuned == "lora":
+        model.add_lora(net.base, cfg.lora)
+    else:
+        net.base.text.requires_grad_(False)  # instructions are read by net.text; captions stay as they are
+    return net
+
+
+def conditions(cfg: Config, batch: dict, u: torch.Tensor, device: torch.device) -> tuple:
+    """Captions and the two pictures that go with them, some dropped for guidance; u [B] uniform in [0, 1).
+
+    base, inpaint: caption; m, x_0 (1 - m). edit: instruction; source, region, dropped by one draw as in
+    InstructPix2Pix: with p = drop_edit text alone below p, both up to 2p, source alone up to 3p.
+    """
+    image, mask = batch["image"].to(device), batch["mask"].to(device)       # [B, 3, H, W], [B, 1, H, W]
+    if cfg.stage != "edit":
+        captions = [c if keep else "" for c, keep in zip(batch["caption"], (u >= cfg.drop_caption).tolist())]
+        return captions, mask, image * (1 - mask)
+    captions = [c if keep else "" for c, keep in zip(batch["caption"], (u >= 2 * cfg.drop_edit).tolist())]
+    null = ((u >= cfg.drop_edit) & (u < 3 * cfg.drop_edit)).to(device)[:, None, None, None]
+    return captions, batch["source"].to(device).masked_fill(null, 0.0), mask.masked_fill(null, 1.0)
+
+
+def importance(cfg: Config, batch: dict) -> torch.Tensor:
+    """lambda [B] of OmniEdit's Eq. 6, from the pairs' scores; a pair without a score counts as 1."""
+    if cfg.stage != "edit" or cfg.weighting == "none":
+        return torch.ones(len(batch["caption"]))
+    score = batch["score"]
+    weight = (score >= cfg.min_score).float() if cfg.weighting == "threshold" else score / 10
+    return torch.where(score.isnan(), 1.0, weight)
+
+
+def budget(cfg: Config, editor: model.Editor | model.EditNet) -> str:
+    """What a step costs, from counting: tokens, parameters, and memory of weights, optimiser, activations.
+
+    Activations as autograd keeps them, in bf16: 20 token widths a block that trains, 10 one that only passes
+    its gradient on, one with --checkpointing. Attention is taken to be fused. Pictures, text encoder and
+    workspace are not in it.
+    """
+    arch, edit = editor.cfg, cfg.stage == "edit"
+    words = arch.txt_bytes // 4
+    img = (cfg.image_size // arch.patch) ** 2
+    branch = 0 if not edit or editor.variant == "concat" else img + words
+    if edit and editor.variant == "editnet":
+        branch += img  # the source's tokens, in the same pass or, cached, in one of their own
+    frozen = edit and not any(p.requires_grad for p in editor.base.mmdit.parameters())
+    kept = (1, 1) if cfg.checkpointing else (20, 10 if frozen else 20)
+    widths = kept[0] * branch + kept[1] * (img + words)
+    n, trained = common.n_params(editor), common.n_params(editor, trained=True)
+    gib = {"weights, fp32": 4 * n, "their average": 4 * trained, "gradients": 4 * trained,
+           "Adam": 8 * trained,
+           "activations": 2 * widths * arch.width * arch.depth * cfg.batch_size}
+    lines = [f"parameters {n / 1e6:.2f} M, trained {trained / 1e6:.2f} M",
+             f"tokens a block: base {img} image + {words} text" + (f", branch {branch}" if branch else ""),
+             *(f"{name}: {size / 2**30:.3f} GiB" for name, size in gib.items()),
+             f"in all: {sum(gib.values()) / 2**30:.3f} GiB for {cfg.batch_size} pictures"]
+    return "\n".join(lines)
 
 
 def task_mixture(cfg: Config) -> dict[str, float]:
@@ -235,31 +354,44 @@ def task_mixture(cfg: Config) -> dict[str, float]:
     return {"t2i": cfg.p_t2i} | {task: p * (1 - cfg.p_t2i) / sum(rest.values()) for task, p in rest.items()}
 
 
-def sample_inputs(cfg: Config, editor: model.Editor) -> dict:
+def sample_inputs(cfg: Config, editor: model.Editor | model.EditNet) -> dict:
     """The fixed held-out pictures, masks and captions of every sample sheet."""
+    if cfg.stage == "edit":
+        source = data.open_edits(cfg.data, "heldout")
+        loader = data.make_edit_loader(source, cfg.image_size, min(8, len(source)), p_region=cfg.p_region,
+                                       workers=0, stride=editor.cfg.patch)
+        batch = next(loader)
+        loader.close()
+        return batch
     source = data.open_source(cfg.data, "heldout")
-    tasks = task_mixture(cfg)
-    return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8, tasks,
-                                       stride=editor.cfg.patch))
+    return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
+                                       task_mixture(cfg), stride=editor.cfg.patch))
 
 
-def sample_sheet(cfg: Config, editor: model.Editor, batch: dict, device: torch.device):
-    """Contact sheet: picture, masked input, result at 20 steps without guidance and with guidance 3."""
-    x0, mask = batch["image"].to(device), batch["mask"].to(device)
-    masked = x0 * (1 - mask)
-    txt, vec = editor.encode_text(batch["caption"])
+def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, batch: dict, device: torch.device):
+    """Contact sheet at 20 steps without guidance and with it: 3; for edits text 3, source 1.5.
+
+    Columns: picture, masked input; or source and target of an edit. Rows are titled by caption.
+    """
+    x0 = batch["image"].to(device)
+    captions, *condition = conditions(cfg, batch, torch.ones(len(x0)), device)
+    txt, vec = editor.encode_text(captions)
     null = editor.encode_text([""] * len(x0))
     noise = common.randn(common.generators(cfg.seed, 0, range(len(x0)), stream=1), x0.shape[1:], device)
     ts = flow.timesteps(20, cfg.shift)
 
-    def both(x, t):
-        return editor(x, t, txt, vec, mask, masked), editor(x, t, *null, mask, masked)
+    def plain(x, t):
+        return editor(x, t, txt, vec, *condition)
 
-    plain = flow.sample(lambda x, t: editor(x, t, txt, vec, mask, masked), noise, ts)
-    guided = flow.sample(flow.guide(both, 3.0), noise, ts)
-    rows = [list(row) for row in zip(x0.cpu(), masked.cpu(), plain.cpu(), guided.cpu())]
-    titles = ["picture", "input", "20 steps", "guidance 3"]
-    return common.contact_sheet(rows, titles, row_titles=batch["caption"])
+    if cfg.stage == "edit":
+        guided = flow.edit_denoise(editor, (txt, vec), null, *condition, 3.0, 1.5)
+    else:
+        guided = flow.guide(lambda x, t: (plain(x, t), editor(x, t, *null, *condition)), 3.0)
+    columns = [batch["source"], x0] if cfg.stage == "edit" else [x0, condition[1]]
+    columns += [flow.sample(net, noise, ts) for net in (plain, guided)]
+    titles = ["source", "target"] if cfg.stage == "edit" else ["picture", "input"]
+    rows = [list(row) for row in zip(*(c.cpu() for c in columns))]
+    return common.contact_sheet(rows, [*titles, "20 steps", "guided"], row_titles=batch["caption"])
 
 
 if __name__ == "__main__":

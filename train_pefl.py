@@ -52,6 +52,7 @@ class Config:
     w_alignment: float = 0.01  # weight of the alignment loss (Sec. 4.1)
     w_coherence: float = 0.05  # weight of the adversarial loss (Sec. 4.1)
     reward_loss: Literal["neg_log_sigmoid", "relu_margin"] = "neg_log_sigmoid"  # Eq. 2, or relu(2 - r)
+    reward_noise: float = 0.0  # std of Gaussian noise through which all rewards look (ours; LOG.md)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
     vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = a reward's image tower
     disc_init: str | None = None  # start it from a PeFL run's coherence model or a reward's image tower
@@ -132,9 +133,9 @@ def main(cfg: Config) -> None:
             raise SystemExit(f"error: {cfg.out}: holds {', '.join(sorted(tensors))} instead of "
                              f"{', '.join(sorted(names))}: repeat the command that began it, or give "
                              "another --out")
-        state = tensors["model"] if not cfg.lora else editor.state_dict() | tensors.get("lora", {})
+        state, average = model.resumed_states(editor, tensors)
         common.load_state(editor, state, cfg.out)
-        ema.load_state_dict(tensors["ema"] if not cfg.lora else editor.state_dict() | tensors["lora_ema"])
+        ema.load_state_dict(average)
         common.load_state(disc, tensors["coherence"], cfg.out)
         common.load_optimizer_tensors(opt, tensors["optimizer"])
         common.load_optimizer_tensors(disc_opt, tensors["coherence_optimizer"])
@@ -201,16 +202,19 @@ def main(cfg: Config) -> None:
                 z0 = flow.x0_from_v(x_t, v, t_end)
                 fake = maybe_checkpoint(cfg, space.decode, z0)          # x0' = G(x, m, c, t'), [B, 3, H, W]
 
-                # L_reward, Eq. 7: -log sigmoid of aesthetic, alignment and coherence
+                # L_reward, Eq. 7: -log sigmoid of aesthetic, alignment and coherence. Through noise a reward
+                # answers to what a picture shows, and not to patterns too faint to see that raise its score
+                veil = cfg.reward_noise * common.randn(gens, fake.shape[1:], device)
+                seen = fake + veil
                 losses = {}
                 for name, weight in weights.items():
                     if name in rewards and weight:
                         net, tokens = rewards[name], rewards[name].tokenize(told, device)
-                        score = maybe_checkpoint(cfg, net.normalised, fake, *tokens)
+                        score = maybe_checkpoint(cfg, net.normalised, seen, *tokens)
                         asked = prompted if name == "alignment" else torch.ones_like(prompted)
                         losses[name] = (weight, (asked * reward_loss(score)).mean())
                         metrics.add(**{f"reward/{name}": score.detach()})
-                fake_logits = maybe_checkpoint(cfg, disc, fake)         # R_gamma(x0'), [B, 1, H, W]
+                fake_logits = maybe_checkpoint(cfg, disc, seen)         # R_gamma(x0'), [B, 1, H, W]
                 losses["coherence"] = (cfg.w_coherence, reward_loss(fake_logits).mean())
 
                 # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
@@ -224,7 +228,7 @@ def main(cfg: Config) -> None:
 
             # L^D, Eq. 6 and 8: every pixel of x is real, every pixel of x0' is generated
             with autocast:
-                real_logits, fake_logits = disc(x), disc(fake.detach())
+                real_logits, fake_logits = disc(x + veil), disc(seen.detach())
             d_loss = (F.softplus(-real_logits) + F.softplus(fake_logits)).mean()
             (d_loss / cfg.accum).backward()
 
@@ -272,7 +276,7 @@ def main(cfg: Config) -> None:
         if step % cfg.save_every == 0 or step == total or stop:
             saved = common.save_checkpoint(
                 cfg.out, step,
-                {**editor_tensors(cfg, editor, ema), "optimizer": common.optimizer_tensors(opt),
+                {**model.trained_tensors(editor, ema), "optimizer": common.optimizer_tensors(opt),
                  "coherence": disc.state_dict(), "coherence_optimizer": common.optimizer_tensors(disc_opt)},
                 {"arch": editor.arch,
                  "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
@@ -300,8 +304,8 @@ def check(cfg: Config) -> None:
     for flag in ("batch_size", "accum", "log_every", "save_every", "disc_depth", "disc_width"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
-    for flag in ("lr", "disc_lr", "disc_first", "warmup", "weight_decay", "grad_clip", "sample_every",
-                 "workers", "lora"):
+    for flag in ("lr", "disc_lr", "disc_first", "reward_noise", "warmup", "weight_decay", "grad_clip",
+                 "sample_every", "workers", "lora"):
         if not getattr(cfg, flag) >= 0:
             refuse(flag, "must not be negative")
     for flag in ("p_outpaint", "p_edit", "p_inpaint", "p_erase", "p_promptfree"):
@@ -421,18 +425,6 @@ def seam(mask: torch.Tensor) -> torch.Tensor:
     """Pixels within 2 of the hole's border, [B, 1, H, W] bool: where incoherence shows. A coherence model
     that knows nothing scores the real picture above the generated one in half of them."""
     return (F.max_pool2d(mask, 5, 1, 2) > 0) & (F.max_pool2d(1 - mask, 5, 1, 2) > 0)
-
-
-def editor_tensors(cfg: Config, editor: model.Editor, ema: common.EMA) -> dict:
-    """model and ema as plain weights, so that sample.py knows nothing of LoRA; with LoRA its factors too."""
-    if not cfg.lora:
-        return {"model": editor.state_dict(), "ema": ema.state_dict()}
-    with ema.swapped():
-        averaged = model.merged_state(editor)
-    names = {n for n, p in editor.named_parameters() if p.requires_grad}
-    return {"model": model.merged_state(editor), "ema": averaged,
-            "lora": {k: v for k, v in editor.state_dict().items() if k in names},
-            "lora_ema": {k: v for k, v in ema.state_dict().items() if k in names or k == common.EMA_COUNT}}
 
 
 def heldout_grid(cfg: Config, image_size: int, tasks: dict, stride: int) -> dict:

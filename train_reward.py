@@ -41,6 +41,7 @@ class Config:
     freeze: float = 0.0  # fraction of the first ViT blocks and text layers left as is (ImageReward: 0.7)
     dropout: float | None = None  # in the head; None: ImageReward's 0.2, 0.2, 0.1
     augment: int = 0  # both pictures of a pair are shifted alike by up to so many pixels of the model's input
+    noise: float = 0.0  # a pair is seen through Gaussian noise of a std drawn up to so much: harder to hack
     batch_size: int = 64  # pairs per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
     steps: int = 2_000  # optimiser steps
@@ -143,9 +144,13 @@ def main(cfg: Config) -> None:
         for micro in range(cfg.accum):
             with perf.wait():
                 batch = next(batches)
+            gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
             if cfg.augment:
-                gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
                 batch |= shift_pairs(batch["better"], batch["worse"], gens, cfg.augment)
+            if cfg.noise:
+                std = cfg.noise * common.rand(gens)[:, None, None, None]                     # [B, 1, 1, 1]
+                for side in ("better", "worse"):
+                    batch[side] = batch[side] + std * common.randn(gens, batch[side].shape[1:])
 
             # 6) Eq. 1: -log sigmoid(R(c, x_p) - R(c, x_n)).  Eq. 5: -log sigmoid(R(c_p, x) - R(c_n, x)).
             with autocast:
@@ -220,7 +225,7 @@ def check(cfg: Config) -> None:
     for flag in ("batch_size", "accum", "steps", "log_every", "save_every"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
-    for flag in ("lr", "warmup", "grad_clip", "augment", "workers", "eval_every", "eval_pairs",
+    for flag in ("lr", "warmup", "grad_clip", "augment", "noise", "workers", "eval_every", "eval_pairs",
                  "plateau_warn", "keep"):
         if not getattr(cfg, flag) >= 0:
             refuse(flag, "must not be negative")
@@ -243,10 +248,11 @@ def same_run(cfg: Config, manifest: dict) -> None:
         if before[key] != now[key]:
             raise SystemExit(f"error: {cfg.out}: began with --{key} {before[key]}, not {now[key]}: repeat "
                              "that command to resume it, or give another --out")
-    for key in ("pairs", "val_pairs", "val_fraction", "images", "augment", "dropout", "batch_size", "accum",
-                "steps", "lr", "lr_schedule", "warmup", "grad_clip", "bf16", "seed"):
-        if before[key] != now[key]:
-            common.print0(f"warning: {cfg.out}: began with --{key} {before[key]}, goes on with {now[key]}")
+    for key in ("pairs", "val_pairs", "val_fraction", "images", "augment", "noise", "dropout", "batch_size",
+                "accum", "steps", "lr", "lr_schedule", "warmup", "grad_clip", "bf16", "seed"):
+        if before.get(key) != now[key]:
+            common.print0(f"warning: {cfg.out}: began with --{key} {before.get(key)}, goes on with "
+                          f"{now[key]}")
 
 
 def open_all(paths: str, split: str, cfg: Config) -> data.Pairs:
