@@ -2,6 +2,7 @@
 
     python kernels/bench.py                       # both cases, forward + backward, eager
     python kernels/bench.py --case tiny --adamw --compile
+    python kernels/bench.py --editnet             # EditNet and its variants over their base and a ControlNet
 
 One process holds both networks with the same weights and runs them in turn, so that a busy machine slows both
 alike; what counts is the ratio within each pair of steps. Needs `diffusers`, which nothing else here does.
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # `python kernels/bench.py` puts kernels/, not th
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from model import PRESETS, EditorConfig, MMDiT  # noqa: E402
+from model import PRESETS, EditNet, Editor, EditorConfig, MMDiT  # noqa: E402
 
 ####################################################################################################
 # diffusers' SD3Transformer2DModel with our weights (also what tests/test_model.py compares with)
@@ -189,6 +190,54 @@ def bench(case: Case, args: argparse.Namespace) -> dict:
             "ratio": quantiles([a / b for a, b in pairs]), "goal": case.goal, "pairs": len(pairs)}
 
 
+def edit_steppers(case: Case, args: argparse.Namespace) -> dict:
+    """Name -> stepper: the base, trained; every variant on a frozen base; diffusers' SD3 ControlNet on its
+    frozen transformer. Random weights, one set of inputs."""
+    from diffusers import SD3ControlNetModel
+
+    cfg = replace(case.cfg, txt_bytes=0)  # text features come from outside, as the twin's do
+    base = randomize(Editor(cfg))
+    g = torch.Generator().manual_seed(1)
+    x, src = (torch.randn(case.batch, cfg.channels, case.latent, case.latent, generator=g) for _ in range(2))
+    t, region = torch.rand(case.batch, generator=g), torch.ones_like(x[:, :1])
+    txt = torch.randn(case.batch, case.txt_len, cfg.txt_dim, generator=g)
+    vec = torch.randn(case.batch, cfg.vec_dim, generator=g)
+    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    steppers = {"base": stepper(base, base, (x, t, txt, vec), args.adamw, dtype)}
+    for name in ("editnet", "cached", "controlnet", "textcontrol", "concat"):
+        net = EditNet(cfg, "editnet" if name == "cached" else name, name == "cached")
+        net.attach(base.state_dict())
+        net.base.requires_grad_(name == "concat")
+        steppers[name] = stepper(net, net, (x, t, txt, vec, src, region), args.adamw, dtype)
+    twin = diffusers_twin(cfg, base.mmdit.state_dict()).requires_grad_(False)
+    control = SD3ControlNetModel.from_transformer(  # its last block differs, so weights cannot be copied
+        twin, num_layers=cfg.depth, num_extra_conditioning_channels=1, load_weights_from_transformer=False)
+    control.requires_grad_(True)
+
+    def theirs(x, t, txt, vec, src, region):
+        cond = torch.cat([src, region], 1)
+        parts = control(x, cond, 1.0, txt, vec, timestep=1000 * t, return_dict=False)[0]
+        return twin(x, txt, vec, 1000 * t, block_controlnet_hidden_states=parts, return_dict=False)[0]
+
+    inputs = (x, t, txt, vec, src, region)
+    steppers["diffusers ControlNet"] = stepper(control, theirs, inputs, args.adamw, dtype)
+    return steppers
+
+
+def bench_editnet(case: Case, args: argparse.Namespace) -> dict:
+    """Every network in turn, round after round: its time over the base's and ControlNet's of that round."""
+    steppers = edit_steppers(case, args)
+    rounds = []
+    for i in range(args.warmup + args.pairs):
+        order = list(steppers) if i % 2 == 0 else list(steppers)[::-1]
+        ms = {name: 1e3 * steppers[name]() for name in order}
+        rounds += [ms] * (i >= args.warmup)
+    return {name: {"ms": quantiles([r[name] for r in rounds]),
+                   "over_base": quantiles([r[name] / r["base"] for r in rounds]),
+                   "over_controlnet": quantiles([r[name] / r["diffusers ControlNet"] for r in rounds])}
+            for name in steppers}
+
+
 def machine() -> dict:
     """What a reader needs to judge the numbers."""
     import diffusers
@@ -212,6 +261,7 @@ def main() -> None:
     p.add_argument("--pairs", type=int, default=20, help="pairs of timed steps")
     p.add_argument("--warmup", type=int, default=3, help="untimed steps of each before that")
     p.add_argument("--threads", type=int, default=2, help="torch threads")
+    p.add_argument("--editnet", action="store_true", help="EditNet and its variants instead")
     p.add_argument("--adamw", action="store_true", help="time the optimizer's step as well")
     p.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     p.add_argument("--fp32", action="store_true", help="no bf16 autocast on either side")
@@ -224,6 +274,16 @@ def main() -> None:
         raise SystemExit("error: diffusers: not installed: pip install diffusers")
 
     print("  ".join(f"{k} {v}" for k, v in info.items()))
+    if args.editnet:
+        chosen = CASES if args.case == "all" else [args.case]
+        cases = {name: bench_editnet(CASES[name], args) for name in chosen}
+        for name, rows in cases.items():
+            print(f"{name}, p20/p50/p80{'ms':>30} {'over the base':>22} {'over ControlNet':>22}")
+            for net, row in rows.items():
+                cells = ["/".join(f"{v:.2f}" for v in row[k]) for k in ("ms", "over_base", "over_controlnet")]
+                print(f"{net:<22} {cells[0]:>26} {cells[1]:>22} {cells[2]:>22}", flush=True)
+        return write(args, info, cases)
+
     print(f"{'case':<8} {'ours ms  p20/p50/p80':>24} {'diffusers ms':>24} {'ratio':>20}  goal")
     results = {}
     for name in CASES if args.case == "all" else [args.case]:
@@ -232,9 +292,13 @@ def main() -> None:
         ratio = "/".join(f"{v:.3f}" for v in r["ratio"])
         verdict = "ok" if r["ratio"][1] <= r["goal"] else "MISSED"
         print(f"{name:<8} {ms[0]:>24} {ms[1]:>24} {ratio:>20}  <= {r['goal']} {verdict}", flush=True)
+    write(args, info, results)
+
+
+def write(args: argparse.Namespace, info: dict, cases: dict) -> None:
     path = Path(args.json)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": info, "options": vars(args), "cases": results}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": info, "options": vars(args), "cases": cases}, indent=1) + "\n")
     print(f"wrote {path}")
 
 
