@@ -518,7 +518,7 @@ class EditNet(nn.Module):
         # a convolution of concatenated channels is the sum of two: this is the second one, for every variant
         self.src_embedder = PatchEmbed(base.patch, base.channels + 1, D)
         if variant != "concat":
-            self.blocks = nn.ModuleList(
+            self.branch = nn.ModuleList(
                 JointBlock(D, base.heads, base.qk_norm, last=i == base.depth - 1, dual=i < base.dual)
                 for i in range(base.depth))
             self.img_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
@@ -539,7 +539,7 @@ class EditNet(nn.Module):
         if self.cfg.txt_bytes:
             self.text.load_state_dict(self.base.text.state_dict())
         if self.variant != "concat":
-            self.blocks.load_state_dict(self.base.mmdit.joint_blocks.state_dict())
+            self.branch.load_state_dict(self.base.mmdit.joint_blocks.state_dict())
         if self.variant == "editnet":  # source tokens begin as the base sees a picture; the region as nothing
             image = self.base.mmdit.x_embedder.proj
             self.src_embedder.proj.weight[:, :-1] = image.weight[:, :self.cfg.channels]
@@ -564,7 +564,7 @@ class EditNet(nn.Module):
         tokens = self.source_tokens(src, region) + crop_pos(m.pos_embed, h, w)
         silu_c = F.silu(m.t_embedder(src.new_zeros(len(src))) + m.y_embedder(vec))
         txt, memory = m.context_embedder(txt), []
-        for block in self.blocks:
+        for block in self.branch:
             tokens, txt = block(tokens, txt, silu_c, None, memory)
         return memory
 
@@ -597,7 +597,7 @@ class EditNet(nn.Module):
         m, L = self.base.mmdit, img.shape[1]
         h, w = src.shape[-2] // m.patch, src.shape[-1] // m.patch
         tokens = None if self.cached else self.source_tokens(src, region) + crop_pos(m.pos_embed, h, w)
-        for i, (block, control) in enumerate(zip(m.joint_blocks, self.blocks)):
+        for i, (block, control) in enumerate(zip(m.joint_blocks, self.branch)):
             if self.cached:
                 read_img, read_txt = m.run(control, img, txt, silu_c, memory[i])
             else:  # image and source tokens share a stream: the same weights, the same modulation
@@ -613,7 +613,7 @@ class EditNet(nn.Module):
         """ControlNet (Zhang et al. 2023, as in SD3's): the branch never sees what the base makes of it."""
         m = self.base.mmdit
         read_img, read_txt = img + self.source_tokens(src, region), txt
-        for i, (block, control) in enumerate(zip(m.joint_blocks, self.blocks)):
+        for i, (block, control) in enumerate(zip(m.joint_blocks, self.branch)):
             read_img, read_txt = m.run(control, read_img, read_txt, silu_c)
             img, txt = m.run(block, img, txt, silu_c)
             img = img + self.img_out[i](read_img)
@@ -909,11 +909,13 @@ class LowRank(nn.Module):
 def add_lora(model: nn.Module, rank: int) -> None:
     """Freeze `model`; give the attention and MLP Linears of its joint blocks a trainable low-rank update.
 
-    It starts at zero; alpha equals the rank. `merged_state` returns plain weights under the plain names.
+    Those of an EditNet are its branch's: the base stays as it is. The update starts at zero; alpha equals the
+    rank. `merged_state` returns plain weights under the plain names.
     """
     model.requires_grad_(False)
     for name, m in model.named_modules():
-        if isinstance(m, nn.Linear) and "joint_blocks" in name and "adaLN" not in name:
+        chosen = name.startswith(("mmdit.joint_blocks.", "joint_blocks.", "branch."))
+        if chosen and isinstance(m, nn.Linear) and "adaLN" not in name:
             nn.utils.parametrize.register_parametrization(m, "weight", LowRank(m, rank))
 
 

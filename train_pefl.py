@@ -1,7 +1,8 @@
-"""Perceptual Feedback Learning (ByteEdit, Sec. 3): tune an inpainting editor by back-propagating rewards.
+"""Perceptual Feedback Learning (ByteEdit, Sec. 3): tune an editor by back-propagating rewards.
 
     python train_pefl.py --aesthetic out/aesthetic --alignment out/alignment --out out/pefl
     torchrun --nproc_per_node=8 train_pefl.py --base out/inpaint --aesthetic ... --alignment ... --data ...
+    python train_pefl.py --base out/editnet --aesthetic ...       # an instruction editor, on pairs (Sec. 5)
 
 One step, for a picture x, a mask m, a caption c (Sec. 3.1):
     stage 1   noise the masked input x (1 - m) to the fixed step T1; the noisier steps are skipped
@@ -10,6 +11,9 @@ One step, for a picture x, a mask m, a caption c (Sec. 3.1):
 then L^G = sum of the rewards' losses + eta (L_reg + L_vgg) for the editor (Eq. 2-4, 7, 8), and L^D for the
 coherence model, which learns online as the discriminator (Eq. 6, 8). Progressive phases shrink T / T1 / T2
 (Sec. 3.3). The same command again resumes.
+
+An instruction editor (ours: the paper names it as future work) starts from its noised source picture instead
+of the masked input, has targets as real pictures, and L_reg holds it to the source where nothing changes.
 """
 
 import copy
@@ -32,17 +36,18 @@ import model
 
 @dataclass
 class Config:
-    base: str = "assets/base"  # checkpoint folder of the inpainting model to tune
+    base: str = "assets/base"  # checkpoint folder of the inpainting model or instruction editor to tune
     aesthetic: str | None = None  # checkpoint folder of the aesthetic reward R_alpha; None = without it
     alignment: str | None = None  # checkpoint folder of the alignment reward R_beta; None = without it
     heldout_reward: str | None = None  # a reward that is logged and never trained on: the hacking alarm
     out: str = "out/pefl"  # run folder: checkpoints, metrics.jsonl, sample sheets
-    data: str = "scenes"  # "scenes", a folder of pictures or a .parquet file / folder
+    data: str = "scenes"  # "scenes", a folder of pictures, a .parquet file / folder; an editor's: PRESET:PATH
     image_size: int | None = None  # side of the training square; None = the base's
     aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
     phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 x optimiser steps, one after the other (Sec. 3.3)
     batch_size: int = 16  # pictures per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
+    p_region: float = 0.3  # instruction editors: share of the pairs with a mask that are shown it
     p_outpaint: float = 0.35  # proportions of the tasks (default ours, paper silent): outward expansion masks
     p_edit: float = 0.35  # inpainting-editing: an instance, dilated, joined with random masks
     p_inpaint: float = 0.15  # irregular and square masks
@@ -96,11 +101,12 @@ def main(cfg: Config) -> None:
                          f"{editor.cfg.patch}")
     editor.to(device)
     base = copy.deepcopy(editor).requires_grad_(False)
+    instructed = isinstance(editor, model.EditNet)
     if cfg.lora:
         torch.manual_seed(cfg.seed)  # LoRA's A: the same on every rank
         model.add_lora(editor, cfg.lora)
         editor.to(device)
-    editor.mmdit.checkpoint = cfg.checkpointing
+    (editor.base if instructed else editor).mmdit.checkpoint = cfg.checkpointing
     trained = [p for p in editor.parameters() if p.requires_grad]
     space = frozen.PixelSpace()
 
@@ -144,16 +150,20 @@ def main(cfg: Config) -> None:
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id=run_id, resumed_from=step or None)
 
     # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions
-    source = data.open_source(cfg.data, "train")
     towers = [r.cfg.patch for r in rewards.values()] if not cfg.vgg else []  # L_vgg's features, unresized
     stride = math.lcm(editor.cfg.patch * space.stride, disc.cfg.patch, *towers)
     tasks = {"outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint, "erase": cfg.p_erase}
-    loader = data.make_loader(
-        source, image_size, cfg.batch_size, tasks, seed=cfg.seed, rank=dist.rank, world=dist.world,
-        workers=cfg.workers, start_step=step * cfg.accum, aspects=cfg.aspects, stride=stride,
-        prompt_free={"outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
+    at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
+              start_step=step * cfg.accum, stride=stride)
+    if instructed:
+        source = data.open_edits(cfg.data, "train")
+        loader = data.make_edit_loader(source, image_size, cfg.batch_size, p_region=cfg.p_region, **at)
+    else:
+        source = data.open_source(cfg.data, "train")
+        loader = data.make_loader(source, image_size, cfg.batch_size, tasks, **at, prompt_free={
+            "outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
     common.print0(loader.summary)
-    grid = heldout_grid(cfg, image_size, tasks, stride)
+    grid = heldout_grid(cfg, instructed, image_size, tasks, stride)
     reward_loss = {
         "neg_log_sigmoid": lambda r: -F.logsigmoid(r),
         "relu_margin": lambda r: F.relu(2 - r),  # ImageReward's
@@ -171,34 +181,31 @@ def main(cfg: Config) -> None:
             draw = step * cfg.accum + micro
             with perf.wait():
                 batch = next(loader)
-            x, mask, captions = batch["image"].to(device), batch["mask"].to(device), batch["caption"]
-            z_mask = shrink(mask, space.stride)                         # [B, 1, h, w] of latents
-            masked = space.encode(x * (1 - mask))                       # x (1 - m), [B, C, h, w]
-            # what rewards are told: the erase prompt is for the editor; no prompt, nothing to comply with
-            told = ["" if task == "erase" else c for c, task in zip(captions, batch["task"])]
+            x = batch["image"].to(device)                               # the real picture, [B, 3, H, W]
+            start, condition, told, hole, (like, where) = prepare(batch, space, device)
             prompted = torch.tensor([float(bool(c)) for c in told], device=device)
 
             # noise comes from (seed, draw, global position of the sample): the same for any number of ranks;
             # t' is one for the whole batch on all ranks, so that they do equal work
             gens = common.generators(cfg.seed, draw, batch["position"])
-            noise = common.randn(gens, masked.shape[1:], device)
+            noise = common.randn(gens, start.shape[1:], device)
             t_prime = int(common.randint(common.generators(cfg.seed, draw, [0], stream=1), 1, T2 + 1))
 
             with autocast:
-                txt, vec = editor.encode_text(captions)
+                txt, vec = editor.encode_text(batch["caption"])
 
                 # stage 1: diffuse the masked input to step T1; the noisier steps, T .. T1 + 1, are skipped
                 ts = flow.timesteps(T, shift, start=T1, stop=t_prime)
                 t_start, t_end = (torch.full((len(x),), ts[i], device=device) for i in (0, -1))
-                x_t = flow.interpolate(masked, noise, t_start)
+                x_t = flow.interpolate(start, noise, t_start)
 
                 # stage 2: T1 -> t', without gradient, without guidance
                 with torch.no_grad():
-                    x_t = flow.sample(lambda x, t: editor(x, t, txt, vec, z_mask, masked), x_t, ts)
+                    x_t = flow.sample(lambda x, t: editor(x, t, txt, vec, *condition), x_t, ts)
 
             with autocast, torch.set_grad_enabled(moving):
                 # stage 3: x_t' -> x0' in one prediction, with gradient
-                v = editor(x_t, t_end, txt, vec, z_mask, masked)
+                v = editor(x_t, t_end, txt, vec, *condition)
                 z0 = flow.x0_from_v(x_t, v, t_end)
                 fake = maybe_checkpoint(cfg, space.decode, z0)          # x0' = G(x, m, c, t'), [B, 3, H, W]
 
@@ -218,7 +225,7 @@ def main(cfg: Config) -> None:
                 losses["coherence"] = (cfg.w_coherence, reward_loss(fake_logits).mean())
 
                 # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
-                losses["reg"] = (cfg.eta, (x - fake).abs().mean())
+                losses["reg"] = (cfg.eta, ((like - fake).abs() * where).sum() / (3 * where.sum() + 1e-6))
                 losses["vgg"] = (cfg.eta, feature_l1(perceptual, x, fake))
 
             # L^G, Eq. 8; only the editor receives this gradient
@@ -237,7 +244,7 @@ def main(cfg: Config) -> None:
             metrics.add(**{
                 "coherence/real": real_logits, "coherence/fake": fake_logits,
                 "coherence/accuracy": torch.cat([real_logits > 0, fake_logits <= 0]).float(),
-                "coherence/seam": (real_logits > fake_logits)[seam(mask)].float()})
+                "coherence/seam": (real_logits > fake_logits)[seam(hole)].float()})
             perf.add(len(x) * dist.world)
 
         # 5) one verdict on both losses for all ranks; a non-finite step changes nothing
@@ -344,18 +351,44 @@ def phase_at(phases: list[tuple[int, int, int, int]], step: int) -> tuple[int, t
     raise ValueError("step lies behind the last phase")
 
 
-def load_editor(path: str) -> tuple[model.Editor, dict]:
-    """The averaged weights of an inpainting checkpoint, and its manifest."""
+def load_editor(path: str) -> tuple[model.Editor | model.EditNet, dict]:
+    """The averaged weights of an inpainting model or of an instruction editor, and the manifest."""
     tensors, manifest = common.load_checkpoint(path, ("ema", "model"))
-    arch = manifest.get("arch", {})
-    if not arch.get("txt_bytes", 1):
+    arch, weights = manifest.get("arch", {}), tensors.get("ema") or tensors["model"]
+    if not arch.get("base", arch).get("txt_bytes", 1):
         raise SystemExit(f"error: --base: {path}: needs a VAE and text encoders: name one without")
+    if arch.get("kind") == "editnet":
+        net = model.build_editnet(arch, f"--base: {path}")
+        common.load_state(net, weights, path)
+        if net.variant != "concat":  # its base keeps what it knows, as in train_omni.py
+            net.base.requires_grad_(False)
+        net.base.text.requires_grad_(False)
+        return net, manifest
     editor = model.build_editor(arch, f"--base: {path}")
     if not editor.cfg.inpaint:
         raise SystemExit(f"error: --base: {path}: a text-to-image model without mask input: run "
                          "train_omni.py --stage inpaint first")
-    common.load_state(editor, tensors.get("ema") or tensors["model"], path)
+    common.load_state(editor, weights, path)
     return editor, manifest
+
+
+def prepare(batch: dict, space, device: torch.device) -> tuple:
+    """What a batch means to PeFL -> (what stage 1 noises [B, C, h, w], the editor's two conditions, the
+    captions that rewards are told, what changes [B, 1, H, W], (what L_reg holds to [B, 3, H, W], where)).
+
+    Inpainting: x (1 - m); m, x (1 - m); the captions, none for the erase prompt; m; x everywhere.
+    Instructions: the source; source, region; captions of the target where the data has them; where target and
+    source differ by more than 0.1 (JPEG stays below); the source in the rest.
+    """
+    x, mask = batch["image"].to(device), batch["mask"].to(device)
+    if "source" not in batch:
+        masked = space.encode(x * (1 - mask))
+        told = ["" if task == "erase" else c for c, task in zip(batch["caption"], batch["task"])]
+        return masked, (shrink(mask, space.stride), masked), told, mask, (x, torch.ones_like(mask))
+    source = batch["source"].to(device)
+    changed = ((source - x).abs().amax(1, keepdim=True) > 0.1).float()
+    src = space.encode(source)
+    return src, (src, shrink(mask, space.stride)), batch["target_caption"], changed, (source, 1 - changed)
 
 
 def load_reward(path: str, device: torch.device, what: str) -> model.PreferenceReward:
@@ -427,8 +460,15 @@ def seam(mask: torch.Tensor) -> torch.Tensor:
     return (F.max_pool2d(mask, 5, 1, 2) > 0) & (F.max_pool2d(1 - mask, 5, 1, 2) > 0)
 
 
-def heldout_grid(cfg: Config, image_size: int, tasks: dict, stride: int) -> dict:
+def heldout_grid(cfg: Config, instructed: bool, image_size: int, tasks: dict, stride: int) -> dict:
     """The fixed held-out pictures, masks and captions of the judge and its sheet."""
+    if instructed:
+        source = data.open_edits(cfg.data, "heldout")
+        loader = data.make_edit_loader(source, image_size, min(32, len(source)), workers=0, stride=stride,
+                                       p_region=cfg.p_region)
+        batch = next(loader)
+        loader.close()
+        return batch
     source = data.open_source(cfg.data, "heldout")
     indices = range(min(32, len(source)))
     return next(data.make_eval_batches(source, indices, image_size, 32, tasks, stride=stride))
@@ -450,35 +490,34 @@ def image_stats(x: torch.Tensor) -> dict[str, float]:
             "clipped": (x.abs() > 0.99).float().mean().item()}
 
 
-def judge(cfg: Config, editor: model.Editor, base: model.Editor, rewards: dict, batch: dict, ts: list[float],
-          device: torch.device):
+def judge(cfg: Config, editor, base, rewards: dict, batch: dict, ts: list[float], device: torch.device):
     """Held-out samples without guidance: rewards (trained and held out), statistics over the real pictures',
     change outside the mask, distance to the frozen base in velocity and in weights; and a sheet of them."""
-    x, mask, captions = batch["image"].to(device), batch["mask"].to(device), batch["caption"]
     space = frozen.PixelSpace()
-    z_mask, masked = shrink(mask, space.stride), space.encode(x * (1 - mask))
-    noise = common.randn(common.generators(cfg.seed, 0, range(len(x)), stream=9), masked.shape[1:], device)
+    x, captions = batch["image"].to(device), batch["caption"]
+    start, condition, told, hole, (like, _) = prepare(batch, space, device)
+    noise = common.randn(common.generators(cfg.seed, 0, range(len(x)), stream=9), start.shape[1:], device)
     out, v = {}, {}
     for name, net in (("base", base), ("tuned", editor)):
         txt, vec = net.encode_text(captions)
-        z0 = flow.sample(lambda x, t: net(x, t, txt, vec, z_mask, masked), noise, ts)
+        z0 = flow.sample(lambda x, t: net(x, t, txt, vec, *condition), noise, ts)
         out[name] = space.decode(z0).clamp(-1, 1)
         half = torch.full((len(x),), 0.5, device=device)
-        v[name] = net(flow.interpolate(space.encode(x), noise, half), half, txt, vec, z_mask, masked).float()
+        v[name] = net(flow.interpolate(space.encode(x), noise, half), half, txt, vec, *condition).float()
     row = {}
     for name, net in rewards.items():
         for who, image in out.items():
-            row[f"judge/{name}_{who}"] = net.normalised(image, *net.tokenize(captions, device)).mean().item()
+            row[f"judge/{name}_{who}"] = net.normalised(image, *net.tokenize(told, device)).mean().item()
     real = image_stats(x)
     row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in image_stats(out["tuned"]).items()}
-    keep = (1 - mask).expand_as(x)
-    change = ((out["tuned"] - x).abs() * keep).sum() / keep.sum().clamp(min=1)
+    keep = (1 - hole).expand_as(x)
+    change = ((out["tuned"] - like).abs() * keep).sum() / keep.sum().clamp(min=1)
     row["alarm/change_outside_mask"] = change.item()
     row["alarm/velocity_drift"] = ((v["tuned"] - v["base"]).norm() / v["base"].norm()).item()
-    plain, start = model.merged_state(editor), base.state_dict()
-    moved = sum((plain[k].float() - start[k].float()).square().sum() for k in start).sqrt()
-    row["alarm/weight_drift"] = (moved / sum(w.float().square().sum() for w in start.values()).sqrt()).item()
-    rows = [[p.cpu() for p in four] for four in zip(x[:8], masked, out["base"], out["tuned"])]
+    plain, before = model.merged_state(editor), base.state_dict()
+    moved = sum((plain[k].float() - before[k].float()).square().sum() for k in before).sqrt()
+    row["alarm/weight_drift"] = (moved / sum(w.float().square().sum() for w in before.values()).sqrt()).item()
+    rows = [[p.cpu() for p in four] for four in zip(x[:8], start, out["base"], out["tuned"])]
     sheet = common.contact_sheet(rows, ["picture", "input", "base", "tuned"], row_titles=captions[:8])
     return row, sheet
 

@@ -78,7 +78,7 @@ def test_branch_off_is_the_base(name):
 def branch_inputs(net, *args):
     """What the second control block reads: (image tokens, text tokens), the source's left out."""
     seen = []
-    handle = net.blocks[1].register_forward_pre_hook(lambda _, a: seen.append((a[0][:, :24], a[1])))
+    handle = net.branch[1].register_forward_pre_hook(lambda _, a: seen.append((a[0][:, :24], a[1])))
     run(net, *args)
     handle.remove()
     return seen[-1]  # a cached net runs its blocks for the source first
