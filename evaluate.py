@@ -5,15 +5,15 @@
     python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad
     python evaluate.py prefs   --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8
 
-A scene's description is known, so the judge needs no human: a parser network reads attributes back from the
-picture, and the exact picture that belongs in the hole is drawn again. The judge is never a reward:
-training on it would end its use. Tasks are the paper's (ByteEdit Sec. 4.2): outpaint, edit
-(inpainting-editing), erase (inpainting-erasing). Masks depend on the scene, noise on (seed, scene): equal for
-every checkpoint, so that all comparisons are paired. Intervals are 95% bootstraps over scenes. Every picture
-is judged as 8 bits per channel and with the known pixels pasted back.
+A scene's description is known, so the judge needs no human: a parser network (judge.py) reads attributes back
+from the picture, and the exact picture that belongs in the hole is drawn again. Tasks are the paper's
+(ByteEdit Sec. 4.2): outpaint, edit (inpainting-editing), erase (inpainting-erasing). Masks depend on the
+scene, noise on (seed, scene): equal for every checkpoint, so that all comparisons are paired. Intervals are
+95% bootstraps over scenes. Every picture is judged as 8 bits per channel and with the known pixels pasted
+back.
 
-    1. Config     2. Statistics                3. Parser    4. Cases: picture, mask, truth
-    5. Results    6. Metrics of a picture      7. parser, scenes, compare              8. prefs
+    1. Config                  2. Cases: picture, mask, truth     3. Results
+    4. Metrics of a picture    5. parser, scenes, compare, prefs
 """
 
 import datetime
@@ -30,8 +30,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from PIL import Image
 from safetensors import SafetensorError
@@ -44,7 +42,28 @@ import masks
 import model
 import scene_text
 import scenes
-from pictures import BadFile, clean_caption, read_image, too_many
+from judge import (
+    OBJECT_HEADS,
+    PICTURE_HEADS,
+    SIDE,
+    Parser,
+    bootstrap,
+    crops,
+    frechet_interval,
+    gradient,
+    load_parser,
+    masked_mean,
+    object_box,
+    object_labels,
+    parser_accuracy,
+    picture_labels,
+    sign_test,
+    to_float,
+    to_uint8,
+    train_parser,
+)
+from pictures import read_image
+from prefs import make_prefs
 
 ####################################################################################################
 # 1. Config
@@ -69,6 +88,8 @@ class Config:
     seeds: str = "0"  # noise seeds, with commas
     captions: int = 0  # prefs: further true pictures for alignment pairs alone
     k: int = 4  # prefs: pictures for each prompt, of which the best and the worst are kept
+    margin: float = 0.25  # prefs: best and worst are a pair if the worst's error is larger by this fraction
+    mismatched: float = 0.67  # prefs: share of false captions that are another scene's; the rest: one fact
     batch_size: int = 64  # pictures sampled together; parser: scenes in a training batch
     lr: float = 2e-3  # parser: peak learning rate, cosine
     tie: float = 0.05  # compare: errors that differ by less than this fraction are a tie
@@ -89,259 +110,7 @@ def numbers(text: str, what: str, low: int) -> list[int]:
 
 
 ####################################################################################################
-# 2. Statistics
-####################################################################################################
-
-
-def bootstrap(values: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
-    """Mean and 95% percentile interval of values [N] over resampled scenes (not-a-number: not asked of this
-    scene) -> {"mean", "low", "high", "n"}."""
-    values = np.asarray(values, np.float64)
-    values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
-
-
-def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] -> mean [D], covariance [D, D], in float64."""
-    x = np.asarray(x, np.float64)
-    return x.mean(0), np.cov(x, rowvar=False)
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
-    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
-    equal N only."""
-    (ma, ca), (mb, cb) = moments(a), moments(b)
-    w, v = np.linalg.eigh(ca)
-    root = (v * np.sqrt(np.maximum(w, 0))) @ v.T
-    # tr (C_a C_b)^(1/2) = sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cb @ root), 0)).sum()
-    return float(max(((ma - mb) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * cross, 0))
-
-
-def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 0) -> dict:
-    """Frechet distance of paired features [S, N, D] (S noise seeds), interval = 1.96 bootstrap standard
-    deviations. Not the percentiles: a resample repeats scenes, which shifts the distance itself upwards."""
-    S, N, D = a.shape
-    rng = np.random.default_rng(seed)
-    value = frechet(a.reshape(-1, D), b.reshape(-1, D))
-    resampled = []
-    for _ in range(draws):
-        i = rng.integers(0, N, N)
-        resampled.append(frechet(a[:, i].reshape(-1, D), b[:, i].reshape(-1, D)))
-    half = 1.96 * float(np.std(resampled))
-    return {"mean": value, "low": max(value - half, 0.0), "high": value + half, "n": N}
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of a fair coin; ties are left out."""
-    n, k = wins + losses, min(wins, losses)
-    if n == 0:
-        return 1.0
-    logs = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
-    return min(1.0, 2 * sum(math.exp(x - n * math.log(2)) for x in logs))
-
-
-####################################################################################################
-# 3. Parser: what does the picture show? Trained on clean renders of train scenes, never a reward
-####################################################################################################
-
-SIDE = 32  # pixels of what the network sees, crops and whole pictures alike
-CONTEXT = 1.35  # half side of an object's crop in radii
-PICTURE_HEADS = {"background": scenes.BACKGROUNDS, "environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}
-OBJECT_HEADS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "material": scenes.MATERIALS,
-                "object": ("no", "yes")}
-SPELLINGS = {"matte": ("matte", "plain"), "dotted": ("dotted", "spotted")}  # captions use synonyms
-
-
-def conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
-    layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
-    return nn.Sequential(layer, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True))
-
-
-class Parser(nn.Module):
-    """One convolutional trunk reads the whole picture and an object's crop; heads name what they show.
-
-    An object's heads see both features: without the picture, white at night and grey by day are one colour.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.trunk = nn.Sequential(
-            conv(3, 48, 5, 2), conv(48, 64, 3, 1), conv(64, 96, 3, 2), conv(96, 128, 3, 1),
-            conv(128, 96, 3, 2), nn.Flatten(), nn.Linear(96 * 16, 128), nn.SiLU())
-        self.join = nn.Sequential(nn.Linear(256, 128), nn.SiLU())
-        self.picture = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in PICTURE_HEADS.items()})
-        self.object = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in OBJECT_HEADS.items()})
-
-    @property
-    def arch(self) -> dict:
-        heads = {**PICTURE_HEADS, **OBJECT_HEADS}
-        return {"kind": "parser", "labels": {k: list(v) for k, v in heads.items()}}
-
-    def features(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, 128], for the heads and the Frechet distance."""
-        if image.shape[-2:] != (SIDE, SIDE):
-            image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True)
-        return self.trunk(image)
-
-    def forward(self, image: Tensor, which: Tensor, boxes: Tensor) -> tuple[dict, dict]:
-        """image [B, 3, H, W]; boxes [M, 4] = x0, y0, x1, y1 as fractions, of the pictures which [M].
-
-        -> logits by head, of the pictures [B, ...] and of the boxes [M, ...].
-        """
-        f = self.features(image)
-        g = self.join(torch.cat([self.trunk(crops(image, which, boxes)), f[which]], dim=1))
-        of_pictures = {k: head(f) for k, head in self.picture.items()}
-        return of_pictures, {k: head(g) for k, head in self.object.items()}
-
-
-def crops(image: Tensor, which: Tensor, boxes: Tensor) -> Tensor:
-    """Bilinear crops [M, 3, SIDE, SIDE] of image[which]; beyond a picture its edge is repeated."""
-    if max(image.shape[-2:]) > 2 * SIDE:  # grid_sample does not smooth
-        image = F.interpolate(image, (2 * SIDE, 2 * SIDE), mode="bilinear", antialias=True)
-    at = (torch.arange(SIDE, device=image.device) + 0.5) / SIDE
-    x = 2 * (boxes[:, 0:1] + at * (boxes[:, 2:3] - boxes[:, 0:1])) - 1                     # [M, SIDE]
-    y = 2 * (boxes[:, 1:2] + at * (boxes[:, 3:4] - boxes[:, 1:2])) - 1
-    grid = torch.stack([x[:, None].expand(-1, SIDE, -1), y[:, :, None].expand(-1, -1, SIDE)], dim=-1)
-    return F.grid_sample(image[which], grid, padding_mode="border", align_corners=False)
-
-
-def object_box(x: float, y: float, radius: float, h: int, w: int) -> tuple[float, float, float, float]:
-    """Box with context around a centre (fractions); the radius is in short sides."""
-    rx, ry = CONTEXT * radius * min(h, w) / w, CONTEXT * radius * min(h, w) / h
-    return x - rx, y - ry, x + rx, y + ry
-
-
-def picture_labels(s: scenes.Scene) -> list[int]:
-    return [v.index(getattr(s, k)) for k, v in PICTURE_HEADS.items()]
-
-
-def object_labels(o: scenes.Object) -> list[int]:
-    return [v.index(getattr(o, k)) for k, v in OBJECT_HEADS.items() if k != "object"] + [1]
-
-
-def to_float(image: np.ndarray | Tensor) -> Tensor:
-    """uint8 [..., H, W, 3] -> float [..., 3, H, W] in [-1, 1]."""
-    return torch.as_tensor(image).movedim(-1, -3).float() / 127.5 - 1
-
-
-def to_uint8(image: Tensor) -> Tensor:
-    """float [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]; clamps."""
-    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).contiguous()
-
-
-class ParserBatches(torch.utils.data.Dataset):
-    """Item s is a batch of clean renders: pictures, labels, a box on each object and one on free background.
-
-    Boxes are off by up to an eighth of a radius and a tenth in size, since an edited object need not sit
-    where the original did. Every fourth batch is drawn at twice the size.
-    """
-
-    def __init__(self, source: scenes.Scenes, start: int, batch_size: int, steps: int, sizes: tuple[int, ...],
-                 jitter: bool):
-        self.source, self.start, self.batch_size, self.steps = source, start, batch_size, steps
-        self.sizes, self.jitter = sizes, jitter
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
-        size = self.sizes[step % len(self.sizes)]
-        images, pictures, which, boxes, objects = [], [], [], [], []
-        for j in range(self.batch_size):
-            index = self.start + step * self.batch_size + j
-            s, rng = self.source.scene(index), scenes.rng_for(self.source.seed, index, 11)
-            images.append(scenes.draw(s, size, size))
-            pictures.append(picture_labels(s))
-            places = [(o.x, o.y, scenes.RADIUS[o.size], object_labels(o)) for o in s.objects]
-            for _ in range(8):
-                x, y, r = *rng.uniform(0.1, 0.9, 2), list(scenes.RADIUS.values())[rng.integers(3)]
-                # as near to objects as scenes puts them to each other: what erasing leaves behind
-                if all(math.hypot(x - o.x, y - o.y) > scenes.RADIUS[o.size] + 0.7 * r for o in s.objects):
-                    places.append((x, y, r, [-100, -100, -100, 0]))  # -100: cross_entropy's ignore_index
-                    break
-            for x, y, r, labels in places:
-                if self.jitter:
-                    dx, dy = rng.uniform(-0.12, 0.12, 2)
-                    x, y, r = x + r * dx, y + r * dy, r * rng.uniform(0.9, 1.1)
-                which.append(j)
-                boxes.append(object_box(x, y, r, size, size))
-                objects.append(labels)
-        return (torch.from_numpy(np.stack(images)), torch.tensor(pictures), torch.tensor(which),
-                torch.tensor(boxes, dtype=torch.float32), torch.tensor(objects))
-
-
-def one_thread(_: int) -> None:
-    torch.set_num_threads(1)
-
-
-def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True) -> Parser:
-    """A parser trained from scratch on train scenes drawn at 32 x 32 (three batches of four) and 64 x 64."""
-    torch.manual_seed(0)
-    net = Parser().to(device, memory_format=torch.channels_last)
-    opt = torch.optim.AdamW(model.param_groups(net, 0.05), lr=lr, betas=(0.9, 0.99))
-    sizes = (SIDE, SIDE, SIDE, 2 * SIDE)
-    batches = ParserBatches(scenes.Scenes("train"), 0, batch_size, steps, sizes, jitter=True)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, worker_init_fn=one_thread)
-    bar = common.progress(steps, desc="parser")
-    for step, batch in enumerate(loader):
-        images, pictures, which, boxes, objects = (x.to(device) for x in batch)
-        for group in opt.param_groups:
-            group["lr"] = common.lr_at(step, lr, min(200, steps // 10 + 1), steps, "cosine")
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            images = to_float(images).contiguous(memory_format=torch.channels_last)
-            of_pictures, of_objects = net(images, which, boxes)
-            loss = sum(F.cross_entropy(x, pictures[:, i]) for i, x in enumerate(of_pictures.values()))
-            loss = loss + sum(F.cross_entropy(x, objects[:, i]) for i, x in enumerate(of_objects.values()))
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        bar.update()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    bar.close()
-    return net.eval()
-
-
-@torch.inference_mode()
-def parser_accuracy(net: Parser, size: int, n: int, device: torch.device) -> dict[str, np.ndarray]:
-    """Right or wrong (1, 0) of every head on clean held-out renders; NaN: a box without an object."""
-    start = len(scenes.Scenes("heldout")) - 20_000  # far from the scenes that checkpoints are judged on
-    right = {k: [] for k in (*PICTURE_HEADS, *OBJECT_HEADS)}
-    batches = ParserBatches(scenes.Scenes("heldout"), start, 100, n // 100, (size,), jitter=False)
-    for images, pictures, which, boxes, objects in map(batches.__getitem__, range(len(batches))):
-        said = net(to_float(images.to(device)), which.to(device), boxes.to(device))
-        for logits, labels in zip(said, (pictures, objects)):
-            for i, (k, x) in enumerate(logits.items()):
-                ok = (x.argmax(1).cpu() == labels[:, i]).double().masked_fill(labels[:, i] < 0, math.nan)
-                right[k].append(ok.numpy())
-    return {k: np.concatenate(v) for k, v in right.items()}
-
-
-def load_parser(path: str, device: torch.device) -> Parser:
-    """The judge from its folder; SystemExit when it is missing, damaged, of another kind or other labels."""
-    if not Path(path).is_dir():
-        raise SystemExit(f"error: --parser: {path}: no such folder: train the judge: `python"
-                         f" evaluate.py parser --out {path} --steps 6000`")
-    weights, manifest = common.load_checkpoint(path, ("model",))
-    net = Parser()
-    if manifest.get("arch") != net.arch:
-        kind = manifest.get("arch", {}).get("kind")
-        raise SystemExit(f"error: --parser: {path}: holds a {kind!r}, or other labels than scenes.py: train"
-                         " the judge: `python evaluate.py parser --out FOLDER --steps 6000`")
-    common.load_state(net, {k: v.float() for k, v in weights["model"].items()}, path)
-    return net.to(device).eval().requires_grad_(False)
-
-
-####################################################################################################
-# 4. Cases: picture, mask, caption and truth of held-out scenes
+# 2. Cases: picture, mask, caption and truth of held-out scenes
 ####################################################################################################
 
 
@@ -365,7 +134,7 @@ class Cases:
 def named(o: scenes.Object, caption: str) -> list[int]:
     """Labels of an object; the material counts only where the caption names it."""
     labels = object_labels(o)
-    if not any(word in caption for word in SPELLINGS.get(o.material, (o.material,))):
+    if not any(word in caption for word in scene_text.MATERIAL_WORDS[o.material]):
         labels[list(OBJECT_HEADS).index("material")] = -100
     return labels
 
@@ -423,7 +192,7 @@ def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) 
 
 
 ####################################################################################################
-# 5. Results: pictures of an editor, or of a folder
+# 3. Results: pictures of an editor, or of a folder
 ####################################################################################################
 
 
@@ -574,14 +343,8 @@ def gather(cfg: Config, device: torch.device) -> tuple[list[Result], dict[str, C
 
 
 ####################################################################################################
-# 6. Metrics: one number for each scene, errors in [0, 1] units
+# 4. Metrics: one number for each scene, errors in [0, 1] units
 ####################################################################################################
-
-
-def masked_mean(x: Tensor, m: Tensor) -> np.ndarray:
-    """Mean of x [N, C, H, W] where m [N, 1, H, W] is 1 -> [N]; not-a-number where it is nowhere."""
-    total, area = (x.mean(1, keepdim=True) * m).sum((1, 2, 3)).double(), m.sum((1, 2, 3)).double()
-    return torch.where(area > 0, total / area.clamp(min=1), math.nan).numpy()
 
 
 def seam_error(x: Tensor, truth: Tensor, mask: Tensor) -> np.ndarray:
@@ -594,12 +357,6 @@ def seam_error(x: Tensor, truth: Tensor, mask: Tensor) -> np.ndarray:
         total += (wrong * across).sum((1, 2, 3))
         count += across.sum((1, 2, 3))
     return torch.where(count > 0, total / 2 / count.clamp(min=1), math.nan).numpy()  # / 2: [-1, 1] -> [0, 1]
-
-
-def gradient(x: Tensor) -> Tensor:
-    """|d/dx| + |d/dy|, mean over channels: [N, 3, H, W] -> [N, 1, H, W], in the units of x."""
-    dx, dy = x.diff(dim=-1, append=x[..., -1:]), x.diff(dim=-2, append=x[..., -1:, :])
-    return (dx.abs() + dy.abs()).mean(1, keepdim=True)
 
 
 def paste(raw: Tensor, c: Cases) -> Tensor:
@@ -677,7 +434,7 @@ def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dic
 
 
 ####################################################################################################
-# 7. parser, scenes, compare
+# 5. parser, scenes, compare, prefs
 ####################################################################################################
 
 # printed in percent
@@ -831,100 +588,16 @@ def run_compare(cfg: Config, device: torch.device) -> None:
     print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
 
 
-####################################################################################################
-# 8. Preferences as the paper's come about: several generations of the base, ranked; here by the known truth
-####################################################################################################
-
-
-def truth_distance(x: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
-    """How far pictures [N, 3, H, W] are from the truth in the hole, [N], in [0, 1] units; 0 for the truth
-    itself.
-
-    Pixel L1 plus twice the L1 between local gradient energies (5 x 5 means). Pixel or gradient L1 alone
-    would prefer blur to a sharp texture that lies a little off; local energy counts lost and invented
-    detail alike. The judge's parser has no part in it.
-    """
-    def energy(y: Tensor) -> Tensor:
-        return F.avg_pool2d(gradient(y), 5, 1, 2, count_include_pad=False)
-
-    d = (x - truth).abs().mean(1, keepdim=True) + 2 * (energy(x) - energy(truth)).abs()
-    return (d * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1) / 2
-
-
-def _blur(x: Tensor, rng: np.random.Generator) -> Tensor:
-    k = int(rng.integers(3, 6))
-    for _ in range(2):
-        x = F.avg_pool2d(F.pad(x[None], (k // 2, (k - 1) // 2) * 2, mode="replicate"), k, 1)[0]
-    return x
-
-
-def _noise(x: Tensor, rng: np.random.Generator) -> Tensor:
-    return x + torch.from_numpy(rng.standard_normal(x.shape, np.float32)) * float(rng.uniform(0.1, 0.5))
-
-
-def _colour(x: Tensor, rng: np.random.Generator) -> Tensor:
-    cast = rng.uniform(-0.35, 0.35, (3, 1, 1)).astype(np.float32)
-    return x * float(rng.uniform(0.7, 1.3)) + torch.from_numpy(cast)
-
-
-def _blocks(x: Tensor, rng: np.random.Generator) -> Tensor:
-    k = int(rng.integers(2, 6))
-    h, w = x.shape[-2:]
-    return F.interpolate(F.interpolate(x[None], (max(1, h // k), max(1, w // k)), mode="area"), (h, w))[0]
-
-
-def _shift(x: Tensor, rng: np.random.Generator) -> Tensor:
-    most = max(2, x.shape[-1] // 12)
-    dy, dx = (int(rng.integers(1, most + 1)) * int(rng.choice((-1, 1))) for _ in range(2))
-    return x.roll((dy, dx), (1, 2))
-
-
-def _ghost(x: Tensor, rng: np.random.Generator) -> Tensor:
-    return x + float(rng.uniform(0.3, 0.6)) * (_shift(_shift(x, rng), rng) - x)
-
-
-DEGRADATIONS = {"blur": _blur, "noise": _noise, "colour": _colour, "blocks": _blocks, "shift": _shift,
-                "ghost": _ghost}
-
-
-def degrade(x: Tensor, truth: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, str]:
-    """A worse version of a picture x [3, H, W] in the hole mask [1, H, W], and what was done: blur, noise,
-    colour shift, blocks, content shifted against the seam, ghosting. Worse means 3% farther from the truth: a
-    blurred bad picture can be the better one."""
-    names = list(DEGRADATIONS)
-    before = truth_distance(x[None], truth[None], mask[None])
-    for name in [*(names[i] for i in rng.permutation(len(names))), "colour", "noise", "noise"]:
-        y = (x + mask * (DEGRADATIONS[name](x, rng) - x)).clamp(-1, 1)
-        if truth_distance(y[None], truth[None], mask[None]) > before + 0.03:
-            break
-    return y, name
-
-
-PROMPT_FREE = 0.25  # share of aesthetic preferences without a prompt: the editor outpaints without one
-
-
-def false_captions(s: scenes.Scene, seed: int, index: int, image: str,
-                   kinds: tuple = ("scene", "scene", None)) -> list[dict]:
-    """Alignment pairs {image, better, worse, kind} of one picture: a true caption against another scene's,
-    as mismatched pairs of the web are (ByteEdit Sec. 3.2), and against the same sentence wrong in a fact."""
-    rows = []
-    for draw, ask in enumerate(kinds):
-        say = (seed, index % 2**32, 14 + draw)
-        better = scene_text.caption(s, scenes.rng_for(*say))
-        worse, kind = scene_text.false_caption(s, scenes.rng_for(*say), ask)
-        rows.append({"image": image, "better": better, "worse": worse, "kind": kind})
-    return rows
-
-
 def run_prefs(cfg: Config, device: torch.device) -> None:
-    """Writes OUT/images/*.png, OUT/aesthetic.json (ImageReward's items: truth, best and worst of k; a
-    picture and its degraded copy) and OUT/alignment.jsonl ({image, better, worse, kind}: true and false
-    caption)."""
+    """Preferences for train_reward.py, see prefs.make_prefs; and OUT/results.json."""
     started = time.time()
     steps = numbers(cfg.steps, "steps", 1)
     (seed,) = numbers(cfg.seeds, "seeds", 0)[:1]
     if cfg.k < 2:
         raise SystemExit(f"error: --k: {cfg.k}: ranking needs at least 2 pictures")
+    if cfg.margin < 0 or not 0 <= cfg.mismatched <= 1:
+        name, value = ("margin", cfg.margin) if cfg.margin < 0 else ("mismatched", cfg.mismatched)
+        raise SystemExit(f"error: --{name}: {value}: use {'0 or more' if name == 'margin' else '0 to 1'}")
     source = data.open_source(cfg.data, "train")
     wanted = cfg.n + cfg.captions
     if min(cfg.n, cfg.captions, cfg.offset) < 0 or not 1 <= wanted <= len(source) - cfg.offset:
@@ -933,88 +606,12 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
         raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: prefs needs one checkpoint folder, the base")
     e = load_editor(cfg.ckpt, device, cfg.bf16)
     out = open_out(cfg.out)
-    (out / "images").mkdir(exist_ok=True)
-    items, captions, wins, bad, read = [], [], 0, 0, 0
-    bar = common.progress(cfg.n, desc="preferences")
-    for start in range(cfg.offset, cfg.offset + cfg.n, cfg.batch_size):
-        indices, loaded = [], []
-        for i in range(start, min(start + cfg.batch_size, cfg.offset + cfg.n)):
-            read += 1
-            try:
-                loaded.append(source.load(i, e.size, e.size))
-                indices.append(i)
-            except BadFile as problem:
-                bad += 1
-                common.print0(f"skipped: {str(problem).removeprefix('error: ')}")
-                if too_many(bad, read):
-                    raise
-        bar.update(read - bar.n)
-        if not indices:
-            continue
-        rngs = [np.random.Generator(np.random.PCG64([seed, i, 13])) for i in indices]
-        fitted = [data.fit(x["image"], e.size, e.size, segments=x.get("segments")) for x in loaded]
-        truth = to_float(np.stack([image for image, _ in fitted]))
-        prompts = [clean_caption(x["caption"])[0] for x in loaded]
-        tasks = [("inpaint", "edit", "outpaint")[rng.integers(3)] for rng in rngs]
-        prompts = ["" if rng.random() < PROMPT_FREE else c for rng, c in zip(rngs, prompts)]
-        mask = np.stack([masks.task_mask(task, e.size, e.size, rng, segments)[0]
-                         for task, rng, (_, segments) in zip(tasks, rngs, fitted)])
-        mask = torch.from_numpy(mask)[:, None]
 
-        # 1) k pictures of the base for every prompt, with their own noise and number of steps
-        made = []
-        for k in range(cfg.k):
-            noise = common.randn(common.generators(seed, k, indices, stream=7), truth.shape[1:])
-            raw = generate(e, truth, mask, prompts, noise, steps[k % len(steps)], cfg.guidance, cfg.solver)
-            made.append(to_float(to_uint8(raw * mask + truth * (1 - mask))))
-        distance = torch.stack([truth_distance(x, truth, mask) for x in made])               # [k, B]
-        made = torch.stack(made)
-        best, worst = distance.argmin(0), distance.argmax(0)
+    def paint(image: Tensor, mask: Tensor, prompts: list[str], noise: Tensor, steps: int) -> Tensor:
+        return generate(e, image, mask, prompts, noise, steps, cfg.guidance, cfg.solver)
 
-        # 2) ranked by the known truth, and controlled degradations of the true and of the best picture
-        for j, (index, rng) in enumerate(zip(indices, rngs)):
-            near, far = float(distance[best[j], j]), float(distance[worst[j], j])
-            clear = far - near >= 0.1 * far  # closer ones are a tie, which readers skip
-            wins += clear
-            pictures = {"truth": truth[j], "best": made[best[j], j], "worst": made[worst[j], j]}
-            pictures["truth_bad"], how_truth = degrade(truth[j], truth[j], mask[j], rng)
-            pictures["best_bad"], how_best = degrade(pictures["best"], truth[j], mask[j], rng)
-            files = {k: f"images/{index:08d}_{k}.png" for k in pictures}
-            for k, x in pictures.items():
-                Image.fromarray(to_uint8(x).numpy()).save(out / files[k])
-            items.append({"prompt": prompts[j], "generations": [files[k] for k in ("truth", "best", "worst")],
-                          "ranking": [1, 2, 3 if clear else 2], "kind": "generated"})
-            for k, how in (("truth", how_truth), ("best", how_best)):
-                items.append({"prompt": prompts[j], "generations": [files[k], files[f"{k}_bad"]],
-                              "ranking": [1, 2], "kind": how})
-
-            # 3) false captions: of a scene, one that its picture belies (of a generated one: its known
-            #    part); of a photo, the caption of another that says something else
-            if cfg.data == "scenes":
-                s = source.scene(index)
-                captions += false_captions(s, seed, index, files["truth"])
-                captions += false_captions(s, seed, -1 - index, files["best"], ("background",))
-            elif prompts[j] and (others := [c for c in prompts if c not in ("", prompts[j])]):
-                worse = others[rng.integers(len(others))]
-                captions.append({"image": files["truth"], "better": prompts[j], "worse": worse,
-                                 "kind": "other"})
-    bar.close()
-    first = cfg.offset + cfg.n
-    for index in range(first, first + cfg.captions if cfg.data == "scenes" else first):
-        file = f"images/{index:08d}_truth.png"
-        Image.fromarray(source.load(index, e.size, e.size)["image"]).save(out / file)
-        captions += false_captions(source.scene(index), seed, index, file)
-    written = {"aesthetic.json": (items, json.dumps(items)),
-               "alignment.jsonl": (captions, "".join(json.dumps(x) + "\n" for x in captions))}
-    for name, (rows, text) in written.items():
-        if rows:
-            (out / name).write_text(text)
-            print(f"wrote {out / name}: {len(rows):,} items")
-    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "items": len(items),
-                                      "captions": len(captions), "skipped": bad})
-    if items:
-        print(f"best and worst differ clearly for {100 * wins / (read - bad):.0f}% of {read - bad} prompts; "
-              f"{bad} picture(s) skipped")
+    counts = make_prefs(cfg, out, source, e.size, steps, seed, paint)
+    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})
 
 
 def main(cfg: Config) -> None:

@@ -14,7 +14,9 @@ from PIL import Image
 import common
 import data
 import evaluate as ev
+import judge
 import model
+import prefs
 import scenes
 
 torch.set_num_threads(1)
@@ -30,18 +32,18 @@ def test_frechet_closed_forms():
     a = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
     b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)) + 1
     shift = np.arange(6.0)
-    assert ev.frechet(a, a) == pytest.approx(0, abs=1e-9)
-    assert ev.frechet(a, a + shift) == pytest.approx((shift**2).sum())
-    (m, c), (mb, cb) = ev.moments(a), ev.moments(b)
-    assert ev.frechet(a, 3 * a) == pytest.approx(4 * (m @ m) + 4 * np.trace(c))  # (1 - 3)^2 tr C
+    assert judge.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert judge.frechet(a, a + shift) == pytest.approx((shift**2).sum())
+    (m, c), (mb, cb) = judge.moments(a), judge.moments(b)
+    assert judge.frechet(a, 3 * a) == pytest.approx(4 * (m @ m) + 4 * np.trace(c))  # (1 - 3)^2 tr C
     general = ((m - mb) ** 2).sum() + np.trace(c + cb) - 2 * np.sqrt(np.linalg.eigvals(c @ cb).real).sum()
-    assert ev.frechet(a, b) == pytest.approx(general) == pytest.approx(ev.frechet(b, a))
+    assert judge.frechet(a, b) == pytest.approx(general) == pytest.approx(judge.frechet(b, a))
 
 
 def test_frechet_interval_holds_the_value_and_narrows():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1, 1600, 4)), rng.normal(size=(1, 1600, 4)) + 0.5
-    few, many = ev.frechet_interval(a[:, :100], b[:, :100]), ev.frechet_interval(a, b)
+    few, many = judge.frechet_interval(a[:, :100], b[:, :100]), judge.frechet_interval(a, b)
     assert many["low"] < many["mean"] < many["high"] and many["n"] == 1600
     assert many["low"] < 1.0 < many["high"]
     assert many["high"] - many["low"] < 0.5 * (few["high"] - few["low"])
@@ -49,18 +51,21 @@ def test_frechet_interval_holds_the_value_and_narrows():
 
 def test_bootstrap():
     x = np.random.default_rng(0).normal(3, 2, 400)
-    got = ev.bootstrap(x)
+    got = judge.bootstrap(x)
     assert got["mean"] == pytest.approx(x.mean()) and got["n"] == 400
     assert (got["high"] - got["low"]) / 2 == pytest.approx(1.96 * 2 / 20, rel=0.15)
-    assert ev.bootstrap(np.append(x, np.nan))["mean"] == got["mean"]
-    assert ev.bootstrap(np.full(5, 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 5}
-    assert ev.bootstrap(np.array([np.nan]))["n"] == 0
+    assert judge.bootstrap(np.append(x, np.nan))["mean"] == got["mean"]
+    assert judge.bootstrap(np.full(5, 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 5}
+    assert judge.bootstrap(np.array([np.nan]))["n"] == 0
+    of_two = judge.bootstrap(np.zeros(100), np.append(x, np.nan), np.full(3, np.nan))
+    assert of_two["mean"] == pytest.approx(x.mean() / 2) and of_two["n"] == 500
+    assert of_two["high"] - of_two["low"] == pytest.approx((got["high"] - got["low"]) / 2, rel=0.15)
 
 
 def test_sign_test():
-    assert ev.sign_test(10, 0) == pytest.approx(2 / 1024)
-    assert ev.sign_test(0, 0) == ev.sign_test(5, 5) == 1
-    assert ev.sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.1)
+    assert judge.sign_test(10, 0) == pytest.approx(2 / 1024)
+    assert judge.sign_test(0, 0) == judge.sign_test(5, 5) == 1
+    assert judge.sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.1)
 
 
 def test_verdicts_and_gsb():
@@ -89,8 +94,8 @@ def cases():
 def judge_net():
     """The shipped parser, else one trained for a moment, of which only the plainest verdicts are asked."""
     if (ROOT / "assets/parser/manifest.json").exists():
-        return ev.load_parser(str(ROOT / "assets/parser"), torch.device("cpu")), True
-    return ev.train_parser(60, 32, 2e-3, torch.device("cpu")), False
+        return judge.load_parser(str(ROOT / "assets/parser"), torch.device("cpu")), True
+    return judge.train_parser(60, 32, 2e-3, torch.device("cpu")), False
 
 
 def test_cases(cases):
@@ -113,15 +118,15 @@ def test_cases(cases):
 
 def test_truth_has_no_error(cases):
     for c in cases.values():
-        got = ev.judge(c.truth, c, ev.Parser().eval())
+        got = ev.judge(c.truth, c, judge.Parser().eval())
         assert np.nanmax(got["exact"]) == np.nanmax(got["hole"]) == np.nanmax(got["seam"]) == 0
         assert np.nanmax(got["outside"]) == 0 and np.allclose(got["sharpness"], 1)
-        a, b = ev.frechet_features(c.truth, c, ev.Parser().eval())
+        a, b = ev.frechet_features(c.truth, c, judge.Parser().eval())
         assert a.shape == b.shape == (40, 128)
 
 
 def test_errors_are_in_units_of_one(cases):
-    c, net = cases["erase"], ev.Parser().eval()
+    c, net = cases["erase"], judge.Parser().eval()
     got = ev.judge(c.truth * 0 + 1, replace(c, image=c.image * 0, truth=c.truth * 0 - 1), net)
     assert np.allclose(got["exact"], 1) and np.allclose(got["outside_raw"], 0.5)
     assert np.allclose(got["outside"], 0)
@@ -133,15 +138,15 @@ def test_errors_are_in_units_of_one(cases):
 def test_blur_and_noise_are_seen(cases):
     rng = np.random.default_rng(0)
     for c in cases.values():
-        net = ev.Parser().eval()
-        blurred = torch.stack([ev._blur(ev._blur(x, rng), rng) for x in c.truth])
+        net = judge.Parser().eval()
+        blurred = torch.stack([prefs._blur(prefs._blur(x, rng), rng) for x in c.truth])
         noise = torch.randn(c.truth.shape, generator=torch.Generator().manual_seed(0))
         noisy = (c.truth + 0.4 * noise).clamp(-1, 1)
         of_blur, of_noise = ev.judge(blurred, c, net), ev.judge(noisy, c, net)
         assert of_blur["sharpness"].mean() < 0.75 and of_noise["sharpness"].mean() > 1.25
         assert min(np.nanmean(of_blur["hole"]), np.nanmean(of_noise["hole"])) > 0.01
-        far = ev.truth_distance(blurred, c.truth, c.mask)
-        assert (far > 0).all() and (ev.truth_distance(c.truth, c.truth, c.mask) == 0).all()
+        far = prefs.truth_distance(blurred, c.truth, c.mask)
+        assert (far > 0).all() and (prefs.truth_distance(c.truth, c.truth, c.mask) == 0).all()
 
 
 def test_parser_judges_true_and_wrong_pictures(cases, judge_net):
@@ -165,24 +170,24 @@ def test_parser_judges_true_and_wrong_pictures(cases, judge_net):
             changed = replace(s, objects=s.objects[:k] + (new,) + s.objects[k + 1:])
             out.append(scenes.draw(changed, SIZE, SIZE))
     true = ev.judge(c.truth, c, net)
-    of_colour = ev.judge(ev.to_float(np.stack(recoloured)), c, net)
-    of_shape = ev.judge(ev.to_float(np.stack(reshaped)), c, net)
+    of_colour = ev.judge(judge.to_float(np.stack(recoloured)), c, net)
+    of_shape = ev.judge(judge.to_float(np.stack(reshaped)), c, net)
     assert of_colour["colour"].mean() < 0.3 and of_colour["shape"].mean() > true["shape"].mean() - 0.2
     assert of_shape["shape"].mean() < 0.4 and of_shape["colour"].mean() > true["colour"].mean() - 0.2
 
 
 def test_parser_boxes_and_labels():
-    batch = ev.ParserBatches(scenes.Scenes("train"), 0, 16, 1, (ev.SIDE,), jitter=False)[0]
+    batch = judge.ParserBatches(scenes.Scenes("train"), 0, 16, 1, (judge.SIDE,), jitter=False)[0]
     images, pictures, which, boxes, objects = batch
-    assert images.shape == (16, ev.SIDE, ev.SIDE, 3) and len(which) == len(boxes) == len(objects)
+    assert images.shape == (16, judge.SIDE, judge.SIDE, 3) and len(which) == len(boxes) == len(objects)
     s = scenes.Scenes("train").scene(0)
     first = objects[0].tolist()
-    assert [list(v)[i] for v, i in zip(ev.OBJECT_HEADS.values(), first)] == [
+    assert [list(v)[i] for v, i in zip(judge.OBJECT_HEADS.values(), first)] == [
         s.objects[0].shape, s.objects[0].colour, s.objects[0].material, "yes"]
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    x = ev.to_float(images[:1])
-    assert torch.allclose(ev.crops(x, torch.tensor([0]), whole), x, atol=1e-4)
-    assert common.n_params(ev.Parser()) <= 600_000
+    x = judge.to_float(images[:1])
+    assert torch.allclose(judge.crops(x, torch.tensor([0]), whole), x, atol=1e-4)
+    assert common.n_params(judge.Parser()) <= 600_000
 
 
 # ---- preferences -----------------------------------------------------------------------------------------
@@ -191,11 +196,21 @@ def test_parser_boxes_and_labels():
 def test_degradations_are_worse_and_stay_in_the_hole(cases):
     c, seen = cases["outpaint"], set()
     for i in range(40):
-        y, name = ev.degrade(c.truth[i], c.truth[i], c.mask[i], np.random.default_rng(i))
+        y, name = prefs.degrade(c.truth[i], c.truth[i], c.mask[i], np.random.default_rng(i))
         seen.add(name)
         assert torch.equal(y * (1 - c.mask[i]), c.truth[i] * (1 - c.mask[i]))
-        assert ev.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
-    assert seen == set(ev.DEGRADATIONS)
+        assert prefs.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
+    assert seen == set(prefs.DEGRADATIONS)
+
+
+def test_clear_pairs_and_kinds_of_false_captions():
+    assert prefs.clear(0.1, 0.126, 0.25) and not prefs.clear(0.1, 0.124, 0.25)
+    assert prefs.clear(0.0, 0.01, 0.25) and not prefs.clear(0.1, 0.1, 0.0)
+    all_, none = (prefs.draw_kinds(0, 5, share, 200) for share in (1.0, 0.0))
+    assert set(all_) == {"scene"} and "scene" not in none and len(set(none)) == 10
+    assert prefs.draw_kinds(0, 5, 0.5) == prefs.draw_kinds(0, 5, 0.5, 200)[:3]
+    share = np.mean([k == "scene" for k in prefs.draw_kinds(0, 6, 0.67, 1000)])
+    assert share == pytest.approx(0.67, abs=0.05)
 
 
 # ---- end to end ------------------------------------------------------------------------------------------
@@ -211,7 +226,7 @@ def folders(tmp_path_factory):
         torch.nn.init.normal_(net.mmdit.final_layer.linear.weight, std=0.05)
         meta = {"arch": net.arch, "config": {"image_size": SIZE}}
         common.write_checkpoint(at / name, 1, {"model": net.state_dict()}, meta)
-    net = ev.Parser()
+    net = judge.Parser()
     common.write_checkpoint(at / "parser", 1, {"model": net.state_dict()}, {"arch": net.arch})
     return at
 
@@ -282,6 +297,7 @@ def test_prefs_skip_bad_pictures(folders, tmp_path, capsys):
     ({"parser": "EDITOR"}, "'editor'"), ({"steps": "many"}, "whole numbers"), ({"steps": "0"}, "at least 1"),
     ({"steps": "1,2,3"}, "--steps"), ({"n": 0}, "--n"), ({"task": "compare"}, "exactly two"),
     ({"batch_size": 0}, "--batch_size: 0"), ({"task": "prefs", "k": 1}, "--k"),
+    ({"task": "prefs", "margin": -1}, "--margin: -1"), ({"task": "prefs", "mismatched": 2}, "0 to 1"),
     ({"task": "prefs", "ckpt": "a,b"}, "one checkpoint"),
     ({"out": "/dev/null/x"}, "--out")])
 def test_mistakes_give_one_line(folders, tmp_path, change, words):

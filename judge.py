@@ -1,0 +1,289 @@
+"""The judge: a parser network that reads a scene's attributes back from a picture, and the statistics.
+
+A scene's description is known, so the judge needs no human. It is never a reward: training on it would end
+its use. What it is asked: evaluate.py (of holes that were filled), judge_edits.py (of edits by instruction).
+
+    1. Statistics     2. Pictures     3. Parser: network, training, accuracy
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+import model
+import scenes
+
+####################################################################################################
+# 1. Statistics
+####################################################################################################
+
+
+def bootstrap(*groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
+    """Mean and 95% percentile interval of values [N] over resampled scenes (not-a-number: not asked of this
+    scene) -> {"mean", "low", "high", "n"}. Of several groups: the mean of their means, each resampled on its
+    own, whatever their sizes (a group without values does not count)."""
+    groups = [np.asarray(g, np.float64) for g in groups]
+    groups = [g for g in (g[~np.isnan(g)] for g in groups) if len(g)]
+    if not groups:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    rng = np.random.default_rng(seed)
+    means = np.mean([g[rng.integers(0, len(g), (draws, len(g)))].mean(1) for g in groups], 0)
+    low, high = np.percentile(means, (2.5, 97.5))
+    mean = float(np.mean([g.mean() for g in groups]))
+    return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, groups))}
+
+
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features [N, D] -> mean [D], covariance [D, D], in float64."""
+    x = np.asarray(x, np.float64)
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
+    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
+    equal N only."""
+    (ma, ca), (mb, cb) = moments(a), moments(b)
+    w, v = np.linalg.eigh(ca)
+    root = (v * np.sqrt(np.maximum(w, 0))) @ v.T
+    # tr (C_a C_b)^(1/2) = sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cb @ root), 0)).sum()
+    return float(max(((ma - mb) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * cross, 0))
+
+
+def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 0) -> dict:
+    """Frechet distance of paired features [S, N, D] (S noise seeds), interval = 1.96 bootstrap standard
+    deviations. Not the percentiles: a resample repeats scenes, which shifts the distance itself upwards."""
+    S, N, D = a.shape
+    rng = np.random.default_rng(seed)
+    value = frechet(a.reshape(-1, D), b.reshape(-1, D))
+    resampled = []
+    for _ in range(draws):
+        i = rng.integers(0, N, N)
+        resampled.append(frechet(a[:, i].reshape(-1, D), b[:, i].reshape(-1, D)))
+    half = 1.96 * float(np.std(resampled))
+    return {"mean": value, "low": max(value - half, 0.0), "high": value + half, "n": N}
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p of a fair coin; ties are left out."""
+    n, k = wins + losses, min(wins, losses)
+    if n == 0:
+        return 1.0
+    logs = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
+    return min(1.0, 2 * sum(math.exp(x - n * math.log(2)) for x in logs))
+
+
+####################################################################################################
+# 2. Pictures: floats are [-1, 1], errors in [0, 1] units
+####################################################################################################
+
+
+def to_float(image: np.ndarray | Tensor) -> Tensor:
+    """uint8 [..., H, W, 3] -> float [..., 3, H, W] in [-1, 1]."""
+    return torch.as_tensor(image).movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """float [..., 3, H, W] in [-1, 1] -> uint8 [..., H, W, 3]; clamps."""
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def masked_mean(x: Tensor, m: Tensor) -> np.ndarray:
+    """Mean of x [N, C, H, W] where m [N, 1, H, W] is 1 -> [N]; not-a-number where it is nowhere."""
+    total, area = (x.mean(1, keepdim=True) * m).sum((1, 2, 3)).double(), m.sum((1, 2, 3)).double()
+    return torch.where(area > 0, total / area.clamp(min=1), math.nan).numpy()
+
+
+def gradient(x: Tensor) -> Tensor:
+    """|d/dx| + |d/dy|, mean over channels: [N, 3, H, W] -> [N, 1, H, W], in the units of x."""
+    dx, dy = x.diff(dim=-1, append=x[..., -1:]), x.diff(dim=-2, append=x[..., -1:, :])
+    return (dx.abs() + dy.abs()).mean(1, keepdim=True)
+
+
+####################################################################################################
+# 3. Parser: what does the picture show? Trained on clean renders of train scenes, never a reward
+####################################################################################################
+
+SIDE = 32  # pixels of what the network sees, crops and whole pictures alike
+CONTEXT = 1.35  # half side of an object's crop in radii
+PICTURE_HEADS = {"background": scenes.BACKGROUNDS, "environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}
+OBJECT_HEADS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "material": scenes.MATERIALS,
+                "object": ("no", "yes")}
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
+    layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+    return nn.Sequential(layer, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True))
+
+
+class Parser(nn.Module):
+    """One convolutional trunk reads the whole picture and an object's crop; heads name what they show.
+
+    An object's heads see both features: without the picture, white at night and grey by day are one colour.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            conv(3, 48, 5, 2), conv(48, 64, 3, 1), conv(64, 96, 3, 2), conv(96, 128, 3, 1),
+            conv(128, 96, 3, 2), nn.Flatten(), nn.Linear(96 * 16, 128), nn.SiLU())
+        self.join = nn.Sequential(nn.Linear(256, 128), nn.SiLU())
+        self.picture = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in PICTURE_HEADS.items()})
+        self.object = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in OBJECT_HEADS.items()})
+
+    @property
+    def arch(self) -> dict:
+        heads = {**PICTURE_HEADS, **OBJECT_HEADS}
+        return {"kind": "parser", "labels": {k: list(v) for k, v in heads.items()}}
+
+    def features(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, 128], for the heads and the Frechet distance."""
+        if image.shape[-2:] != (SIDE, SIDE):
+            image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True)
+        return self.trunk(image)
+
+    def forward(self, image: Tensor, which: Tensor, boxes: Tensor) -> tuple[dict, dict]:
+        """image [B, 3, H, W]; boxes [M, 4] = x0, y0, x1, y1 as fractions, of the pictures which [M].
+
+        -> logits by head, of the pictures [B, ...] and of the boxes [M, ...].
+        """
+        f = self.features(image)
+        g = self.join(torch.cat([self.trunk(crops(image, which, boxes)), f[which]], dim=1))
+        of_pictures = {k: head(f) for k, head in self.picture.items()}
+        return of_pictures, {k: head(g) for k, head in self.object.items()}
+
+
+def crops(image: Tensor, which: Tensor, boxes: Tensor) -> Tensor:
+    """Bilinear crops [M, 3, SIDE, SIDE] of image[which]; beyond a picture its edge is repeated."""
+    if max(image.shape[-2:]) > 2 * SIDE:  # grid_sample does not smooth
+        image = F.interpolate(image, (2 * SIDE, 2 * SIDE), mode="bilinear", antialias=True)
+    at = (torch.arange(SIDE, device=image.device) + 0.5) / SIDE
+    x = 2 * (boxes[:, 0:1] + at * (boxes[:, 2:3] - boxes[:, 0:1])) - 1                     # [M, SIDE]
+    y = 2 * (boxes[:, 1:2] + at * (boxes[:, 3:4] - boxes[:, 1:2])) - 1
+    grid = torch.stack([x[:, None].expand(-1, SIDE, -1), y[:, :, None].expand(-1, -1, SIDE)], dim=-1)
+    return F.grid_sample(image[which], grid, padding_mode="border", align_corners=False)
+
+
+def object_box(x: float, y: float, radius: float, h: int, w: int) -> tuple[float, float, float, float]:
+    """Box with context around a centre (fractions); the radius is in short sides."""
+    rx, ry = CONTEXT * radius * min(h, w) / w, CONTEXT * radius * min(h, w) / h
+    return x - rx, y - ry, x + rx, y + ry
+
+
+def picture_labels(s: scenes.Scene) -> list[int]:
+    return [v.index(getattr(s, k)) for k, v in PICTURE_HEADS.items()]
+
+
+def object_labels(o: scenes.Object) -> list[int]:
+    return [v.index(getattr(o, k)) for k, v in OBJECT_HEADS.items() if k != "object"] + [1]
+
+
+class ParserBatches(torch.utils.data.Dataset):
+    """Item s is a batch of clean renders: pictures, labels, a box on each object and one on free background.
+
+    Boxes are off by up to an eighth of a radius and a tenth in size, since an edited object need not sit
+    where the original did. Every fourth batch is drawn at twice the size.
+    """
+
+    def __init__(self, source: scenes.Scenes, start: int, batch_size: int, steps: int, sizes: tuple[int, ...],
+                 jitter: bool):
+        self.source, self.start, self.batch_size, self.steps = source, start, batch_size, steps
+        self.sizes, self.jitter = sizes, jitter
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        size = self.sizes[step % len(self.sizes)]
+        images, pictures, which, boxes, objects = [], [], [], [], []
+        for j in range(self.batch_size):
+            index = self.start + step * self.batch_size + j
+            s, rng = self.source.scene(index), scenes.rng_for(self.source.seed, index, 11)
+            images.append(scenes.draw(s, size, size))
+            pictures.append(picture_labels(s))
+            places = [(o.x, o.y, scenes.RADIUS[o.size], object_labels(o)) for o in s.objects]
+            for _ in range(8):
+                x, y, r = *rng.uniform(0.1, 0.9, 2), list(scenes.RADIUS.values())[rng.integers(3)]
+                # as near to objects as scenes puts them to each other: what erasing leaves behind
+                if all(math.hypot(x - o.x, y - o.y) > scenes.RADIUS[o.size] + 0.7 * r for o in s.objects):
+                    places.append((x, y, r, [-100, -100, -100, 0]))  # -100: cross_entropy's ignore_index
+                    break
+            for x, y, r, labels in places:
+                if self.jitter:
+                    dx, dy = rng.uniform(-0.12, 0.12, 2)
+                    x, y, r = x + r * dx, y + r * dy, r * rng.uniform(0.9, 1.1)
+                which.append(j)
+                boxes.append(object_box(x, y, r, size, size))
+                objects.append(labels)
+        return (torch.from_numpy(np.stack(images)), torch.tensor(pictures), torch.tensor(which),
+                torch.tensor(boxes, dtype=torch.float32), torch.tensor(objects))
+
+
+def one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True) -> Parser:
+    """A parser trained from scratch on train scenes drawn at 32 x 32 (three batches of four) and 64 x 64."""
+    torch.manual_seed(0)
+    net = Parser().to(device, memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(model.param_groups(net, 0.05), lr=lr, betas=(0.9, 0.99))
+    sizes = (SIDE, SIDE, SIDE, 2 * SIDE)
+    batches = ParserBatches(scenes.Scenes("train"), 0, batch_size, steps, sizes, jitter=True)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, worker_init_fn=one_thread)
+    bar = common.progress(steps, desc="parser")
+    for step, batch in enumerate(loader):
+        images, pictures, which, boxes, objects = (x.to(device) for x in batch)
+        for group in opt.param_groups:
+            group["lr"] = common.lr_at(step, lr, min(200, steps // 10 + 1), steps, "cosine")
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            images = to_float(images).contiguous(memory_format=torch.channels_last)
+            of_pictures, of_objects = net(images, which, boxes)
+            loss = sum(F.cross_entropy(x, pictures[:, i]) for i, x in enumerate(of_pictures.values()))
+            loss = loss + sum(F.cross_entropy(x, objects[:, i]) for i, x in enumerate(of_objects.values()))
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        bar.update()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+    return net.eval()
+
+
+@torch.inference_mode()
+def parser_accuracy(net: Parser, size: int, n: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Right or wrong (1, 0) of every head on clean held-out renders; NaN: a box without an object."""
+    start = len(scenes.Scenes("heldout")) - 20_000  # far from the scenes that checkpoints are judged on
+    right = {k: [] for k in (*PICTURE_HEADS, *OBJECT_HEADS)}
+    batches = ParserBatches(scenes.Scenes("heldout"), start, 100, n // 100, (size,), jitter=False)
+    for images, pictures, which, boxes, objects in map(batches.__getitem__, range(len(batches))):
+        said = net(to_float(images.to(device)), which.to(device), boxes.to(device))
+        for logits, labels in zip(said, (pictures, objects)):
+            for i, (k, x) in enumerate(logits.items()):
+                ok = (x.argmax(1).cpu() == labels[:, i]).double().masked_fill(labels[:, i] < 0, math.nan)
+                right[k].append(ok.numpy())
+    return {k: np.concatenate(v) for k, v in right.items()}
+
+
+def load_parser(path: str, device: torch.device) -> Parser:
+    """The judge from its folder; SystemExit when it is missing, damaged, of another kind or other labels."""
+    if not Path(path).is_dir():
+        raise SystemExit(f"error: --parser: {path}: no such folder: train the judge: `python"
+                         f" evaluate.py parser --out {path} --steps 6000`")
+    weights, manifest = common.load_checkpoint(path, ("model",))
+    net = Parser()
+    if manifest.get("arch") != net.arch:
+        kind = manifest.get("arch", {}).get("kind")
+        raise SystemExit(f"error: --parser: {path}: holds a {kind!r}, or other labels than scenes.py: train"
+                         " the judge: `python evaluate.py parser --out FOLDER --steps 6000`")
+    common.load_state(net, {k: v.float() for k, v in weights["model"].items()}, path)
+    return net.to(device).eval().requires_grad_(False)
