@@ -473,6 +473,7 @@ def _read(folder, names=None):
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _Flaw("manifest.json: damaged") from None
     if names is not None:
+        names = (names,) if isinstance(names, str) else names
         files = {k: v for k, v in files.items() if k.removesuffix(".safetensors") in names}
         if not files:
             raise _Flaw(f"manifest.json: lists no file named {' or '.join(names)}")
@@ -486,7 +487,19 @@ def _read(folder, names=None):
             tensors[file.removesuffix(".safetensors")] = load_file(folder / file)
         except (OSError, SafetensorError) as e:
             raise _Flaw(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    if shared := manifest["meta"].get("shared"):
+        _add_shared(tensors, folder, **shared)
     return tensors, manifest
+
+
+def _add_shared(tensors, folder, path, prefix, sha256):
+    """Weights that a shipped folder leaves in another one (an EditNet's base): `path`, relative to it, must
+    hold the model.safetensors of that hash; its keys are added below `prefix`."""
+    weights, manifest = _read(folder / path, "model")
+    if manifest["files"]["model.safetensors"]["sha256"] != sha256:
+        raise _Flaw(f"manifest.json: shares the weights of {path}, which holds other ones now")
+    for group in tensors.values():
+        group |= {prefix + k: v for k, v in weights["model"].items()}
 
 
 def _newest(out_dir, names=None):

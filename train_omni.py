@@ -358,11 +358,8 @@ def sample_inputs(cfg: Config, editor: model.Editor | model.EditNet) -> dict:
     """The fixed held-out pictures, masks and captions of every sample sheet."""
     if cfg.stage == "edit":
         source = data.open_edits(cfg.data, "heldout")
-        loader = data.make_edit_loader(source, cfg.image_size, min(8, len(source)), p_region=cfg.p_region,
-                                       workers=0, stride=editor.cfg.patch)
-        batch = next(loader)
-        loader.close()
-        return batch
+        return next(data.make_edit_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
+                                                stride=editor.cfg.patch, p_region=cfg.p_region))
     source = data.open_source(cfg.data, "heldout")
     return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
                                        task_mixture(cfg), stride=editor.cfg.patch))

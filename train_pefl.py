@@ -464,11 +464,8 @@ def heldout_grid(cfg: Config, instructed: bool, image_size: int, tasks: dict, st
     """The fixed held-out pictures, masks and captions of the judge and its sheet."""
     if instructed:
         source = data.open_edits(cfg.data, "heldout")
-        loader = data.make_edit_loader(source, image_size, min(32, len(source)), workers=0, stride=stride,
-                                       p_region=cfg.p_region)
-        batch = next(loader)
-        loader.close()
-        return batch
+        return next(data.make_edit_eval_batches(source, range(min(32, len(source))), image_size, 32,
+                                                stride=stride, p_region=cfg.p_region))
     source = data.open_source(cfg.data, "heldout")
     indices = range(min(32, len(source)))
     return next(data.make_eval_batches(source, indices, image_size, 32, tasks, stride=stride))

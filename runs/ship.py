@@ -1,8 +1,10 @@
 """Store the averaged weights of a run as a shipped folder: bf16 safetensors, provenance in manifest.json.
 
     python runs/ship.py assets/base "bash runs/base.sh" out/base/t2i out/base/inpaint
+    python runs/ship.py assets/editnet "bash runs/editnet.sh" out/editnet
 
 The runs are the stages in order: the last one's weights are stored, pictures and minutes are summed over all.
+An instruction editor whose frozen base is a shipped folder beside it leaves those weights there.
 """
 
 import json
@@ -24,6 +26,16 @@ def minutes(run: str) -> float:
     return sum(b - a for a, b in zip(times, times[1:]) if b - a < 600) / 60
 
 
+def without_base(weights: dict, out: Path, base: str) -> tuple[dict, dict]:
+    """The weights less those of the base folder, and where those are; SystemExit if they differ."""
+    tensors, manifest = common.load_checkpoint(base, ("model",))
+    for key, value in tensors["model"].items():
+        if not torch.equal(weights.pop(f"base.{key}"), value):
+            raise SystemExit(f"error: {base}: {key}: differs from the run's: only a frozen base is shared")
+    digest = manifest["files"]["model.safetensors"]["sha256"]
+    return weights, {"path": os.path.relpath(base, out), "prefix": "base.", "sha256": digest}
+
+
 def main(out: str, command: str, *runs: str) -> None:
     stages = [common.load_checkpoint(run, ("ema",)) for run in runs]
     tensors, manifest = stages[-1]
@@ -36,8 +48,10 @@ def main(out: str, command: str, *runs: str) -> None:
         "torch": manifest["torch"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "weights": "EMA, bf16",
         "stages": [{k: v for k, v in m["config"].items() if k not in ("out", "init")} for _, m in stages]}
-    folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, {
-        "arch": manifest["arch"], "config": config, "samples": seen, "provenance": provenance})
+    meta = {"arch": manifest["arch"], "config": config, "samples": seen, "provenance": provenance}
+    if manifest["arch"]["kind"] == "editnet":
+        weights, meta["shared"] = without_base(weights, Path(out), manifest["config"]["init"])
+    folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, meta)
     size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
     print(f"{folder}: step {manifest['step']}, {seen:,} pictures seen, {size:.1f} MiB")
 
