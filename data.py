@@ -10,6 +10,7 @@ Masks are 1 where the picture is to be regenerated. Pictures leave this file as 
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections import Counter, namedtuple
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import edits
 from masks import task_mask
 from pictures import (
     HELDOUT,
@@ -44,6 +46,7 @@ from pictures import (
     too_many,
 )
 
+DRAWN = 1_000_000  # pairs of a procedural source among which tasks or scores are chosen
 ERASE_PROMPT = "empty background, nothing there"
 
 # How often a sample gets each task and loses its caption: ours, the paper gives no probabilities
@@ -134,8 +137,7 @@ class Parquet:
 
     def _picture(self, i):
         """-> (bytes or path, name for messages, caption cell)."""
-        file, (picture, caption) = self.groups.row(self.rows[i])
-        name = f"{file} row {self.rows[i]}"
+        file, name, (picture, caption) = self.groups.row(self.rows[i])
         return picture_cell(picture, file, name), name, caption
 
     def size(self, i):
@@ -174,6 +176,34 @@ def open_source(spec, split="train"):
     return source
 
 
+def open_edits(spec, split="train"):
+    """Edit pairs -> source (see edits.py); SystemExit with one line on all else.
+
+    spec: "scenes", procedural pairs; "scenes:wrong=0.5", half of them wrong, and scored; "omniedit:PATH",
+    "ip2p:PATH", "magicbrush:PATH", "ultraedit:PATH", "jsonl:PATH" or PATH.jsonl, a file or a folder of files.
+    split "train", "heldout" or "all" (of scenes: train)."""
+    if split not in ("train", "heldout", "all"):
+        raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
+    kind, colon, rest = spec.partition(":")
+    if kind == "scenes":
+        from scene_edits import EditScenes
+
+        try:
+            key, _, wrong = rest.partition("=") if colon else ("wrong", "", 0)
+            wrong = float(wrong)
+        except ValueError:
+            key = None
+        if key != "wrong" or not 0 <= wrong <= 1:
+            raise SystemExit(f"error: {spec}: {rest!r}: say scenes, or scenes:wrong=SHARE from 0 to 1")
+        return EditScenes("train" if split == "all" else split, wrong=wrong)
+    if not colon and spec.endswith(".jsonl"):
+        kind, rest = "jsonl", spec
+    if kind not in edits.PRESETS or not rest:
+        raise SystemExit(f"error: {spec}: not a set of edit pairs: give scenes, PATH.jsonl, or one of "
+                         f"{', '.join(edits.PRESETS)} with :PATH")
+    return edits.open_preset(kind, rest, split)
+
+
 #### 2. geometry #############################################################################################
 SCENE_RATIOS = (1, 2 / 3, 3 / 2, 3 / 4, 4 / 3, 9 / 16, 16 / 9)  # the seven of OmniEdit
 RATIOS = SCENE_RATIOS + (1 / 2, 2, 1 / 3, 3, 1 / 4, 4)
@@ -197,27 +227,47 @@ def bucket(h, w, image_size, stride, aspects):
     return min(shapes(image_size, stride), key=lambda s: (round(abs(math.log(h * s[1] / (w * s[0]))), 9), s))
 
 
+def _crop(a, size, h, w, y, x, how, gap=None):
+    """The part of `a`, taken as stretched to a picture of `size`, that `fit` cuts out, resized to (h, w)."""
+    (ih, iw), im = size, Image.fromarray(a)
+    scale = max(h / ih, w / iw)
+    bh, bw = min(ih, h / scale), min(iw, w / scale)
+    top, left, sy, sx = y * (ih - bh), x * (iw - bw), im.height / ih, im.width / iw
+    box = (left * sx, top * sy, min(im.width, (left + bw) * sx), min(im.height, (top + bh) * sy))
+    return np.array(im.resize((w, h), how, box, gap))
+
+
 def fit(image, h, w, y=0.5, x=0.5, segments=None):
     """Resize to cover (h, w) and crop at (y, x) in [0, 1], 0.5 = centre. uint8 [h', w', 3] -> [h, w, 3].
 
     segments of any size, taken as stretched to the picture, get the same crop, nearest -> int32 [h, w]."""
-    ih, iw = image.shape[:2]
-    scale = max(h / ih, w / iw)
-    bh, bw = min(ih, h / scale), min(iw, w / scale)
-    top, left = y * (ih - bh), x * (iw - bw)
-
-    def crop(im, how, gap=None):
-        sy, sx = im.height / ih, im.width / iw
-        box = (left * sx, top * sy, min(im.width, (left + bw) * sx), min(im.height, (top + bh) * sy))
-        return np.array(im.resize((w, h), how, box, gap))
-
+    size = image.shape[:2]
     if segments is not None:
         segments = np.asarray(segments, np.int32)
-        if (ih, iw) != (h, w) or segments.shape != (h, w):
-            segments = crop(Image.fromarray(segments), Image.Resampling.NEAREST)
-    if (ih, iw) != (h, w):
-        image = crop(Image.fromarray(image), Image.Resampling.LANCZOS, 3.0)
+        if size != (h, w) or segments.shape != (h, w):
+            segments = _crop(segments, size, h, w, y, x, Image.Resampling.NEAREST)
+    if size != (h, w):
+        image = _crop(image, size, h, w, y, x, Image.Resampling.LANCZOS, 3.0)
     return image, segments
+
+
+def fit_pair(source, image, mask, h, w, y=0.5, x=0.5):
+    """`fit` of both pictures of an edit, of one size, and of its float mask [h', w'] or None: the same crop.
+
+    With a mask the crop moves as little as needed to hold all that is selected, or the middle of it."""
+    for axis in (0, 1) if mask is not None else ():
+        n, at = mask.shape[axis], np.flatnonzero((mask > 0.5).any(1 - axis))
+        b = min(n, (h, w)[axis] / max(h / mask.shape[0], w / mask.shape[1]))  # pixels the crop keeps
+        if n - b > 1e-6 and len(at):
+            lo, hi = max(0, at[-1] + 1 - b), min(n - b, at[0])  # where it may begin
+            middle = min(max((at[0] + at[-1] + 1 - b) / 2, 0), n - b)
+            start = min(max((y, x)[axis] * (n - b), lo), hi) if lo <= hi else middle
+            y, x = (start / (n - b), x) if axis == 0 else (y, start / (n - b))
+    if mask is not None and mask.shape != (h, w):
+        binary = bool(np.all((mask == 0) | (mask == 1)))
+        mask = np.clip(_crop(mask, mask.shape, h, w, y, x, Image.Resampling.BILINEAR), 0, 1)
+        mask = (mask >= min(0.5, mask.max())).astype(np.float32) if binary else mask  # a thin one stays
+    return *(fit(im, h, w, y, x)[0] for im in (source, image)), mask
 
 
 #### 3. order ################################################################################################
@@ -259,6 +309,14 @@ def shuffled(i, runs, window, key, run_key):
         out[block == b] = start + permute(i[block == b] - start, int(stop - start), (*key, b))
     run = np.searchsorted(ends, out, "right")
     return (np.cumsum(runs) - runs)[order[run]] + out - (ends - runs[order])[run]
+
+
+def paced(counts, rng):
+    """An even mixture of `counts` things: (kind, place in its kind) of each of sum(counts) places."""
+    pace = np.concatenate([(np.arange(k) + rng.random(k)) / k for k in counts])
+    order = np.argsort(pace, kind="stable")
+    kind, place = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(k) for k in counts])
+    return kind[order], place[order]
 
 
 # What one rank loads at a step. slot int64 [B] counts within the bucket; copy > 0 where it wrapped round.
@@ -313,11 +371,12 @@ class Sampler:
     @lru_cache(maxsize=8)
     def _schedule(self, epoch):
         """(bucket, batch) of every step of an epoch: each bucket in its own order, all at an even pace."""
-        rng = np.random.default_rng([self.seed, epoch, 1])
-        pace = np.concatenate([(np.arange(k) + rng.random(k)) / k for k in self.batches])
-        order = np.argsort(pace, kind="stable")
-        return (np.repeat(np.arange(len(self.batches)), self.batches)[order],
-                np.concatenate([np.arange(k) for k in self.batches])[order])
+        return paced(self.batches, np.random.default_rng([self.seed, epoch, 1]))
+
+    def _slots(self, epoch, b, at):
+        """(slot, copy) of places [k] of a bucket's epoch; places past its end wrap round."""
+        keys = (self.seed, epoch, 2, b), (self.seed, epoch, 3)
+        return shuffled(at % self.count[b], self.runs[b], self.window, *keys), at // self.count[b]
 
     def request(self, step):
         epoch, k = divmod(step, len(self))
@@ -325,15 +384,89 @@ class Sampler:
         at = np.arange(self.total) + j * self.total
         wrapped = int((at >= self.count[b]).sum())
         position = list(range(self.rank * self.batch, (self.rank + 1) * self.batch))
-        at, keys = at[position], ((self.seed, epoch, 2, b), (self.seed, epoch, 3))
-        slot = shuffled(at % self.count[b], self.runs[b], self.window, *keys)
+        slot, copy = self._slots(epoch, b, at[position])
         draw = np.random.default_rng([self.seed, step, 4]).integers(len(self.shapes)) if self.drawn else b
-        return Request(step, epoch, self.shapes[draw], b, slot, at // self.count[b], position, wrapped)
+        return Request(step, epoch, self.shapes[draw], b, slot, copy, position, wrapped)
 
     def index(self, b, slot):
         """Index in the source of a slot; slots past the end wrap round."""
         slot = int(slot) % self.count[b]
         return slot if self.members[b] is None else int(self.members[b][slot])
+
+
+class EditSampler(Sampler):
+    """Order of edit pairs: as Sampler's, with tasks as often as their weights say, and low scores left out.
+
+    In every bucket the tasks are mixed at an even pace, and each goes through its own pairs again and again,
+    all of them shuffled before any comes back; the task that lasts longest makes the epoch. weights: task ->
+    weight ("": pairs without one), or None to take pairs as they are. NaN is no score, and below any."""
+
+    def __init__(self, source, *args, weights=None, min_score=None):
+        super().__init__(source, *args)
+        n, runs = len(source), np.asarray(getattr(source, "runs", [len(source)]))
+        if _size(source, 0) is None:  # drawn, not stored: as many as can be looked at one by one
+            n, runs = min(n, DRAWN), np.array([min(n, DRAWN)])
+        self.tasks, ids, keep = [""], np.zeros(n, np.int64), np.ones(n, bool)
+        if weights is not None:
+            self.tasks = [*source.tasks, ""]
+            ids = getattr(source, "task_of", None)
+            ids = [self.tasks.index(source.task(i) or "") for i in range(n)] if ids is None else ids[:n]
+            ids = np.asarray(ids, np.int64) % len(self.tasks)  # -1, no task, is the last
+            keep = np.array([weights.get(t, 0) > 0 for t in self.tasks])[ids]
+        self.unused = n - int(keep.sum())
+        if min_score is not None:
+            scores = getattr(source, "scores", None)
+            scores = [source.score(i) for i in range(n)] if scores is None else scores[:n]
+            keep &= np.asarray(scores, np.float32) >= min_score
+        self.low = n - self.unused - int(keep.sum())
+        if not keep.any():
+            raise SystemExit(f"error: min_score, tasks: {min_score}, {weights}: none of the {n:,} pairs of "
+                             f"{source.name} is left: lower min_score, or change the weights")
+        self.number = np.bincount(ids[keep], minlength=len(self.tasks))
+        share = np.array([(weights or {"": 1.0}).get(t, 0) for t in self.tasks]) * (self.number > 0)
+        longest = max(k / s for k, s in zip(self.number, share) if s > 0)
+        self.often = share * longest / np.maximum(self.number, 1)  # of a task's pairs, in an epoch
+        run_of, buckets = np.searchsorted(np.cumsum(runs), np.arange(n), "right"), []
+        for shape, members in zip(self.shapes if self.members[0] is not None else [None], self.members):
+            m = np.arange(n) if members is None else members
+            groups = [m[keep[m] & (ids[m] == t)] for t in range(len(self.tasks))]
+            if any(map(len, groups)):
+                buckets.append((shape, groups, [np.bincount(run_of[g], minlength=len(runs)) for g in groups]))
+        if self.members[0] is not None:
+            self.shapes = [b[0] for b in buckets]
+        self.members = [np.concatenate(groups) for _, groups, _ in buckets]
+        self.first = [np.cumsum([0, *map(len, groups)]) for _, groups, _ in buckets]
+        self.runs = [runs for *_, runs in buckets]
+        # rounded first: 3.0000000000000004 times one pair is not four
+        self.quota = [np.ceil(np.round(np.diff(f) * self.often, 6)).astype(np.int64) for f in self.first]
+        self.count = [int(q.sum()) for q in self.quota]
+        self.batches = [-(-c // self.total) for c in self.count]
+
+    def summary(self):
+        tasks = ", ".join(f"{t or 'no task'} {k:,} x {o:.2f}" for t, k, o in
+                          zip(self.tasks, self.number, self.often) if k) if len(self.tasks) > 1 else ""
+        left = f"; left out: {self.low:,} by score, {self.unused:,} by task" * (self.low + self.unused > 0)
+        tasks = f"; pairs of a task, and how often an epoch has them: {tasks}" * bool(tasks)
+        return super().summary() + tasks + left
+
+    @lru_cache(maxsize=32)
+    def _mixed(self, epoch, b):
+        return paced(self.quota[b], np.random.default_rng([self.seed, epoch, 5, b]))
+
+    def _slots(self, epoch, b, at):
+        kinds, places = self._mixed(epoch, b)
+        kind, lap = kinds[at % self.count[b]], at // self.count[b]
+        turn = places[at % self.count[b]] + epoch * self.quota[b][kind]
+        cycle, place = np.divmod(turn, np.diff(self.first[b])[kind])
+        slot = np.empty_like(place)
+        for k, c in set(zip(kind.tolist(), cycle.tolist())):
+            mine = (kind == k) & (cycle == c)
+            keys = (self.seed, c, 2, b, k), (self.seed, c, 3)
+            slot[mine] = self.first[b][k] + shuffled(place[mine], self.runs[b][k], self.window, *keys)
+        return slot, cycle * 4096 + lap  # copies of a pair in an epoch differ in one or the other
+
+    def index(self, b, slot):
+        return int(self.members[b][int(slot) % len(self.members[b])])
 
 
 class Listed:
@@ -394,6 +527,32 @@ def make_sample(source, tasks, prompt_free, hflip, train, index, h, w, rng, note
     notes[f"{asked} turned into {task}"] += task != asked
     caption = ERASE_PROMPT if task == "erase" else "" if drop < free else caption
     return dict(image=image, mask=mask[None], caption=caption, task=task, segments=segments)
+
+
+SIDES = re.compile(r"\b(left|right|(counter|anti)?-?clockwise|mirror|flip|rotat|east|west"
+                   r"|text|word|letter|number|sign|writ|say|read|spell)|[\"\u201c\u201d\u00ab]", re.I)
+
+
+def make_edit_sample(source, p_region, train, index, h, w, rng, notes):
+    """One edit pair, cropped and flipped alike; all randomness is from `rng`, in a fixed order. BadFile.
+
+    Not flipped (else half of them) where the instruction speaks of sides or of writing."""
+    item = source.load(index, h, w)
+    y, x, flip, shown, which = rng.random(5)
+    wordings = item.get("captions") or [item["caption"]]
+    caption, cut = clean_caption(wordings[int(which * len(wordings)) if train else 0])
+    notes["captions cut"] += cut
+    at = (y, x) if train else (0.5, 0.5)
+    before, image, mask = fit_pair(item["source"], item["image"], item["mask"], h, w, *at)
+    if mask is None or shown >= p_region:
+        mask = np.ones((h, w), np.float32)
+    else:
+        notes["regions shown"] += 1
+    if train and flip < 0.5 and not SIDES.search(caption):
+        before, image, mask = (np.ascontiguousarray(a[:, ::-1]) for a in (before, image, mask))
+    score = np.float32(math.nan if item["score"] is None else item["score"])
+    return dict(image=image, source=before, mask=mask[None], caption=caption, task=item["task"] or "",
+                score=score)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -502,6 +661,44 @@ def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, seed
     return Loader(source, order, make, seed, workers, None, max_bad)
 
 
+def edit_weights(source, balance):
+    """balance: True, all tasks alike; False, pairs as they come; or a dict task -> weight -> dict or None."""
+    if not isinstance(balance, dict):
+        return dict.fromkeys((*source.tasks, ""), 1.0) if balance else None
+    for t, p in balance.items():
+        if t not in (*source.tasks, "") or not 0 <= p < math.inf:
+            raise SystemExit(f"error: tasks: {t}={p}: use numbers >= 0 for {', '.join(source.tasks)}")
+    return balance
+
+
+def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0,
+                     aspects=False, stride=8, p_region=0.3, balance=True, min_score=None, max_bad=MAX_BAD):
+    """Endless batches of edit pairs, as sure as `make_loader`'s. Source, target and mask are cropped and
+    flipped together; the crop holds the region of the edit where there is a mask.
+
+    batch: image (the target) and source [B, 3, H, W] in [-1, 1]; mask [B, 1, H, W], 1 = may change, ones for
+    free-form edits; caption (the instruction) and task, lists of str ("" without one); score float32 [B] in
+    0..10, NaN for none; index int64 [B], position, step, epoch.
+    p_region: chance that a pair with a mask is shown it (default ours; UltraEdit's second stage mixes them).
+    balance: see `edit_weights`; a task that is not named in a dict is left out. min_score: pairs with a lower
+    score, or none, are left out. A procedural source is taken to hold its tasks equally often."""
+    args = source, image_size, batch_size, seed, rank, world, aspects, stride
+    as_drawn = _size(source, 0) is None and not isinstance(balance, dict) and min_score is None
+    weights = edit_weights(source, balance)
+    order = Sampler(*args) if as_drawn else EditSampler(*args, weights=weights, min_score=min_score)
+    make = partial(make_edit_sample, source, p_region, True)
+    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad)
+
+
+def make_edit_eval_batches(source, indices, image_size, batch_size, seed=0, rank=0, world=1, workers=0,
+                           aspects=False, stride=8, p_region=0.0, max_bad=MAX_BAD):
+    """The given pairs once, in order, as `make_edit_loader` batches: centre crops, no flips, first wordings.
+    Ranks, steps and positions as in `make_eval_batches`."""
+    order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
+    make = partial(make_edit_sample, source, p_region, False)
+    return Loader(source, order, make, seed, workers, None, max_bad)
+
+
 #### 5. preferences ##########################################################################################
 Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind", defaults=[""])
 
@@ -591,19 +788,20 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
     """Open a data source and report counts, bad files, shapes, captions and mask areas; draw a sheet.
 
     Args:
-        spec: scenes, a folder of pictures, a parquet file or a folder of them
+        spec: scenes, a folder of pictures, a parquet file or a folder of them; or edit pairs:
+            scenes:wrong=SHARE, omniedit:PATH, ip2p:PATH, magicbrush:PATH, ultraedit:PATH, PATH.jsonl
         image_size: side of the square, or of the square of equal area
         stride: sides are multiples of it
-        aspects: keep aspect ratios
+        aspects: keep aspect ratios (of edit pairs: always)
         limit: pictures decoded, evenly spaced over the source
         out: where the sheet of pictures with their masks goes
     """
     from tqdm import tqdm
 
-    from common import contact_sheet
-
     if limit < 1:
         raise SystemExit(f"error: --limit: {limit}: look at one picture at least")
+    if ":" in spec and not Path(spec).exists() or spec.endswith(".jsonl"):
+        return check_edits(open_edits(spec, "all"), image_size, stride, limit, out)
     source = open_source(spec, "train" if spec == "scenes" else "all")
     picks = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist()
     used, notes, lengths, areas, bad, rows = Counter(), Counter(), [], {t: [] for t in TASKS}, [], []
@@ -636,12 +834,69 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
     for t, a in areas.items():
         low, mid, high = np.quantile(a, (0.05, 0.5, 0.95)) if a else (0, 0, 0)
         print(f"  mask area, {t}: median {mid:.2f}, 5% to 95% {low:.2f} to {high:.2f} ({len(a):,} pictures)")
+    save_sheet(out, rows, ["picture", *TASKS])
+    raise SystemExit(1 if bad else 0)
+
+
+def save_sheet(out, *rows):
+    """Contact sheet (common.contact_sheet) written to `out`; SystemExit if that is no place for a picture."""
+    from common import contact_sheet
+
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(rows, ["picture", *TASKS]).save(out)
+        contact_sheet(*rows).save(out)
     except (OSError, ValueError) as e:  # Pillow: an unknown suffix is a ValueError
         raise SystemExit(f"error: --out: {out}: {e}: give a writable place that ends in .png") from None
     print(f"  sheet: {out}")
+
+
+def check_edits(source, image_size, stride, limit, out):
+    """The report of `check` on edit pairs; of the sheet a row is source, target, mask and instruction."""
+    from tqdm import tqdm
+
+    n, bad, rows, titles, areas, lengths = len(source), [], [], [], [], []
+    picks = np.unique(np.linspace(0, n - 1, min(limit, n)).astype(int)).tolist()
+    every = picks if _size(source, 0) is None else range(n)  # a procedural source has too many to ask
+    tasks = Counter(source.task(i) or "no task" for i in every)
+    scores = [source.score(i) for i in every]
+    used, notes = Counter(), Counter()
+    for k, i in enumerate(tqdm(picks, disable=None, leave=False)):
+        try:
+            h, w = bucket(*(source.size(i) or (1, 1)), image_size, stride, True)
+            shown = notes["regions shown"]
+            s = make_edit_sample(source, 1.0, False, i, h, w, np.random.default_rng(i), notes)
+        except BadFile as e:
+            bad.append(str(e).removeprefix("error: "))
+            continue
+        used[h, w] += 1
+        lengths.append(len(s["caption"].encode()))
+        masked = notes["regions shown"] > shown
+        areas += [float(s["mask"].mean())] * masked
+        if k >= len(rows) * len(picks) / 8:
+            grey = np.repeat((s["mask"][0, ..., None] * 255).astype(np.uint8), 3, 2)
+            rows.append([Image.fromarray(p) for p in (s["source"], s["image"], grey)[:2 + masked]])
+            score = "" if math.isnan(s["score"]) else f" {s['score']:.1f}"
+            titles.append(f"{s['task'] or 'no task'}{score}: {s['caption']}")
+    print(f"{source.name}: {n:,} pairs, {len(picks):,} looked at, {len(bad)} cannot be used, "
+          f"{getattr(source, 'bad_lines', 0)} bad rows, {getattr(source, 'missing', 0)} of missing folders")
+    print("".join(f"  bad: {b}\n" for b in bad[:20]), end="")
+    print("".join(f"  shape {w}x{h}: {k:,}\n" for (h, w), k in used.most_common()), end="")
+    print("  tasks: " + ", ".join(f"{t} {k:,}" for t, k in tasks.most_common()))
+    if not lengths:
+        raise SystemExit(f"error: {source.name}: not one pair can be used: see the list above")
+    print(f"  instructions: median {int(np.median(lengths))} bytes, longest {max(lengths)}, "
+          f"{notes['captions cut']} cut at {MAX_CAPTION}")
+    known = [s for s in scores if s is not None]
+    print(f"  scores: {len(known):,} of {len(scores):,} pairs, {sum(s >= 9 for s in known):,} at least 9")
+    for low, k in enumerate(np.histogram(known, np.arange(11))[0].tolist() if known else ()):
+        print(f"    {low} to {low + 1}: {k:>9,} {'#' * round(50 * k / len(known))}")
+    low, mid, high = np.quantile(areas or [0], (0.05, 0.5, 0.95))
+    print(f"  mask area: median {mid:.1%}, 5% to 95% {low:.1%} to {high:.1%} ({len(areas):,} pairs have one)")
+    odd = sum(not 0.001 <= a <= 0.99 for a in areas)
+    if odd:
+        print(f"  WARNING: {odd:,} of {len(areas):,} masks select nearly nothing or everything: is white the "
+              "edit? (preset magicbrush reads transparent = edit)")
+    save_sheet(out, rows, ["source", "target", "mask"], titles)
     raise SystemExit(1 if bad else 0)
 
 

@@ -196,7 +196,8 @@ def checked(rows, check):
     return good, bad
 
 
-def json_lines(path):
+def json_lines(path, starts=None):
+    """Yields (name for messages, row or ValueError) for each line; `starts` gets its number and offset."""
     with open(path, "rb") as f:
         for n, line in enumerate(iter(lambda: f.readline(1 << 20), b""), 1):
             try:
@@ -204,6 +205,8 @@ def json_lines(path):
             except (ValueError, RecursionError):
                 row = ValueError("not JSON, or longer than 1 MiB")
             if line.strip():
+                if starts is not None:
+                    starts.extend((n, f.tell() - len(line)))
                 yield f"{path} line {n}", row
 
 
@@ -253,12 +256,13 @@ class RowGroups:
             except Exception as e:  # ArrowInvalid, OSError
                 raise BadFile(file, f"not parquet ({printable(str(e))[:80]})", "download it again") from None
             columns = choose(file, {field.name: str(field.type) for field in f.schema_arrow})
+            start = sum(runs)
             for g in range(f.metadata.num_row_groups):
                 group = f.metadata.row_group(g)
                 if group.total_byte_size > 2 << 30:
                     raise BadFile(file, f"row group {g} is over 2 GiB", "write smaller row groups")
                 largest = max(largest, group.total_byte_size)
-                self.groups.append((file, g, columns))
+                self.groups.append((file, start, g, columns))
                 runs.append(group.num_rows)
         self.window = max(1, CACHE_BYTES // largest)
         self.first = np.concatenate([[0], np.cumsum(runs)]).astype(np.int64)
@@ -268,11 +272,11 @@ class RowGroups:
         return np.diff(np.searchsorted(rows, self.first))
 
     def row(self, n):
-        """-> (file, cells of the chosen columns, None for a column that is None)."""
+        """-> (file, name for messages, cells of the chosen columns, None for a column that is None)."""
         import pyarrow.parquet as pq
 
         g = int(np.searchsorted(self.first, n, "right")) - 1
-        file, group, columns = self.groups[g]
+        file, start, group, columns = self.groups[g]
         if self.pid != os.getpid():  # a worker starts with its own cache
             self.pid, self.cache = os.getpid(), OrderedDict()
         if g not in self.cache:
@@ -286,22 +290,24 @@ class RowGroups:
                 self.cache.popitem(last=False)
         self.cache.move_to_end(g)
         at = int(n - self.first[g])
-        return file, [self.cache[g][c][at].as_py() if c else None for c in columns]
+        cells = [self.cache[g][c][at].as_py() if c else None for c in columns]
+        return file, f"{file} row {n - start}", cells
 
     def light(self, choose):
-        """Small columns of all rows at once: choose(names) -> the columns wanted of a file, None for none;
-        yields for each file (file, list of pyarrow arrays or None)."""
+        """Small columns of every row, read at once: choose(names of a file's columns) -> those wanted, None
+        for none. Yields (name for messages, list of cells) in the order of the rows."""
         import pyarrow.parquet as pq
 
         for file in self.files:
-            f = pq.ParquetFile(file)
-            columns = choose(f.schema_arrow.names)
             try:
+                f = pq.ParquetFile(file)
+                columns = choose(f.schema_arrow.names)
                 table = f.read(columns=list(dict.fromkeys(c for c in columns if c)))
             except Exception as e:
                 what = f"damaged ({printable(str(e))[:80]})"
                 raise BadFile(file, what, "download the file again") from None
-            yield file, f.metadata.num_rows, [table[c] if c else None for c in columns]
+            lists = [table[c].to_pylist() if c else [None] * f.metadata.num_rows for c in columns]
+            yield from ((f"{file} row {n}", cells) for n, cells in enumerate(zip(*lists)))
 
 
 def picture_cell(value, file, name):
