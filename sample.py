@@ -1,23 +1,30 @@
-"""Pictures from a checkpoint folder, which is all it needs: t2i, inpaint, outpaint, erase.
+"""Pictures from a checkpoint folder, which is all it needs: t2i, inpaint, outpaint, erase, edit.
 
     python sample.py inpaint --ckpt assets/base --image a.png --mask m.png --prompt "a small red star"
     python sample.py outpaint --ckpt assets/base --image a.png --aspect 16:9     # no prompt: prompt-free
     python sample.py erase --ckpt out/pefl --image photos/ --out out/erased      # masks: photos/NAME.mask.png
     python sample.py inpaint --ckpt out/pefl --jsonl edits.jsonl --num_samples 4 --seed 7
     torchrun --nproc_per_node=8 sample.py t2i --ckpt out/base --jsonl prompts.jsonl   # a share for each rank
+    python sample.py edit --ckpt out/editnet --image a.png --instruction "make it snow" "remove the red star"
+    python sample.py edit --ckpt out/editnet --jsonl GEdit-Bench/data --out out/gedit  # the scorer's tree
 
 A picture of any size is fitted, without squashing, into a shape the model was trained at, and comes back at
 its own size: the generated region is scaled up and pasted into the original, whose pixels outside a soft seam
 stay the same, bit for bit. --out also gets samples.jsonl (a row per result: input, prompt, seed, settings)
 and the contact sheet sheet.png.
+
+edit follows instructions. Several are a chain, each editing the result before; with a mask only what is white
+may change. --jsonl: lines {source, instruction or instructions, mask, seed, key, task}, or a benchmark's own
+file: GEdit-Bench's parquet, ImgEdit's basic_edit.json, MagicBrush's edit_sessions.json, with --image as the
+folder of their pictures. --layout names the results as a benchmark's scorer expects.
 """
 
 import json
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -41,12 +48,13 @@ import pictures
 
 @dataclass
 class Config:
-    task: tyro.conf.Positional[Literal["t2i", "inpaint", "outpaint", "erase"]]  # what to make
+    task: tyro.conf.Positional[Literal["t2i", "inpaint", "outpaint", "erase", "edit"]]  # what to make
     ckpt: str  # checkpoint folder: a run, one of its steps, or a shipped one such as assets/base
     out: str = "out/samples"  # folder for the results, samples.jsonl, sheet.png; overwrites earlier ones
     image: str | None = None  # picture, or a folder of them (broken ones are then skipped and counted)
     mask: str | None = None  # white = regenerate; file or folder of NAME.png; default NAME.mask.png beside it
     prompt: str | None = None  # what to draw, "" = prompt-free; default NAME.txt beside NAME, for outpaint ""
+    instruction: tuple[str, ...] = ()  # edit: what to change, one text a turn; default lines of NAME.txt
     jsonl: str | None = None  # instead of --image: lines {image, mask, prompt, seed, ...}; paths from there
     left: int | None = None  # outpaint: pixels to add on this side
     right: int | None = None  # outpaint: pixels to add on this side
@@ -58,12 +66,16 @@ class Config:
     num_samples: int = 1  # results per input, each from its own noise
     seed: int = 0  # noise of result k of an input = f(seed, k), whatever the batch and the other inputs
     steps: int = 20  # sampler steps (ByteEdit: 20 for the base, 8 once accelerated)
-    guidance: float = 1.0  # classifier-free guidance; 1 = off, as PeFL trains; 3 helps a base, twice the time
+    guidance: float | None = None  # classifier-free guidance; default 1 (off, as PeFL trains), for edit 3
+    image_guidance: float = 1.5  # edit: the same towards the source picture; 1 = off
     solver: Literal["euler", "heun"] = "euler"  # heun: second order, two evaluations a step
     shift: float | None = None  # moves the steps towards noise; default the checkpoint's
     size: int | None = None  # working resolution: side of the square of equal area; default the checkpoint's
     seam: int = 2  # pixels around the mask that fade from generated to original; 0 = hard paste
     keep_known: bool = False  # put the known region back at every step; the model is shown it anyway
+    blend: bool = False  # edit with a mask: put it back after every second step (UltraEdit's soft-mask blend)
+    paste: bool = True  # edit with a mask: the rest of the original untouched; False: as the model made it
+    layout: Literal["flat", "gedit", "imgedit", "magicbrush"] | None = None  # edit: default the input file's
     weights: Literal["auto", "ema", "model"] = "auto"  # auto: the averaged ones where the checkpoint has them
     batch_size: int = 16  # results sampled together: speed and memory only
     bf16: bool = True  # autocast; False: fp32 throughout
@@ -76,61 +88,79 @@ TAKES = {  # what each task takes; flags of another task are refused, keys of a 
     "inpaint": ("image", "mask", "prompt"),
     "outpaint": ("image", "prompt", *SIDES, "aspect"),
     "erase": ("image", "mask"),
+    "edit": ("image", "mask", "instruction", "image_guidance", "blend", "paste", "layout"),
 }
+GUIDANCE = {"edit": 3.0}  # default of --guidance, else 1. For large models: InstructPix2Pix 7.5, CosXL-Edit 5
+GEDIT = ("task_type", "key", "instruction", "instruction_language", "input_image")  # columns of its parquet
 SHEET_ROWS, SHEET_RESULTS, THUMB = 24, 8, 256  # contact sheet: inputs, results of each, longest side
 
 
 def main(cfg: Config) -> None:
     # 1) what was asked for, before anything is loaded
     check(cfg)
-    items, bad_lines = list_items(cfg)
+    if cfg.guidance is None:
+        cfg = replace(cfg, guidance=GUIDANCE.get(cfg.task, 1.0))
+    items, bad_lines = list_edits(cfg) if cfg.task == "edit" else list_items(cfg)
     many = bool(cfg.jsonl) or Path(cfg.image or "").is_dir()
     dist = common.setup(cfg.device)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save; this one need not
     out = prepare_out(cfg, items, dist)
 
     # 2) model, and the shapes it knows. A t2i result is not cut out of a square: rather unknown positions
-    editor, manifest = load_editor(cfg)
-    editor.to(dist.device).eval().requires_grad_(False)
+    net, manifest = load_net(cfg)
+    net.to(dist.device).eval().requires_grad_(False)
     trained = manifest.get("config", {})
     shift = float(trained.get("shift", 1.0)) if cfg.shift is None else cfg.shift
-    size = working_size(cfg, trained, editor.cfg.patch)
+    size = working_size(cfg, trained, net.cfg.patch)
     aspects = bool(trained.get("aspects")) or cfg.task == "t2i"
-    common.print0(f"{cfg.task}: {common.n_params(editor) / 1e6:.1f} M parameters, step {manifest['step']}, "
+    common.print0(f"{cfg.task}: {common.n_params(net) / 1e6:.1f} M parameters, step {manifest['step']}, "
                   f"{dist.device}, {len(items)} input(s), worked on at {size}x{size} or a shape of that area")
 
     # 3) sample: a few batches of inputs at a time, those of one shape together
     mine = items[dist.rank::dist.world]
     calls = cfg.steps if cfg.solver == "euler" else 2 * cfg.steps - 1
-    bar = common.progress(len(mine) * cfg.num_samples * calls, desc=f"{cfg.task} steps", dist=dist)
+    evaluations = sum(len(item["files"]) for item in mine) * cfg.num_samples * calls
+    bar = common.progress(evaluations, desc=f"{cfg.task} steps", dist=dist)
+    settings = dict(steps=cfg.steps, guidance=cfg.guidance, shift=shift, solver=cfg.solver,
+                    keep_known=cfg.keep_known, bf16=cfg.bf16)
+    if cfg.task == "edit":
+        settings |= dict(image_guidance=cfg.image_guidance, blend=cfg.blend)
+    draw = edit if cfg.task == "edit" else generate
     sheet, written, skipped = [], 0, 0
     for start in range(0, len(mine), 4 * cfg.batch_size):
         jobs = []
         for item in mine[start:start + 4 * cfg.batch_size]:
             try:
-                jobs.append(load_job(item, cfg.task, size, editor.cfg, aspects))
+                jobs.append(load_job(item, cfg.task, size, net.cfg, aspects))
             except SystemExit as e:
                 if not many:
                     bar.leave = False
                     bar.close()
                     raise
                 skipped += 1
-                bar.total -= cfg.num_samples * calls
+                bar.total -= len(item["files"]) * cfg.num_samples * calls
                 tqdm.write(f"skipped: {pictures.printable(str(e)).removeprefix('error: ')}")
-        for batch in batches(jobs, cfg.num_samples, cfg.batch_size):
-            x0 = generate(
-                editor, [job.prompt for job, _ in batch], torch.stack([job.mask_in for job, _ in batch]),
-                torch.stack([job.masked for job, _ in batch]),
-                [common.generators(job.seed, 0, [k])[0] for job, k in batch], cfg.steps, cfg.guidance, shift,
-                cfg.solver, cfg.keep_known, cfg.bf16, tick=lambda: bar.update(len(batch)))
-            if not x0.isfinite().all():
-                raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --bf16=False")
-            for (job, k), picture in zip(batch, x0.cpu()):
-                result = finish(picture, job, cfg.seam)
-                save(out, job, k, result, cfg, {"shift": shift, "step": manifest["step"]})
-                written += 1
-                job.results += [thumb(result)] if len(job.results) < SHEET_RESULTS else []
-        sheet += [sheet_row(job) for job in jobs[:SHEET_ROWS - len(sheet)]]
+        todo = [(job, k) for job in jobs for k in range(cfg.num_samples)]
+        while todo:  # a second time and more for chains of instructions
+            later = []
+            for batch in batches(todo, cfg.batch_size):
+                x0 = draw(
+                    net, [job.prompt for job, _ in batch], torch.stack([job.mask_in for job, _ in batch]),
+                    torch.stack([job.masked for job, _ in batch]),
+                    [common.generators(job.seed, 0, [k])[0] for job, k in batch], **settings,
+                    tick=lambda: bar.update(len(batch)))
+                if not x0.isfinite().all():
+                    raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --bf16=False")
+                for (job, k), picture in zip(batch, x0.cpu()):
+                    result = finish(picture, job, cfg.seam, cfg.paste)
+                    save(out, job, k, result, cfg, {"shift": shift, "step": manifest["step"]})
+                    written += 1
+                    if k < SHEET_RESULTS:
+                        job.results[k, job.turn] = thumb(result)
+                    if job.turn + 1 < len(job.item["files"]):
+                        later.append((next_turn(job, result), k))
+            todo = later
+        sheet += [row for job in jobs[:SHEET_ROWS - len(sheet)] for row in sheet_rows(job)]
     bar.close()
 
     # 4) contact sheet and the count, from all ranks
@@ -143,11 +173,16 @@ def main(cfg: Config) -> None:
     if not written:
         raise SystemExit(f"error: {cfg.jsonl or cfg.image}: all {skipped} inputs skipped: see above")
     if common.is_main(dist):
-        count = min(cfg.num_samples, SHEET_RESULTS)
+        row_titles, rows = [title for title, _ in sheet], [row for _, row in sheet]
         titles = [] if cfg.task == "t2i" else ["picture", "mask"]
-        titles += [f"result {k}" for k in range(count)] if count > 1 else ["result"]
-        rows, row_titles = [row for _, row in sheet], [title for title, _ in sheet]
-        write(out / "sheet.png", common.contact_sheet(rows, titles, row_titles))
+        if cfg.task == "edit" and not any(overlay for _, overlay, *_ in rows):
+            titles, rows = ["picture"], [[row[0], *row[2:]] for row in rows]
+        count = max(map(len, rows)) - len(titles)
+        if any(len(item["files"]) > 1 for item in items):
+            titles += [f"turn {turn}" for turn in range(1, count + 1)]
+        else:
+            titles += [f"result {k}" for k in range(count)] if count > 1 else ["result"]
+        write(out, "sheet.png", common.contact_sheet(rows, titles, row_titles))
         common.print0(f"{written} result(s) in {out}, {skipped} input(s) skipped")
         common.print0(f"contact sheet: {out / 'sheet.png'}")
     common.cleanup()
@@ -186,12 +221,41 @@ def generate(editor: model.Editor, captions: list[str], mask: Tensor, masked: Te
         return flow.sample(denoise, noise, flow.timesteps(steps, shift), solver, **known)
 
 
-def batches(jobs: list["Job"], num_samples: int, batch_size: int) -> Iterator[list[tuple["Job", int]]]:
+@torch.inference_mode()
+def edit(net: model.EditNet, instructions: list[str], region: Tensor, source: Tensor,
+         gens: list[torch.Generator], steps: int = 20, guidance: float = 3.0, image_guidance: float = 1.5,
+         shift: float = 1.0, solver: str = "euler", keep_known: bool = False, blend: bool = False,
+         bf16: bool = True, tick: Callable[[], object] = lambda: None) -> Tensor:
+    """Edit pictures at the model's own resolution -> x0 [B, C, H, W], fp32, not clamped.
+
+    instructions [B]; region [B, 1, H, W] in [0, 1], 1 = may change (ones: a free-form edit), and the pictures
+    source [B, C, H, W], on any device; gens: one CPU generator per picture, for its noise. guidance is that
+    of the text, image_guidance that of the source: flow.dual_weights says which rows a step evaluates, in one
+    call. keep_known blends the source outside the region in after every step, blend after every second one
+    (flow.sample). tick: called at every evaluation.
+    """
+    device = net.base.mmdit.pos_embed.device
+    region, source = region.to(device), source.to(device)
+    noise = common.randn(gens, source.shape[1:], device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        null = [x.expand(len(instructions), *x.shape[1:]) for x in net.encode_text([""])]
+        velocity = flow.edit_denoise(net, net.encode_text(instructions), null, source, region, guidance,
+                                     image_guidance)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            tick()
+            return velocity(x, t)
+
+        known = dict(known=source, noise=noise, mask=region) if keep_known or blend else {}
+        return flow.sample(denoise, noise, flow.timesteps(steps, shift), solver, **known, alternate=blend)
+
+
+def batches(pairs: list[tuple["Job", int]], batch_size: int) -> Iterator[list[tuple["Job", int]]]:
     """All (job, sample number) by working shape, at most batch_size at once."""
     def shape(pair: tuple["Job", int]) -> torch.Size:
         return pair[0].mask_in.shape
 
-    for _, group in groupby(sorted(((job, k) for job in jobs for k in range(num_samples)), key=shape), shape):
+    for _, group in groupby(sorted(pairs, key=shape), shape):
         group = list(group)
         for i in range(0, len(group), batch_size):
             yield group[i:i + batch_size]
@@ -206,15 +270,20 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value is not None and value < low:
             raise SystemExit(f"error: --{name}: {value}: must be at least {low}")
-    for name, value in (("guidance", cfg.guidance), ("shift", 1.0 if cfg.shift is None else cfg.shift)):
-        if not (math.isfinite(value) and (value > 0 or name == "guidance" and value == 0)):
+    for name in ("guidance", "image_guidance", "shift"):
+        value = 1.0 if getattr(cfg, name) is None else getattr(cfg, name)
+        if not (math.isfinite(value) and (value > 0 or name != "shift" and value == 0)):
             raise SystemExit(f"error: --{name}: {value}: must be a positive number")
+    default = {f.name: f.default for f in fields(cfg)}
     for name in sorted(set().union(*TAKES.values()) - set(TAKES[cfg.task])):
-        if getattr(cfg, name) is not None:
+        if getattr(cfg, name) != default[name]:
             raise SystemExit(f"error: --{name}: {getattr(cfg, name)}: not used by {cfg.task}: leave it out")
     if cfg.keep_known and cfg.task == "t2i":
         raise SystemExit("error: --keep_known: True: t2i has no known region: leave it out")
-    if cfg.jsonl and cfg.image:
+    if cfg.keep_known and cfg.blend:
+        raise SystemExit("error: --blend: True: not together with --keep_known, which blends at every step: "
+                         "give one of them")
+    if cfg.jsonl and cfg.image and not (cfg.task == "edit" and Path(cfg.image).is_dir()):
         raise SystemExit(f"error: --jsonl: {cfg.jsonl}: not together with --image: give one of them")
 
 
@@ -257,16 +326,15 @@ def ratio(text: str) -> float:
 
 
 def list_items(cfg: Config) -> tuple[list[dict], int]:
-    """-> dicts of TAKES[task], prompt, seed, name (of the results: unique, safe); the number of bad lines."""
+    """-> dicts of TAKES[task], prompt, seed, name and [name] of the result (unique, safe); bad lines."""
     base = {key: getattr(cfg, key) for key in (*TAKES[cfg.task], "seed")}
     bad = 0
     try:
         if cfg.jsonl:
-            items, bad = read_jsonl(Path(cfg.jsonl), base, cfg.task)
+            path = Path(cfg.jsonl)
+            items, bad = kept(jsonl_rows(path), lambda row: complete(from_row(row, base, path), cfg.task))
         elif cfg.image and Path(cfg.image).is_dir():
-            files = sorted(p for p in Path(cfg.image).iterdir()
-                           if p.suffix.lower() in pictures.SUFFIXES and not p.stem.endswith(".mask"))
-            items = [complete(base | {"image": str(p)}, cfg.task) for p in files]
+            items = [complete(base | {"image": p}, cfg.task) for p in files_in(cfg.image)]
         else:
             items = [complete(base, cfg.task)]
     except ValueError as e:
@@ -275,40 +343,60 @@ def list_items(cfg: Config) -> tuple[list[dict], int]:
         raise SystemExit(f"error: {cfg.jsonl or cfg.image}: nothing to do, {bad} bad lines: give pictures")
     used = set()
     for item in items:
-        text = Path(item["image"]).stem if "image" in item else item["prompt"]
-        stem = re.sub(r"[^\w.-]+", "_", text).strip("._-")[:48] or "picture"
-        name, n = f"{stem}_{cfg.task}", 1
-        while name.lower() in used:
-            n += 1
-            name = f"{stem}-{n}_{cfg.task}"
-        used.add(name.lower())
-        item["name"] = name
+        item["name"] = unique(Path(item["image"]).stem if "image" in item else item["prompt"], cfg.task, used)
+        item["files"] = [item["name"]]
     return items, bad
 
 
-def read_jsonl(path: Path, base: dict, task: str) -> tuple[list[dict], int]:
-    """Items of a JSONL file, `base` filling what a line leaves out; bad lines are named and counted."""
+def files_in(folder: str) -> list[str]:
+    """The pictures of a folder, but for masks."""
+    return sorted(str(p) for p in Path(folder).iterdir()
+                  if p.suffix.lower() in pictures.SUFFIXES and not p.stem.endswith(".mask"))
+
+
+def unique(text: str, task: str, used: set[str]) -> str:
+    """A file name made of `text`, unlike those `used` before."""
+    stem = re.sub(r"[^\w.-]+", "_", text).strip("._-")[:48] or "picture"
+    name, n = f"{stem}_{task}", 1
+    while name.lower() in used:
+        n += 1
+        name = f"{stem}-{n}_{task}"
+    used.add(name.lower())
+    return name
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
+    """(place, row) of every line of a JSONL file."""
     if not path.is_file():
         raise ValueError(f"jsonl: {path}: no such file: correct the path")
-    items, bad = [], 0
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            if not line.strip():
-                continue
+        if line.strip():
             try:
-                row = json.loads(line)
+                yield f"{path}:{n}", json.loads(line)
             except (ValueError, RecursionError):
-                raise ValueError("not JSON") from None
+                yield f"{path}:{n}", ValueError("not JSON")
+
+
+def kept(rows: Iterable[tuple[str, dict | ValueError]], make: Callable[[dict], dict]) -> tuple[list, int]:
+    """make(row) of the rows for which it raises no ValueError; the number of the others, which are named."""
+    items, bad = [], 0
+    for place, row in rows:
+        try:
             if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
-            item = base | {key: row[key] for key in base if key in row}
-            for key in {"image", "mask"} & item.keys() & row.keys():
-                item[key] = str(path.parent / item[key]) if isinstance(item[key], str) else item[key]
-            items.append(complete(item, task))
+                raise row if isinstance(row, ValueError) else ValueError("not a JSON object")
+            items.append(make(row))
         except ValueError as e:
             bad += 1
-            common.print0(f"skipped: {path}:{n}: {pictures.printable(str(e))}")
+            common.print0(f"skipped: {place}: {pictures.printable(str(e))}")
     return items, bad
+
+
+def from_row(row: dict, base: dict, path: Path) -> dict:
+    """`base` with what a line of the JSONL file `path` says instead; its paths start at the file."""
+    item = base | {key: row[key] for key in base if key in row}
+    for key in {"image", "mask"} & item.keys() & row.keys():
+        item[key] = str(path.parent / item[key]) if isinstance(item[key], str) else item[key]
+    return item
 
 
 def result_file(name: str, k: int, num_samples: int) -> str:
@@ -319,14 +407,22 @@ def prepare_out(cfg: Config, items: list[dict], dist: common.Dist) -> Path:
     """Make --out and start samples.jsonl anew; refuses to write over an input."""
     out = Path(cfg.out)
     if common.is_main(dist):
-        files = {result_file(i["name"], k, cfg.num_samples) for i in items for k in range(cfg.num_samples)}
-        for p in {cfg.jsonl, *(item.get(key) for item in items for key in ("image", "mask"))} - {None}:
-            p = Path(p).resolve()
-            if p.parent == out.resolve() and p.name in files | {"samples.jsonl", "sheet.png"}:
+        files = {result_file(name, k, cfg.num_samples) for item in items for name in item["files"]
+                 for k in range(cfg.num_samples)} | {"samples.jsonl", "sheet.png"}
+        files |= {item["shown"] for item in items if "shown" in item}
+        listed = {item["key"]: item["listed"] for item in items if "listed" in item}
+        files |= {"basic_edit.json"} if listed else set()
+        inputs = {cfg.jsonl, *(p for item in items for p in (item.get("image"), item.get("mask"))),
+                  *(p for item in items for p in item.get("masks", ()))}
+        for p in (Path(p).resolve() for p in inputs if isinstance(p, str)):
+            if p.is_relative_to(out.resolve()) and str(p.relative_to(out.resolve())) in files:
                 raise SystemExit(f"error: --out: {out}: would overwrite the input {p.name}: give another")
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            for folder in {(out / name).parent for name in files}:
+                folder.mkdir(parents=True, exist_ok=True)
             (out / "samples.jsonl").write_text("")
+            if listed:
+                (out / "basic_edit.json").write_text(json.dumps(listed, indent=1))
         except OSError as e:
             raise SystemExit(f"error: --out: {out}: {e.strerror}: give a writable folder") from None
     if dist.world > 1:
@@ -334,24 +430,194 @@ def prepare_out(cfg: Config, items: list[dict], dist: common.Dist) -> Path:
     return out
 
 
+# ---- edits, and the files of their benchmarks ----------------------------------------------------
+
+
+def list_edits(cfg: Config) -> tuple[list[dict], int]:
+    """-> dicts of image, masks, instructions and files (of each turn), seed, ... (`complete_edit`); bad rows.
+
+    Rows come from --image and --instruction, from a JSONL file, or from a benchmark's own file.
+    """
+    path, layout, used, items, bad = Path(cfg.jsonl or ""), "flat", set(), [], 0
+    root = Path(cfg.image) if cfg.jsonl and cfg.image else path.parent
+
+    def make(row: dict) -> dict:
+        return complete_edit(row, cfg, cfg.layout or layout, root, used)
+
+    try:
+        if cfg.jsonl and (path.is_dir() or path.suffix == ".parquet"):
+            layout, rows = "gedit", gedit_rows(path)
+            items, bad = kept(rows, make)
+        elif cfg.jsonl and path.suffix == ".json":
+            layout, root, rows = json_rows(path, root if cfg.image else None)
+            items, bad = kept(rows, make)
+        elif cfg.jsonl:
+            items, bad = kept(jsonl_rows(path), make)
+        elif cfg.image and Path(cfg.image).is_dir():
+            items = [make({"image": p}) for p in files_in(cfg.image)]
+        else:
+            items = [make({"image": cfg.image})]
+    except ValueError as e:
+        raise SystemExit(f"error: --{e}") from None
+    if not items:
+        raise SystemExit(f"error: {cfg.jsonl or cfg.image}: nothing to do, {bad} bad rows: give edits")
+    if (cfg.layout or layout) != "flat" and cfg.num_samples > 1:
+        raise SystemExit(f"error: --num_samples: {cfg.num_samples}: the tree {cfg.layout or layout} has one "
+                         "result per edit: leave it out, or give --layout flat")
+    return items, bad
+
+
+def complete_edit(row: dict, cfg: Config, layout: str, root: Path, used: set[str]) -> dict:
+    """Item of a row; ValueError names the key and what is wrong. The flags fill what the row leaves out.
+
+    Keys: image (or source, source_image), a path from `root`, or (pictures.RowGroups, n); instruction,
+    instructions (or edit_prompt), one text a turn; mask (or mask_image), a path, "NONE", or a list of one per
+    turn; seed; key, task, lang: the result's place in a benchmark's tree; turn: of a single edit of a chain.
+    """
+    def first(*keys: str) -> object:
+        return next((row[key] for key in keys if row.get(key) is not None), None)
+
+    image, regions = first("source", "image", "source_image"), first("mask", "mask_image")
+    if not image or not isinstance(image, str | tuple):
+        raise ValueError("image: missing: edit needs a picture")
+    listed = image
+    image = str(root / image) if isinstance(image, str) else image
+    texts = first("instructions", "instruction", "edit_prompt")
+    if texts is None:
+        texts = list(cfg.instruction)
+        if not texts and isinstance(image, str) and (beside := Path(image).with_suffix(".txt")).is_file():
+            texts = beside.read_text(errors="replace").strip().splitlines()
+        if not texts:
+            raise ValueError(f"instruction: missing for {image}: say what to change")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"instruction: {str(texts)[:80]!r}: give a text, or a list of texts")
+    texts = [pictures.clean_caption(text)[0] for text in texts]
+    if not all(texts) or not texts:
+        raise ValueError("instruction: empty: say what to change")
+    regions = regions if isinstance(regions, list) else [regions] * len(texts)
+    if len(regions) != len(texts) or not all(isinstance(mask, str | None) for mask in regions):
+        raise ValueError(f"mask: {str(regions)[:80]}: give a path, or a list of one for each turn")
+    regions = [cfg.mask if mask is None else None if mask == "NONE" else str(root / mask) for mask in regions]
+    seed, turn = cfg.seed if row.get("seed") is None else row["seed"], row.get("turn")
+    for what, number in (("seed", seed), ("turn", turn)):
+        if type(number) is not int and (what == "seed" or number is not None):
+            raise ValueError(f"{what}: {number!r}: give an integer")
+    key, task, lang = (str(row.get(name) or "") for name in ("key", "task", "lang"))
+    item = dict(image=image, masks=regions, instructions=texts, seed=seed, task=task,
+                key=key or (Path(image).stem if isinstance(image, str) else "picture"))
+    item["files"] = tree(item, layout, lang or "en", turn, used)
+    item["name"] = item["files"][-1]
+    if layout == "gedit":
+        item["shown"] = f"{item['name']}_SRCIMG.png"
+    if layout == "imgedit":
+        if not isinstance(listed, str):
+            raise ValueError("image: inside a parquet: --layout imgedit needs files")
+        turns = {"prompt": texts[0]} if len(texts) == 1 else {f"turn{n}": t for n, t in enumerate(texts, 1)}
+        item["listed"] = {"id": listed, **turns, "edit_type": task}
+    return item
+
+
+def tree(item: dict, layout: str, lang: str, turn: int | None, used: set[str]) -> list[str]:
+    """Where the results of an item's turns go, without suffix; ValueError when two would share a place.
+
+    gedit: fullset/TASK/LANG/KEY beside KEY_SRCIMG; imgedit: KEY. The last turn of a chain has that name.
+    magicbrush: KEY/KEY_1, KEY/KEY_iter_2, ...; edit number `turn` of a session made alone: KEY/KEY_inde_TURN.
+    """
+    key, task, turns = item["key"], item["task"], range(1, len(item["instructions"]) + 1)
+    if layout == "flat":
+        name = unique(f"{key}_inde_{turn}" if turn else key, "edit", used)
+        return [name] if len(turns) == 1 else [f"{name}_turn{n}" for n in turns]
+    for what, text in [("key", key)] + [("task", task), ("lang", lang)] * (layout == "gedit"):
+        if not re.fullmatch(r"\w[\w .-]{0,99}", text):
+            raise ValueError(f"{what}: {text[:80]!r}: --layout {layout} needs a file name")
+    if layout == "magicbrush":
+        names = [f"{key}/{key}_" + ("1" if n == 1 else f"iter_{n}") for n in turns]
+        names = [f"{key}/{key}_inde_{turn}"] if turn else names
+    else:
+        name = f"fullset/{task}/{lang}/{key}" if layout == "gedit" else key
+        names = [f"{name}_turn{n}" for n in turns[:-1]] + [name]
+    if names[-1].lower() in used:
+        raise ValueError(f"key: {key!r}: a second time: every edit needs its own")
+    used.add(names[-1].lower())
+    return names
+
+
+def gedit_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, row) of GEdit-Bench's parquet, a file or a folder of them; pictures are read when needed."""
+    def columns(file: str, kinds: Iterable[str]) -> list[str]:
+        if missing := [name for name in GEDIT if name not in kinds]:
+            raise pictures.BadFile(file, f"no column {', '.join(missing)} among {', '.join(kinds)}",
+                                   "give GEdit-Bench's parquet")
+        return ["input_image"]
+
+    files, _ = pictures.files_of(path, "all", ".parquet") if path.exists() else ([], "all")
+    if not files:
+        raise ValueError(f"jsonl: {path}: no parquet there: correct the path")
+    groups = pictures.RowGroups(files, columns)
+    for n, (place, cells) in enumerate(groups.light(lambda names: list(GEDIT[:-1]))):
+        task, key, text, lang = cells
+        yield place, {"image": (groups, n), "task": task, "key": key, "lang": lang, "instruction": text or ""}
+
+
+def json_rows(path: Path, root: Path | None) -> tuple[str, Path, list[tuple[str, dict | ValueError]]]:
+    """-> layout, folder of the pictures, (place, row)s of ImgEdit's basic_edit.json or its multi-turn files,
+    or of MagicBrush's edit_sessions.json: each session as a chain, and its further edits alone, too."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as e:
+        raise ValueError(f"jsonl: {path}: {e.strerror}: correct the path") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"jsonl: {path}: not a JSON object: give ImgEdit's basic_edit.json, MagicBrush's "
+                         "edit_sessions.json, or lines in a .jsonl file")
+    if not isinstance(next(iter(content.values())), list):
+        rows = []
+        for key, entry in content.items():
+            if isinstance(entry, dict):
+                turns = sorted(name for name in entry if name.startswith("turn"))
+                texts = entry.get("prompt") or [entry[turn] for turn in turns]
+                entry = {"image": entry.get("id"), "instruction": texts, "key": key,
+                         "task": entry.get("edit_type")}
+            rows.append((f"{path}: {key}", entry))
+        return "imgedit", root or path.parent, rows
+    rows = []
+    for key, session in content.items():
+        if not isinstance(session, list) or not session or not all(
+                isinstance(e, dict) and isinstance(e.get("input"), str) for e in session):
+            rows.append((f"{path}: {key}", ValueError("not a list of {input, instruction}")))
+            continue
+        edits = [{"image": f"{e['input'].split('-')[0]}/{e['input']}", "key": key,
+                  "instruction": e.get("instruction") or ""} for e in session]
+        chain = edits[0] | {"instruction": [e["instruction"] for e in edits]}
+        alone = [e | {"turn": turn} for turn, e in enumerate(edits[1:], 2)]
+        rows += [(f"{path}: {key}", row) for row in (chain, *alone)]
+    return "magicbrush", root or path.parent / "images", rows
+
+
 # ---- checkpoint ----------------------------------------------------------------------------------
 
 
-def load_editor(cfg: Config) -> tuple[model.Editor, dict]:
-    """The Editor of --ckpt with the weights asked for, on the CPU, and its manifest."""
+def load_net(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
+    """The model of --ckpt with the weights asked for, on the CPU, and its manifest."""
     names = ("ema", "model") if cfg.weights == "auto" else cfg.weights
     tensors, manifest = common.load_checkpoint(cfg.ckpt, names)
     arch = manifest.get("arch", {})
-    if arch.get("kind") != "editor":
-        raise SystemExit(f"error: {cfg.ckpt}: holds a {arch.get('kind')!r}: give an editor's folder")
-    editor = model.build_editor(arch, cfg.ckpt)
-    if not editor.cfg.txt_bytes:
+    kind, wanted = arch.get("kind"), "editnet" if cfg.task == "edit" else "editor"
+    if kind != wanted:
+        fix = {"editnet": "use sample.py edit, or give an editor's folder",
+               "editor": "give the folder of a run with --stage edit, or use another task than edit"}
+        fix = fix.get(kind, f"give an {wanted}'s folder")
+        raise SystemExit(f"error: {cfg.ckpt}: holds a {kind!r}, {cfg.task} needs an {wanted!r}: {fix}")
+    net = (model.build_editnet if cfg.task == "edit" else model.build_editor)(arch, cfg.ckpt)
+    if not net.cfg.txt_bytes:
         raise SystemExit(f"error: {cfg.ckpt}: needs a VAE and text encoders: give a pixel-space model")
-    if cfg.task != "t2i" and not editor.cfg.inpaint:
+    if cfg.task not in ("t2i", "edit") and not net.cfg.inpaint:
         raise SystemExit(f"error: {cfg.ckpt}: {cfg.task} needs a model trained with --stage inpaint")
     name = "ema" if "ema" in tensors else "model"
-    common.load_state(editor, tensors[name], f"{cfg.ckpt}/{name}.safetensors")
-    return editor, manifest
+    common.load_state(net, tensors[name], f"{cfg.ckpt}/{name}.safetensors")
+    return net, manifest
 
 
 def working_size(cfg: Config, trained: dict, patch: int) -> int:
@@ -375,39 +641,61 @@ class Job:
     seed: int
     source: np.ndarray | None  # uint8 [h0, w0, 3], the picture as it was read
     canvas: np.ndarray  # uint8 [h, w, 3], the picture; for outpainting on its larger canvas
-    mask: np.ndarray  # float32 [h, w], 1 = regenerate
+    mask: np.ndarray  # float32 [h, w], 1 = regenerate; for a free-form edit all ones
     box: tuple[int, int, int, int]  # top, left, height, width of the canvas within the working shape
-    mask_in: Tensor  # [1, H, W] in {0, 1}
-    masked: Tensor  # [3, H, W]
+    mask_in: Tensor  # [1, H, W] in {0, 1}, for an edit [0, 1]
+    masked: Tensor  # [3, H, W], for an edit the whole picture
     about: dict  # for samples.jsonl
-    results: list[Image.Image] = field(default_factory=list)  # thumbnails
+    item: dict = field(default_factory=dict)
+    turn: int = 0  # of a chain of instructions
+    regions: list[tuple[np.ndarray, str | None]] = field(default_factory=list)  # edit: mask, file of turns
+    results: dict[tuple[int, int], Image.Image] = field(default_factory=dict)  # sample, turn -> thumbnail
 
 
 def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, aspects: bool) -> Job:
     """Read one input. SystemExit (pictures.BadFile) with one line when it cannot be used."""
-    source, about = None, {}
+    source, about, regions, texts = None, {}, [], item.get("instructions") or [item["prompt"]]
     if task == "t2i":
         canvas = np.zeros((item["height"] or size, item["width"] or size, 3), np.uint8)
         mask = np.ones(canvas.shape[:2], np.float32)
-    else:
+    elif isinstance(item["image"], str):
         source = canvas = pictures.read_image(item["image"])
         about["image"] = str(Path(item["image"]).resolve())
+    else:
+        groups, n = item["image"]
+        file, about["image"], (cell,) = groups.row(n)
+        cell = pictures.picture_cell(cell, file, about["image"])
+        source = canvas = pictures.read_image(cell, about["image"])
     if task == "outpaint":
         canvas, mask, sides = extend(source, item)
         about |= sides
         common.print0(f"{pictures.printable(item['image'])}: {source.shape[1]}x{source.shape[0]} grows to "
                       f"{canvas.shape[1]}x{canvas.shape[0]}, regenerates {mask.mean():.1%}")
+    elif task == "edit":
+        regions = find_regions(item, *source.shape[:2])
+        mask = regions[0][0]
     elif task != "t2i":
         mask, path = find_mask(item, *source.shape[:2])
         about["mask"] = str(path.resolve())
-    if len(item["prompt"].encode(errors="replace")) > arch.txt_bytes:
+    if any(len(text.encode(errors="replace")) > arch.txt_bytes for text in texts):
         common.print0(f"note: {item['name']}: the model reads {arch.txt_bytes} bytes of the prompt")
     H, W = data.bucket(*mask.shape, size, arch.patch, aspects)
+    if task == "edit" and aspects:  # an edit must not go to the margin: rather a shape between two buckets
+        H, W = data.shapes(size, arch.patch, (min(max(mask.shape[0] / mask.shape[1], 1 / 4), 4),))[0]
     if max(H, W) > arch.pos_max * arch.patch:
         raise SystemExit(f"error: --size: {size}: {item['name']} needs {W}x{H}, the model takes "
                          f"at most {arch.pos_max * arch.patch} a side: give a smaller --size")
-    fitted = to_work(canvas, mask, H, W)
-    return Job(item["name"], item["prompt"], item["seed"], source, canvas, mask, *fitted, about)
+    fitted = to_work(canvas, mask, H, W, hide=task != "edit")
+    return Job(item["name"], texts[0], item["seed"], source, canvas, mask, *fitted, about, item, 0, regions)
+
+
+def next_turn(job: Job, result: np.ndarray) -> Job:
+    """The next instruction of a chain, on the result of this one, with the same noise: as if run alone."""
+    turn = job.turn + 1
+    mask, _ = job.regions[turn]
+    box, region, source = to_work(result, mask, *job.mask_in.shape[1:], hide=False)
+    return replace(job, prompt=job.item["instructions"][turn], turn=turn, canvas=result, mask=mask, box=box,
+                   mask_in=region, masked=source)
 
 
 def extend(picture: np.ndarray, item: dict) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -451,24 +739,38 @@ def find_mask(item: dict, h: int, w: int) -> tuple[np.ndarray, Path]:
     return mask, path
 
 
-def to_work(canvas: np.ndarray, mask: np.ndarray, H: int, W: int) -> tuple[tuple, Tensor, Tensor]:
+def find_regions(item: dict, h: int, w: int) -> list[tuple[np.ndarray, str | None]]:
+    """(mask, its path) of every turn of an edit; without one, ones and None: a free-form edit."""
+    image, found = item["image"] if isinstance(item["image"], str) else item["key"], {}
+    for name in dict.fromkeys(item["masks"]):
+        if name or any(Path(image).with_suffix(f".mask{suffix}").is_file() for suffix in pictures.SUFFIXES):
+            mask, path = find_mask({"image": image, "mask": name}, h, w)
+            found[name] = mask, str(path.resolve())
+        else:
+            found[name] = np.ones((h, w), np.float32), None
+    return [found[name] for name in item["masks"]]
+
+
+def to_work(canvas: np.ndarray, mask: np.ndarray, H: int, W: int,
+            hide: bool = True) -> tuple[tuple, Tensor, Tensor]:
     """Fit a picture inside (H, W), the rest filled by reflection -> Job's box, mask_in and masked.
 
     What the mask hides must not leak into the known pixels around it, as plain resizing would let it: known
     pixels are averaged among themselves, and a working pixel that any masked pixel falls on counts as masked.
+    hide=False: an edit sees the whole picture, and its mask stays soft.
     """
     size = mask.shape
     scale = min(H / size[0], W / size[1])
     h, w = (max(1, min(side, round(n * scale))) for side, n in zip((H, W), size))
-    hole = torch.from_numpy(mask >= 0.5)[None, None].float()
+    hole = torch.from_numpy(mask >= 0.5 if hide else mask)[None, None].float()
     x = torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 127.5 - 1
+    seen = 1 - hole if hide else torch.ones_like(hole)
     if (h, w) != size:
-        parts = torch.cat([x * (1 - hole), 1 - hole], 1)
-        parts = F.interpolate(parts, (h, w), mode="bicubic", antialias=True)
+        parts = F.interpolate(torch.cat([x * seen, seen], 1), (h, w), mode="bicubic", antialias=True)
         x = (parts[:, :3] / parts[:, 3:].clamp(min=1e-3)).clamp(-1, 1)
         hole = F.adaptive_max_pool2d(hole, (h, w))
     top, left = (H - h) // 2, (W - w) // 2
-    both = torch.cat([hole, x * (1 - hole)], 1)[0].numpy()
+    both = torch.cat([hole, x * (1 - hole) if hide else x], 1)[0].numpy()
     both = torch.from_numpy(np.pad(both, ((0, 0), (top, H - h - top), (left, W - w - left)), "symmetric"))
     return (top, left, h, w), both[:1], both[1:]
 
@@ -476,14 +778,15 @@ def to_work(canvas: np.ndarray, mask: np.ndarray, H: int, W: int) -> tuple[tuple
 # ---- pictures out --------------------------------------------------------------------------------
 
 
-def finish(x0: Tensor, job: Job, seam: int) -> np.ndarray:
-    """Sampled x0 [3, H, W] -> uint8 [h, w, 3] at the input's size, and the input itself beyond the seam."""
+def finish(x0: Tensor, job: Job, seam: int, paste: bool = True) -> np.ndarray:
+    """Sampled x0 [3, H, W] -> uint8 [h, w, 3] at the input's size, and the input itself beyond the seam (with
+    paste=False: nowhere)."""
     top, left, h, w = job.box
     x = x0[:, top:top + h, left:left + w]
     if (h, w) != job.mask.shape:
         x = F.interpolate(x[None], job.mask.shape, mode="bicubic", antialias=True)[0]
     x = ((x.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-    a = np.maximum(job.mask, ramp(job.mask >= 0.5, seam))[..., None]
+    a = np.maximum(job.mask, ramp(job.mask >= 0.5, seam))[..., None] if paste else 1
     return (a * x + (1 - a) * job.canvas + 0.5).astype(np.uint8)
 
 
@@ -506,22 +809,30 @@ def ramp(mask: np.ndarray, seam: int) -> np.ndarray:
 
 def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dict) -> None:
     """Write one result and append its row; several ranks append to one file, a line at a time."""
-    file = result_file(job.name, k, cfg.num_samples)
+    file = result_file(job.item["files"][job.turn], k, cfg.num_samples)
     keys = ("task", "steps", "guidance", "solver", "seam", "keep_known", "weights", "bf16", "ckpt")
-    row = {"file": file, **job.about, "prompt": job.prompt, "seed": job.seed, "sample": k,
+    about = job.about | {"prompt": job.prompt}
+    if cfg.task == "edit":
+        keys += ("image_guidance", "blend", "paste")
+        about = job.about | {"mask": job.regions[job.turn][1], "key": job.item["key"],
+                             "edit_type": job.item["task"], "instruction": job.prompt, "turn": job.turn + 1}
+    row = {"file": file, **about, "seed": job.seed, "sample": k,
            "height": result.shape[0], "width": result.shape[1], "work": list(job.mask_in.shape[1:]),
            "mask_area": round(float(job.mask.mean()), 4),
            **{key: getattr(cfg, key) for key in keys}, **more}
-    write(out / file, Image.fromarray(result), json.dumps(row) + "\n")
+    if "shown" in job.item and job.turn == 0:
+        write(out, job.item["shown"], Image.fromarray(job.canvas))
+    write(out, file, Image.fromarray(result), json.dumps(row) + "\n")
 
 
-def write(path: Path, picture: Image.Image, row: str = "") -> None:
+def write(out: Path, file: str, picture: Image.Image, row: str = "") -> None:
     try:
-        picture.save(path)
-        with open(path.with_name("samples.jsonl"), "a") as f:
+        picture.save(out / file)
+        with open(out / "samples.jsonl", "a") as f:
             f.write(row)
     except OSError as e:
-        raise SystemExit(f"error: {path}: {e.strerror or e}: free some space or give another --out") from None
+        raise SystemExit(f"error: {out / file}: {e.strerror or e}: free some space or give another "
+                         "--out") from None
 
 
 def thumb(picture: np.ndarray) -> Image.Image:
@@ -532,20 +843,26 @@ def thumb(picture: np.ndarray) -> Image.Image:
     return im.resize((im.width * zoom, im.height * zoom), Image.Resampling.NEAREST)
 
 
-def sheet_row(job: Job) -> tuple[str, list[Image.Image]]:
-    """Title and pictures of one input on the contact sheet: the picture, its mask in red, the results."""
+def sheet_rows(job: Job) -> list[tuple[str, list[Image.Image | None]]]:
+    """Title and pictures of one input on the contact sheet: the picture, its mask in red, the results.
+
+    A chain of instructions has a row for each of its samples, with all turns.
+    """
     if job.source is None:
-        return job.prompt, job.results
-    overlay = thumb(job.canvas)
-    tint = thumb((job.mask * 153 + 0.5).astype(np.uint8))
-    overlay.paste((235, 45, 60), (0, 0), tint)
-    title = f"{job.name}: {job.prompt}" if job.prompt else job.name
-    return title, [thumb(job.source), overlay, *job.results]
+        return [(job.prompt, list(job.results.values()))]
+    texts, overlay = job.item.get("instructions") or [job.prompt], None
+    if not job.regions or job.regions[0][1]:
+        overlay = thumb(job.canvas)
+        tint = thumb((job.mask * 153 + 0.5).astype(np.uint8))
+        overlay.paste((235, 45, 60), (0, 0), tint)
+    title = ": ".join(filter(None, (job.name, ", then ".join(texts))))
+    results = [job.results[place] for place in sorted(job.results)]
+    n = len(texts) if len(texts) > 1 else len(results)
+    return [(title, [thumb(job.source), overlay, *results[i:i + n]]) for i in range(0, len(results), n)]
 
 
 if __name__ == "__main__":
     try:
-        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
-        main(tyro.cli(Config, description=__doc__, config=cli))
+        main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the results written so far are kept") from None
