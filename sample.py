@@ -504,12 +504,11 @@ def complete_edit(row: dict, cfg: Config, layout: str, root: Path, used: set[str
         if type(number) is not int and (what == "seed" or number is not None):
             raise ValueError(f"{what}: {number!r}: give an integer")
     key, task, lang = (str(row.get(name) or "") for name in ("key", "task", "lang"))
-    item = dict(image=image, masks=regions, instructions=texts, seed=seed, task=task,
-                key=key or (Path(image).stem if isinstance(image, str) else "picture"))
+    key = key or (Path(image).stem if isinstance(image, str) else "picture")
+    item = dict(name=key, image=image, masks=regions, instructions=texts, seed=seed, key=key, task=task)
     item["files"] = tree(item, layout, lang or "en", turn, used)
-    item["name"] = item["files"][-1]
     if layout == "gedit":
-        item["shown"] = f"{item['name']}_SRCIMG.png"
+        item["shown"] = f"{item['files'][-1]}_SRCIMG.png"
     if layout == "imgedit":
         if not isinstance(listed, str):
             raise ValueError("image: inside a parquet: --layout imgedit needs files")
@@ -636,7 +635,7 @@ def working_size(cfg: Config, trained: dict, patch: int) -> int:
 class Job:
     """One input, at its own size and as the model sees it."""
 
-    name: str  # of the results, without number and suffix
+    name: str  # of the input, for messages and the contact sheet
     prompt: str
     seed: int
     source: np.ndarray | None  # uint8 [h0, w0, 3], the picture as it was read
