@@ -1,10 +1,34 @@
-"""The seven edits of OmniEdit Table 2 on scenes (see scenes.py), with exact targets and masks."""
+"""Edit pairs of scenes (see scenes.py): the seven edits of OmniEdit Table 2, known exactly.
+
+    python scene_edits.py sheet --out edits.png --n 28                 # source | target | region mask
+    python scene_edits.py sheet --out wrong.png --n 28 --wrong 1       # pairs as a bad generator makes them
+    python scene_edits.py chain --out turns.png --n 6                  # several edits of one scene in turn
+
+An edit takes a scene and a generator and gives the scene after it and an instruction that is true of
+exactly the one object it names. `EditScenes` is the edit source (see edits.py for what that is). With
+wrong > 0 it also holds pairs that do not show what they say, with the score a judge would give them: what
+importance weighting (OmniEdit Sec. 3.2) is for. All wording, shares and scores are ours, papers are
+silent.
+"""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+from PIL import Image, ImageFilter
 
-from scene_text import ENVIRONMENT_WORDS, STYLE_WORDS, article, place_of, place_words
+from masks import dilate
+from scene_text import (
+    BACKGROUND_WORDS,
+    ENVIRONMENT_WORDS,
+    MATERIAL_WORDS,
+    SIZE_WORDS,
+    STYLE_WORDS,
+    article,
+    place_of,
+    place_words,
+    plainly_off,
+)
 from scenes import (
     BACKGROUNDS,
     CLASH,
@@ -17,12 +41,118 @@ from scenes import (
     STYLES,
     Object,
     Scene,
+    Scenes,
+    contact_sheet,
+    draw,
     footprint,
     free_place,
     gap,
     instances,
     pick,
+    rng_for,
 )
+
+# ---- words ---------------------------------------------------------------------------------------
+
+_BACKGROUND_NOUNS = {"sky": "a cloudy sky", "grass": "a green lawn", "sand": "a sandy beach",
+                     "brick": "a brick wall", "water": "rippling water", "wood": "wood planks",
+                     "tiles": "a tiled floor", "snow": "a snowy field", "space": "outer space",
+                     "dunes": "desert dunes"}  # fmt: skip
+_ENVIRONMENT_NOUNS = {"clear": "a clear day", "sunset": "sunset", "night": "night", "fog": "fog",
+                      "rain": "rain", "snowfall": "snowfall"}  # fmt: skip
+NOUNS = ("shape", "object", "thing")  # for an object whose shape is not said
+
+# {0} the object meant, {1} what it becomes
+SWAP_TEXTS = ("replace {0} with {1}", "swap {0} for {1}", "turn {0} into {1}", "change {0} into {1}",
+              "exchange {0} for {1}", "put {1} where {0} is", "transform {0} into {1}",
+              "show {1} instead of {0}")  # fmt: skip
+REMOVE_TEXTS = ("remove {0}", "delete {0}", "erase {0}", "take {0} away", "remove {0} from the picture",
+                "get rid of {0}", "take out {0}", "show the picture without {0}")  # fmt: skip
+# {0} what is new, {1} where
+ADD_TEXTS = ("add {0} {1}", "put {0} {1}", "insert {0} {1}", "place {0} {1}", "draw {0} {1}", "{1}, add {0}",
+             "there should be {0} {1}")  # fmt: skip
+# {0} the object meant, {1} the new value, {2} the same with an article
+ATTRIBUTE_TEXTS = {
+    "colour": ("make {0} {1}", "paint {0} {1}", "change the color of {0} to {1}", "recolor {0} to {1}",
+               "turn {0} {1}", "{0} should be {1}", "color {0} {1}"),
+    "material": ("make {0} {1}", "change the material of {0} to {1}", "give {0} {2} look",
+                 "{0} should be {1}", "change {0} to {2} one", "use {2} finish for {0}"),
+    "size": ("make {0} {1}", "change the size of {0} to {1}", "resize {0} to {1}", "{0} should be {1}",
+             "change {0} to {2} one", "scale {0} to be {1}"),
+}  # fmt: skip
+# {0} a noun, {1} a phrase of place
+BACKGROUND_TEXTS = ("replace the background with {0}", "change the background to {0}",
+                    "swap the background for {0}", "use {0} as the background", "make the background {0}",
+                    "the background should be {0}", "set the scene {1}", "show everything {1}")  # fmt: skip
+# {0} now, {1} then, {2} a phrase of time or weather
+ENVIRONMENT_TEXTS = ("change the scene from {0} to {1}", "change the scene to {1}",
+                     "make the scene look like {1}", "show the same scene {2}", "the same picture {2}",
+                     "change light and weather to {1}", "show what this looks like {2}")  # fmt: skip
+STYLE_TEXTS = ("apply a {0} style to the picture", "turn the picture into {1}", "redraw it as {1}",
+               "make it look like {1}", "change the style to {0}", "show this as {1}",
+               "render the picture in {0} style", "convert the picture to {1}")  # fmt: skip
+
+
+def _where(place, u):
+    """Words for a third of the picture, (top | middle | bottom, left | center | right)."""
+    v, side = place
+    if u < 0.65:
+        return place_words(place)
+    if place == ("middle", "center"):
+        return "in the middle"
+    if v == "middle":
+        return f"on the {side} side"
+    return f"near the {v}" if side == "center" else f"in the {v} {side} corner"
+
+
+def _same(a, b, fields):
+    """Whether words about a's fields could as well mean b. Words of place could unless b is plainly
+    elsewhere and not just over the border of a third."""
+    said, true = place_of(a), place_of(b)
+    if "place" in fields and said != true and plainly_off(said, true):
+        if max(abs(a.y - b.y) * (said[0] != true[0]), abs(a.x - b.x) * (said[1] != true[1])) > 0.2:
+            return False
+    return all(getattr(a, f) == getattr(b, f) for f in fields if f != "place")
+
+
+def _phrase(o, fields, u):
+    """'the small red glass star at the top left' with only the given fields said; u: three uniform draws."""
+    words = [pick(SIZE_WORDS[o.size], u[0]) if "size" in fields else "",
+             o.colour if "colour" in fields else "",
+             pick(MATERIAL_WORDS[o.material], u[1]) if "material" in fields else "",
+             o.shape if "shape" in fields else pick(NOUNS, u[1]),
+             _where(place_of(o), u[2]) if "place" in fields else ""]  # fmt: skip
+    return " ".join(["the", *(w for w in words if w)])
+
+
+_SAYS = (("shape",), ("shape", "colour"), ("shape", "colour", "material"), ("shape", "colour", "size"),
+         ("shape", "colour", "place"), ("shape", "place"), ("shape", "material"), ("shape", "size"),
+         ("shape", "colour", "material", "size"), ("shape", "colour", "material", "size", "place"),
+         ("colour",), ("colour", "material"), ("place",), ())  # fmt: skip
+
+
+def refer(scene, rng):
+    """(k, phrase): an object of the scene, index from 0, and words that fit it and no other. ValueError if
+    the scene has no object."""
+    if not scene.objects:
+        raise ValueError("the scene has no object to edit")
+    u = rng.random(len(scene.objects) + 5).tolist()
+    for k in sorted(range(len(scene.objects)), key=u.__getitem__):
+        o = scene.objects[k]
+        unique = [f for f in _SAYS if sum(_same(o, q, f) for q in scene.objects) == 1]
+        if unique:
+            short = [f for f in unique if f in _SAYS[:2]][-1:] or unique[:1]
+            return k, _phrase(o, short[0] if u[-1] < 0.4 else pick(unique, (u[-1] - 0.4) / 0.6), u[-4:-1])
+    # only twins in the same part of the picture are left: the outermost one of a kind has a name
+    o = scene.objects[0]
+    twins = [q for q in scene.objects if _same(o, q, _SAYS[2])]
+    far = max(("x", "y"), key=lambda a: max(getattr(q, a) for q in twins) - min(getattr(q, a) for q in twins))
+    o = min(twins, key=lambda q: getattr(q, far))
+    most = "the leftmost" if far == "x" else "the topmost"
+    return scene.objects.index(o), _phrase(o, _SAYS[2], u[-4:-1]).replace("the", most, 1)
+
+
+# ---- the seven edits -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -37,49 +167,16 @@ class Edit:
     ids: tuple[int, ...] | None
 
 
-_BACKGROUND_NOUNS = {"sky": "a cloudy sky", "grass": "a green lawn", "sand": "a sandy beach",
-                     "brick": "a brick wall", "water": "rippling water", "wood": "wood planks",
-                     "tiles": "a tiled floor", "snow": "a snowy field", "space": "outer space",
-                     "dunes": "desert dunes"}  # fmt: skip
-_ENVIRONMENT_NOUNS = {"clear": "a clear day", "sunset": "sunset", "night": "night", "fog": "fog",
-                      "rain": "rain", "snowfall": "snowfall"}  # fmt: skip
-
-
-def _phrase(o, fields):
-    """'the small red glass star at the top left' with only the given fields said."""
-    words = [getattr(o, f) for f in ("size", "colour", "material", "shape") if f in fields]
-    return " ".join(["the", *words] + ([place_words(place_of(o))] if "place" in fields else []))
-
-
-def _refer(scene, rng):
-    """(k, phrase): an object of the scene, index from 0, and words that fit it and no other."""
-    if not scene.objects:
-        raise ValueError("the scene has no object to edit")
-    u = rng.random(len(scene.objects) + 2).tolist()
-    colour = ("shape", "colour")
-    says = [("shape",), colour, (*colour, "material"), (*colour, "size"), (*colour, "place"),
-            (*colour, "material", "size"), (*colour, "material", "size", "place")]  # fmt: skip
-    for k in sorted(range(len(scene.objects)), key=u.__getitem__):
-        o = scene.objects[k]
-        unique = [f for f in says if sum(_phrase(o, f) == _phrase(q, f) for q in scene.objects) == 1]
-        if unique:
-            few = [f for f in unique[:2] if f != ("shape",) or u[-2] < 0.3] or unique[-1:]
-            return k, _phrase(o, few[0] if u[-1] < 0.7 else pick(unique, (u[-1] - 0.7) / 0.3))
-    # only twins in the same part of the picture are left: the outermost one of a kind has a name
-    o = scene.objects[0]
-    twins = [q for q in scene.objects if _phrase(q, says[2]) == _phrase(o, says[2])]
-    far = max(("x", "y"), key=lambda a: max(getattr(q, a) for q in twins) - min(getattr(q, a) for q in twins))
-    o = min(twins, key=lambda q: getattr(q, far))
-    most = "the leftmost" if far == "x" else "the topmost"
-    return scene.objects.index(o), _phrase(o, says[2]).replace("the", most, 1)
-
-
 def _with(scene, k, o):
     return replace(scene, objects=scene.objects[:k] + (o,) + scene.objects[k + 1 :])
 
 
-def _other(options, true, u):
-    return pick([o for o in options if o != true], u)
+def _without(scene, k):
+    return replace(scene, objects=scene.objects[:k] + scene.objects[k + 1 :])
+
+
+def _other(options, u, *known):
+    return pick([o for o in options if o not in known], u)
 
 
 def _colours_on(scene):
@@ -88,94 +185,104 @@ def _colours_on(scene):
 
 def swap(scene, rng):
     """Object swap: another shape, colour and material in the place and size of an object."""
-    k, old = _refer(scene, rng)
-    u, o = rng.random(4).tolist(), scene.objects[k]
-    new = replace(o, shape=_other(SHAPES, o.shape, u[0]), colour=_other(_colours_on(scene), o.colour, u[1]),
+    k, old = refer(scene, rng)
+    u, o = rng.random(5).tolist(), scene.objects[k]
+    new = replace(o, shape=_other(SHAPES, u[0], o.shape), colour=_other(_colours_on(scene), u[1], o.colour),
                   material=pick(MATERIALS, u[2]))  # fmt: skip
-    text = pick(("replace {} with {}", "swap {} for {}", "turn {} into {}", "change {} into {}"), u[3])
-    text = text.format(old, article(f"{new.colour} {new.material} {new.shape}"))
-    return Edit("swap", _with(scene, k, new), text, (k + 1,))
+    what = article(f"{new.colour} {pick(MATERIAL_WORDS[new.material], u[3])} {new.shape}")
+    return Edit("swap", _with(scene, k, new), pick(SWAP_TEXTS, u[4]).format(old, what), (k + 1,))
 
 
 def remove(scene, rng):
     """Object removal: the target is drawn without the object, so what lay under it is exact."""
-    k, old = _refer(scene, rng)
-    texts = ("remove {}", "delete {}", "erase {}", "take {} away", "remove {} from the picture")
-    target = replace(scene, objects=scene.objects[:k] + scene.objects[k + 1 :])
-    return Edit("remove", target, pick(texts, rng.random()).format(old), (k + 1,))
+    k, old = refer(scene, rng)
+    return Edit("remove", _without(scene, k), pick(REMOVE_TEXTS, rng.random()).format(old), (k + 1,))
 
 
 def add(scene, rng):
     """Object addition in a free place (of 32 tried the freest, at most slightly overlapping), on top of the
     others."""
-    u = rng.random(70).tolist()
+    u = rng.random(73).tolist()
     sizes = SIZES[: 1 + int(u[0] * 3)][::-1]
-    places = ((s, free_place(scene.objects, s, u[6:], -0.05)) for s in sizes)
+    places = ((s, free_place(scene.objects, s, u[9:], -0.05)) for s in sizes)
     size, place = next(((s, p) for s, p in places if p), (None, None))
     if place is None:
-        size, place = "small", free_place(scene.objects, "small", u[6:], -99.0)
+        size, place = "small", free_place(scene.objects, "small", u[9:], -99.0)
     new = Object(pick(SHAPES, u[1]), pick(_colours_on(scene), u[2]), pick(MATERIALS, u[3]), size,
                  round(place[0], 4), round(place[1], 4), round((u[4] - 0.5) * 24, 2))  # fmt: skip
-    text = pick(("add {} {}", "put {} {}", "insert {} {}", "place {} {}"), u[5])
-    what = article(f"{new.size} {new.colour} {new.material} {new.shape}")
-    text = text.format(what, place_words(place_of(new)))
+    material = pick(MATERIAL_WORDS[new.material], u[6])
+    what = article(f"{pick(SIZE_WORDS[size], u[7])} {new.colour} {material} {new.shape}")
+    text = pick(ADD_TEXTS, u[5]).format(what, _where(place_of(new), u[8]))
     return Edit("add", replace(scene, objects=(*scene.objects, new)), text, (len(scene.objects) + 1,))
 
 
 def attribute(scene, rng):
     """Attribute modification: another colour (half of the time), material or size of one object."""
-    k, old = _refer(scene, rng)
-    u, o = rng.random(3).tolist(), scene.objects[k]
-    rest = scene.objects[:k] + scene.objects[k + 1 :]
+    k, old = refer(scene, rng)
+    u, o = rng.random(4).tolist(), scene.objects[k]
+    rest = _without(scene, k).objects
     sizes = [s for s in SIZES if s != o.size and gap(o.x, o.y, RADIUS[s], rest) > -0.05
              and min(o.x, o.y, 1 - o.x, 1 - o.y) > RADIUS[s]]  # fmt: skip
     if u[0] < 0.5:
-        new = replace(o, colour=_other(_colours_on(scene), o.colour, u[1]))
-        texts = ("make {} {}", "paint {} {}", "change the color of {} to {}", "recolor {} to {}")
+        field, value = "colour", _other(_colours_on(scene), u[1], o.colour)
+        word = value
     elif u[0] < 0.8 or not sizes:
-        new = replace(o, material=_other(MATERIALS, o.material, u[1]))
-        texts = ("make {} {}", "change the material of {} to {}", "give {} a {} look")
+        field, value = "material", _other(MATERIALS, u[1], o.material)
+        word = pick(MATERIAL_WORDS[value], u[3])
     else:
-        new = replace(o, size=pick(sizes, u[1]))
-        texts = ("make {} {}", "change the size of {} to {}", "resize {} to {}")
-    value = next(getattr(new, f) for f in ("colour", "material", "size") if getattr(new, f) != getattr(o, f))
-    return Edit("attribute", _with(scene, k, new), pick(texts, u[2]).format(old, value), (k + 1,))
+        field, value = "size", pick(sizes, u[1])
+        word = pick(SIZE_WORDS[value], u[3])
+    text = pick(ATTRIBUTE_TEXTS[field], u[2]).format(old, word, article(word))
+    return Edit("attribute", _with(scene, k, replace(o, **{field: value})), text, (k + 1,))
 
 
 def background(scene, rng):
     """Background swap; prefers backgrounds on which no object's colour would vanish."""
-    u = rng.random(2).tolist()
+    u = rng.random(3).tolist()
     others = [b for b in BACKGROUNDS if b != scene.background]
     b = pick([b for b in others if not any(o.colour in CLASH[b] for o in scene.objects)] or others, u[0])
-    texts = ("replace the background with {}", "change the background to {}",
-             "swap the background for {}", "use {} as the background")  # fmt: skip
-    text = pick(texts, u[1]).format(_BACKGROUND_NOUNS[b])
+    text = pick(BACKGROUND_TEXTS, u[1]).format(_BACKGROUND_NOUNS[b], pick(BACKGROUND_WORDS[b], u[2]))
     return Edit("background", replace(scene, background=b), text, None)
 
 
 def environment(scene, rng):
     """Environment change: another weather or time of day."""
     u = rng.random(3).tolist()
-    e = _other(ENVIRONMENTS, scene.environment, u[0])
-    text = pick(("change the scene from {0} to {1}", "change the scene to {1}",
-                  "make the scene look like {1}", "show the same scene {2}"), u[1])  # fmt: skip
+    e = _other(ENVIRONMENTS, u[0], scene.environment)
     now, then = _ENVIRONMENT_NOUNS[scene.environment], _ENVIRONMENT_NOUNS[e]
-    text = text.format(now, then, pick(ENVIRONMENT_WORDS[e], u[2]))
+    text = pick(ENVIRONMENT_TEXTS, u[1]).format(now, then, pick(ENVIRONMENT_WORDS[e], u[2]))
     return Edit("environment", replace(scene, environment=e), text, None)
 
 
 def style(scene, rng):
     """Style transfer."""
-    u = rng.random(3).tolist()
-    s = _other(STYLES, scene.style, u[0])
-    text = pick(("apply a {0} style to the picture", "turn the picture into {1}", "redraw it as {1}",
-                  "make it look like {1}"), u[1])  # fmt: skip
-    text = text.format(STYLE_WORDS[s][0], article(STYLE_WORDS[s][1]))
+    u = rng.random(2).tolist()
+    s = _other(STYLES, u[0], scene.style)
+    text = pick(STYLE_TEXTS, u[1]).format(STYLE_WORDS[s][0], article(STYLE_WORDS[s][1]))
     return Edit("style", replace(scene, style=s), text, None)
 
 
 EDITS = {"swap": swap, "remove": remove, "add": add, "attribute": attribute, "background": background,
          "environment": environment, "style": style}  # fmt: skip
+TASKS = tuple(EDITS)
+WHOLE = ("background", "environment", "style")  # tasks named after the field of Scene they change
+
+
+def chain(scene, rng, n):
+    """n edits in turn: list of (instruction, scene after it). Tasks are drawn uniformly among those the scene
+    allows: the last object is not removed, a seventh not added."""
+    out = []
+    for _ in range(n):
+        count = len(scene.objects)
+        tasks = [t for t in TASKS if t in WHOLE or (t == "add" and count < 6) or count > (t == "remove")
+                 and t != "add"]  # fmt: skip
+        edit = EDITS[pick(tasks, rng.random())](scene, rng)
+        scene = edit.target
+        out.append((edit.instruction, scene))
+    return out
+
+
+# ---- areas and region masks ----------------------------------------------------------------------
 
 
 def edit_mask(edit, source, h, w):
@@ -190,3 +297,292 @@ def edit_mask(edit, source, h, w):
     before = [source.objects[k - 1] for k in edit.ids if edit.task != "add"]
     after = [edit.target.objects[k - 1] for k in edit.ids if edit.task != "remove"]
     return footprint(before + after, source.style, h, w).astype(np.float32)
+
+
+def region_mask(changed, rng):
+    """A mask as somebody might draw it, float32 [h, w], around the pixels `changed` bool [h, w] (1 on all
+    of them). By equal chances: their outline, a box, an outline in a box of one grey value (UltraEdit's
+    soft mask; its data code takes .1, .3, .5, .7 or .8), or an outline that fades. Outlines are 0 to 6% of
+    the side too wide, boxes 0 to 10% (default ours)."""
+    h, w = changed.shape
+    kind, wide, level, *sides = rng.random(7).tolist()
+    side = min(h, w)
+    outline = dilate(changed, round(0.06 * wide * side))
+    soft = outline.astype(np.float32)
+    if kind < 0.75:
+        ys, xs = np.flatnonzero(outline.any(1)), np.flatnonzero(outline.any(0))
+        if kind < 0.25 or not len(ys):
+            return soft
+        top, bottom, left, right = (round(0.1 * s * side) for s in sides)
+        box = slice(max(0, ys[0] - top), ys[-1] + 1 + bottom), slice(max(0, xs[0] - left), xs[-1] + 1 + right)
+        soft[box] = np.maximum(soft[box], 1.0 if kind < 0.5 else pick((0.1, 0.3, 0.5, 0.7, 0.8), level))
+        return soft
+    wide = dilate(outline, max(1, round(0.05 * side)))
+    fading = Image.fromarray(wide.astype(np.uint8) * 255)
+    fading = fading.filter(ImageFilter.GaussianBlur((0.03 + 0.04 * level) * side))
+    return np.maximum(soft, np.asarray(fading, np.float32) / 255)
+
+
+# ---- pairs that do not show what they say --------------------------------------------------------
+
+# kind: the range of its score, 0 to 10; OmniEdit keeps pairs of 9 and more. The lower within it, the worse.
+WRONG = {
+    "half-done": (3.0, 8.5),  # some fields of a swap, a mixture of before and after, a part of the area
+    "wrong object": (2.0, 5.0),  # done to another object; where there is none, another result than asked
+    "over-edited": (3.0, 7.5),  # done, and another object changed or removed, or the whole picture changed
+    "damaged": (4.0, 8.9),  # done, but the area is blurred, noisy or in blocks
+}  # fmt: skip
+
+
+def _fewer(edit, scene, rng, kept):
+    """A swap of which `kept` of the fields that change are left as they were, but at least one changes."""
+    k = edit.ids[0] - 1
+    old, new = scene.objects[k], edit.target.objects[k]
+    differ = [f for f in ("shape", "colour", "material") if getattr(old, f) != getattr(new, f)]
+    u = dict(zip(differ, rng.random(len(differ)).tolist()))
+    left = sorted(differ, key=u.get)[: min(kept, len(differ) - 1)]
+    return _with(scene, k, replace(new, **{f: getattr(old, f) for f in left}))
+
+
+def _another(edit, scene, rng):
+    """The edit done to another object, or with another result than asked."""
+    u = rng.random(4).tolist()
+    if edit.task in WHOLE:
+        options = {"background": BACKGROUNDS, "environment": ENVIRONMENTS, "style": STYLES}[edit.task]
+        was, asked = getattr(scene, edit.task), getattr(edit.target, edit.task)
+        return replace(scene, **{edit.task: _other(options, u[0], was, asked)})
+    colours, k = _colours_on(scene), edit.ids[0] - 1
+    if edit.task == "add":
+        new = edit.target.objects[k]
+        new = replace(new, shape=_other(SHAPES, u[0], new.shape), colour=_other(colours, u[1], new.colour))
+        return _with(edit.target, k, new)
+    others, old = [j for j in range(len(scene.objects)) if j != k], scene.objects[k]
+    if edit.task == "remove":
+        if others:
+            return _without(scene, pick(others, u[2]))
+        shape, colour = _other(SHAPES, u[0], old.shape), _other(colours, u[1], old.colour)
+        return _with(scene, k, replace(old, shape=shape, colour=colour))
+    new = edit.target.objects[k]
+    options = {"shape": SHAPES, "colour": colours, "material": MATERIALS, "size": SIZES}
+    fields = {f: getattr(new, f) for f in options if getattr(new, f) != getattr(old, f)}
+    others = [j for j in others if replace(scene.objects[j], **fields) != scene.objects[j]]
+    if others:
+        j = pick(others, u[2])
+        return _with(scene, j, replace(scene.objects[j], **fields))
+    for draw_of, (f, asked) in zip(u, fields.items()):
+        fields[f] = _other(options[f], draw_of, getattr(old, f), asked)
+    return _with(scene, k, replace(old, **fields))
+
+
+def _more(edit, rng, slight):
+    """The target with more changed than asked: slight = one more object, else the whole picture."""
+    u, target = rng.random(4).tolist(), edit.target
+    done = edit.ids[0] - 1 if edit.task in ("swap", "add", "attribute") else None
+    rest = [j for j in range(len(target.objects)) if j != done]
+    if slight and rest:
+        k = pick(rest, u[0])
+        o = target.objects[k]
+        if u[1] < 0.4:
+            return _without(target, k)
+        return _with(target, k, replace(o, shape=_other(SHAPES, u[2], o.shape),
+                                        colour=_other(_colours_on(target), u[3], o.colour)))  # fmt: skip
+    field = _other(WHOLE, u[0], edit.task)
+    options = {"background": BACKGROUNDS, "environment": ENVIRONMENTS, "style": STYLES}[field]
+    return replace(target, **{field: _other(options, u[1], getattr(target, field))})
+
+
+def _partly(a, b, changed, done, rng):
+    """uint8 [h, w, 3] between source a and target b: a mixture with `done` of b, or b on that share of the
+    changed pixels, cut off along a line."""
+    way, turn = rng.random(2)
+    if way < 0.5:
+        return (a + done * (b.astype(np.float32) - a) + 0.5).astype(np.uint8)
+    ys, xs = np.nonzero(changed)
+    along = xs * np.cos(2 * np.pi * turn) + ys * np.sin(2 * np.pi * turn)
+    first = along <= np.quantile(along, done)
+    out = a.copy()
+    out[ys[first], xs[first]] = b[ys[first], xs[first]]
+    return out
+
+
+def _damage(b, changed, harm, rng):
+    """Target b, uint8 [h, w, 3], spoilt on the changed pixels and 3% of the side around them. harm: 0 to
+    1."""
+    h, w, _ = b.shape
+    side, way = min(h, w), rng.random()
+    area = dilate(changed, max(1, round(0.03 * side)))[..., None]
+    if way < 1 / 3:
+        bad = np.asarray(Image.fromarray(b).filter(ImageFilter.GaussianBlur((0.025 + 0.045 * harm) * side)))
+        if np.abs(bad.astype(np.int16) - b).mean(where=area) > 4:  # else too smooth for it to be seen: noise
+            return np.where(area, bad, b)
+    if way > 2 / 3:
+        cell = max(2, round((0.06 + 0.08 * harm) * side))
+        cells = Image.fromarray(b).resize((-(-w // cell), -(-h // cell)), Image.Resampling.BOX)
+        bad = np.asarray(cells.resize((w, h), Image.Resampling.NEAREST))
+        if np.abs(bad.astype(np.int16) - b).mean(where=area) > 4:
+            return np.where(area, bad, b)
+    noise = rng.random((h, w, 3), np.float32) * 2 - 1
+    return np.where(area, np.clip(b + (25 + 95 * harm) * noise + 0.5, 0, 255).astype(np.uint8), b)
+
+
+# ---- the edit source -----------------------------------------------------------------------------
+
+
+def _uniforms(seed, i):
+    """Three arrays of uniform draws in [0, 1) that depend on (seed, i) alone, i an int or an array of them:
+    what must be known of a pair without making its generator (splitmix64, exact on every machine)."""
+    x = np.atleast_1d(np.asarray(i, np.uint64)) * np.uint64(4) + np.uint64(seed << 40)
+    out = []
+    for _ in range(3):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        z = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        out.append(((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53)
+    return out
+
+
+class EditScenes:
+    """Edit source over the scenes of a split: pair i is scene i with an edit of task i % 7. wrong: the
+    share of pairs, drawn by index, that are wrong in one of the ways of WRONG and scored below 9; right
+    pairs then score 9 to 10, and 10 when wrong is 0. The pairs that stay right are the same for every
+    share. The held-out split has right pairs only. SystemExit on an unknown split or a share outside 0..1."""
+
+    name, tasks = "scenes", list(TASKS)
+
+    def __init__(self, split="train", wrong=0.0):
+        if not 0 <= wrong <= 1:
+            raise SystemExit(f"error: scenes: wrong={wrong}: use a share from 0 to 1")
+        self.scenes, self.wrong = Scenes(split), wrong if split == "train" else 0.0
+        self.seed = self.scenes.seed
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def size(self, i):
+        """None: pairs are drawn at any size."""
+        return None
+
+    def task(self, i):
+        return TASKS[i % len(TASKS)]
+
+    def score(self, i):
+        """0 to 10, what a judge would give the pair."""
+        return float(self._score(*_uniforms(self.seed, i))[0])
+
+    def kind(self, i):
+        """How pair i is wrong, a key of WRONG, or None if it is right."""
+        is_wrong, kind, _ = (float(u[0]) for u in _uniforms(self.seed, i))
+        return pick(tuple(WRONG), kind) if is_wrong < self.wrong else None
+
+    def _score(self, is_wrong, kind, good):
+        low, high = np.array(list(WRONG.values())).T[:, (kind * len(WRONG)).astype(int)]
+        right = 9 + good if self.wrong else np.full_like(good, 10)
+        return np.where(is_wrong < self.wrong, low + (high - low) * good, right)
+
+    @cached_property
+    def task_of(self):
+        """Places in .tasks of all pairs, int8 [n]."""
+        return (np.arange(len(self)) % len(TASKS)).astype(np.int8)
+
+    @cached_property
+    def scores(self):
+        """Scores of all pairs, float32 [n]."""
+        parts = (np.arange(k, min(k + 2**18, len(self))) for k in range(0, len(self), 2**18))
+        return np.concatenate([self._score(*_uniforms(self.seed, i)).astype(np.float32) for i in parts])
+
+    def edit(self, i):
+        """(scene, Edit) of pair i: what is asked, whether or not the pair shows it."""
+        before = self.scenes.scene(i)
+        return before, EDITS[self.task(i)](before, rng_for(self.seed, i, 4))
+
+    def load(self, i, h, w):
+        """dict(image, the target, and source uint8 [h, w, 3]; caption, the instruction; mask float32 [h, w],
+        1 = may change, soft values included; task; score), fixed for (split, i, h, w) and the share."""
+        got = self.load_exact(i, h, w)
+        return {key: got[key] for key in ("image", "source", "caption", "mask", "task", "score")}
+
+    def load_exact(self, i, h, w):
+        """What load gives and what only scenes know: before and after (the scene, and what the instruction
+        asks for), truth (uint8 [h, w, 3], the picture of `after`; the image of a right pair), changed
+        (bool [h, w], the pixels in which source and truth differ), kind (see WRONG; None: right)."""
+        before, edit = self.edit(i)
+        source, truth, kind = draw(before, h, w), draw(edit.target, h, w), self.kind(i)
+        changed = (source != truth).any(-1)
+        # in a tiny picture an edit may change nothing that shows
+        area = changed if changed.any() else edit_mask(edit, before, h, w) > 0
+        whole = edit.task in ("environment", "style")
+        mask = np.ones((h, w), np.float32) if whole else region_mask(area, rng_for(self.seed, i, 5))
+        image = truth if kind is None else self._spoil(kind, i, before, edit, source, truth, area)
+        return dict(image=image, source=source, caption=edit.instruction, mask=mask, task=edit.task,
+                    score=self.score(i), before=before, after=edit.target, truth=truth, changed=changed,
+                    kind=kind)  # fmt: skip
+
+    def _spoil(self, kind, i, before, edit, source, truth, area):
+        """The target of a wrong pair, uint8 [h, w, 3]: the higher its score, the nearer to the truth."""
+        good, rng = float(_uniforms(self.seed, i)[2][0]), rng_for(self.seed, i, 6)
+        if kind == "half-done":
+            if edit.task == "swap" and rng.random() < 0.5:
+                return draw(_fewer(edit, before, rng, 1 if good > 0.5 else 2), *area.shape)
+            return _partly(source, truth, area, 0.3 + 0.4 * good, rng)
+        if kind == "wrong object":
+            return draw(_another(edit, before, rng), *area.shape)
+        if kind == "over-edited":
+            return draw(_more(edit, rng, slight=good > 0.4), *area.shape)
+        return _damage(truth, area, 1 - good, rng)
+
+
+# ---- contact sheets ------------------------------------------------------------------------------
+
+
+def write_sheet(out: str, n: int = 28, size: int = 64, split: str = "train", wrong: float = 0.0):
+    """Source | target with task and score | region mask of the first pairs.
+
+    Args:
+        out: picture file to write
+        n: how many pairs
+        size: width and height in pixels
+        split: train or heldout
+        wrong: share of wrong pairs, named under the mask; train only
+    """
+    source, rows = EditScenes(split, wrong), []
+    for i in range(n):
+        got = source.load_exact(i, size, size)
+        mask = np.repeat((got["mask"] * 255).astype(np.uint8)[..., None], 3, -1)
+        rows.append([(got["source"], got["caption"]), (got["image"], f"{got['task']}, {got['score']:.1f}"),
+                     (mask, got["kind"] or "")])  # fmt: skip
+    _save(rows, 2, out)
+
+
+def write_chain(out: str, n: int = 6, size: int = 64, split: str = "train", turns: int = 5):
+    """The first scenes, each edited several times in turn.
+
+    Args:
+        out: picture file to write
+        n: how many scenes
+        size: width and height in pixels
+        split: train or heldout
+        turns: how many edits
+    """
+    source, rows = EditScenes(split), []
+    for i in range(n):
+        before = source.scenes.scene(i)
+        later = chain(before, rng_for(source.seed, i, 7), turns)
+        rows.append([(draw(s, size, size), text) for text, s in [("", before), *later]])
+    _save(rows, 1, out)
+
+
+def _save(rows, columns, out):
+    if not rows:
+        raise SystemExit("error: scene_edits.py: --n: use 1 or more")
+    try:
+        contact_sheet(rows, columns, 128, 6).save(out)
+    except (OSError, ValueError) as e:  # PIL: unknown file extension is a ValueError
+        say = f"{out}: {e}: choose a writable place and a name that ends in .png"
+        raise SystemExit(f"error: scene_edits.py: {say}") from None
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.extras.subcommand_cli_from_dict({"sheet": write_sheet, "chain": write_chain})

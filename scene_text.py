@@ -56,7 +56,7 @@ def place_words(place):
     return f"at the {v}" if u == "center" else f"at the {v} {u}"
 
 
-def _off(said, true):
+def plainly_off(said, true):
     """Whether a place is plainly wrong: 'on the left' is not wrong of something at the top left."""
     centre = said == ("middle", "center")
     return centre or said[0] not in ("middle", true[0]) or said[1] not in ("center", true[1])
@@ -236,7 +236,8 @@ def _wrong(facts, kind, scene, rng):
     if getattr(g, kind) is None:
         return None
     changed = replace(g, **{kind: other(options, getattr(g, kind))})
-    if kind == "place" and not all(_off(changed.place, place_of(o)) for o in scene.objects if g.matches(o)):
+    meant = [o for o in scene.objects if g.matches(o)]
+    if kind == "place" and not all(plainly_off(changed.place, place_of(o)) for o in meant):
         return None
     if any(changed.matches(o) for o in scene.objects):
         return None  # it would be true of another object

@@ -705,20 +705,31 @@ class Scenes:
         return {"image": image, "caption": caption(s, rng_for(self.seed, i, 3)), "segments": segments}
 
 
+def contact_sheet(rows, columns, cell, lines):
+    """A page of captioned pictures, a PIL image. rows: lists of (uint8 [h, w, 3], text), every list a row of
+    pictures; `columns` rows stand side by side. cell: a picture's longer side in pixels; lines: of text."""
+    margin, line = 12, 11
+    wide = max(map(len, rows)) * (cell + margin) + margin
+    high = cell + line * lines + margin
+    size = columns * wide, -(-len(rows) // columns) * high + margin
+    page = Image.new("RGB", size, "lightgray")
+    pen = ImageDraw.Draw(page)
+    for n, row in enumerate(rows):
+        for k, (image, text) in enumerate(row):
+            x, y = n % columns * wide + margin + k * (cell + margin), margin + n // columns * high
+            scale = cell / max(image.shape[:2])
+            size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+            page.paste(Image.fromarray(image).resize(size, Image.Resampling.NEAREST), (x, y))
+            text = "\n".join(textwrap.wrap(text, max(8, cell // 6)))
+            pen.text((x, y + cell + 2), text, fill=(40, 40, 40), spacing=1)
+    return page
+
+
 def sheet(source, n, size, columns=8):
     """Contact sheet of the first n scenes with their captions, a PIL image."""
-    zoom = max(1, 160 // size)
-    cell, line, margin = size * zoom, 11, 12
-    high = cell + 7 * line + margin
-    page = Image.new("RGB", (columns * (cell + margin) + margin, -(-n // columns) * high + margin), "white")
-    pen = ImageDraw.Draw(page)
-    for i in range(n):
-        x, y = margin + i % columns * (cell + margin), margin + i // columns * high
-        got = source.load(i, size, size)
-        page.paste(Image.fromarray(got["image"]).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
-        text = "\n".join(textwrap.wrap(got["caption"], max(8, cell // 6)))
-        pen.text((x, y + cell + 2), text, fill=(40, 40, 40), spacing=1)
-    return page
+    loaded = (source.load(i, size, size) for i in range(n))
+    rows = [[(got["image"], got["caption"])] for got in loaded]
+    return contact_sheet(rows, columns, size * max(1, 160 // size), 7)
 
 
 def export(source, folder, n, size):
