@@ -3,7 +3,8 @@
     python data.py check photos/         # counts, broken files, shapes, captions, mask areas, a sample sheet
     python data.py check omniedit:DIR    # the same of a set of edit pairs (edits.py names the layouts)
 
-Sources, geometry, order, loaders, preferences, check. Files are read by pictures.py, masks made by masks.py.
+Sources, cropping, loaders, preferences, check. Below it: pictures.py reads files, masks.py makes masks,
+order.py says what comes when.
 Masks are 1 where the picture is to be regenerated. Pictures leave this file as float [-1, 1].
 """
 
@@ -14,7 +15,7 @@ import re
 import signal
 import sys
 from collections import Counter, namedtuple
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from PIL import Image
 
 import edits
 from masks import task_mask
+from order import EditSampler, Listed, Sampler, bucket, mix, size_of
 from pictures import (
     HELDOUT,
     MAX_BAD,
@@ -46,7 +48,6 @@ from pictures import (
     too_many,
 )
 
-DRAWN = 1_000_000  # pairs of a procedural source among which tasks or scores are chosen
 ERASE_PROMPT = "empty background, nothing there"
 
 # How often a sample gets each task and loses its caption: ours, the paper gives no probabilities
@@ -118,7 +119,7 @@ class Parquet:
         self.name, self.groups = name, RowGroups(files, self._columns)
         self.window, self.rows = self.groups.window, np.arange(self.groups.first[-1])
         if split != "all":
-            held = _mix(self.rows.astype(np.uint64)) < np.uint64(share * 2**63) * np.uint64(2)
+            held = mix(self.rows.astype(np.uint64)) < np.uint64(share * 2**63) * np.uint64(2)
             self.rows = self.rows[held == (split == "heldout")]
         self.runs = self.groups.runs(self.rows)
 
@@ -204,29 +205,7 @@ def open_edits(spec, split="train"):
     return edits.open_preset(kind, rest, split)
 
 
-#### 2. geometry #############################################################################################
-SCENE_RATIOS = (1, 2 / 3, 3 / 2, 3 / 4, 4 / 3, 9 / 16, 16 / 9)  # the seven of OmniEdit
-RATIOS = SCENE_RATIOS + (1 / 2, 2, 1 / 3, 3, 1 / 4, 4)
-
-
-@lru_cache(maxsize=None)
-def shapes(image_size, stride, ratios=RATIOS):
-    """(h, w) of every ratio h / w: multiples of `stride` with about image_size**2 pixels."""
-    if image_size < stride or image_size % stride:
-        raise SystemExit(f"error: image_size: {image_size}: use a multiple of {stride}")
-    sides = [[round(image_size * s / stride) * stride or stride for s in (r**0.5, r**-0.5)] for r in ratios]
-    return tuple(dict.fromkeys(map(tuple, sides)))
-
-
-def bucket(h, w, image_size, stride, aspects):
-    """Shape (h', w') at which a picture of (h, w) is used: the one rule for caching, training and sampling.
-
-    Without `aspects` a square; else, of the shapes 1:4 to 4:1 of equal area, the nearest in log ratio."""
-    if not aspects:
-        return shapes(image_size, stride, (1,))[0]
-    return min(shapes(image_size, stride), key=lambda s: (round(abs(math.log(h * s[1] / (w * s[0]))), 9), s))
-
-
+#### 2. cropping #############################################################################################
 def _crop(a, size, h, w, y, x, how, gap=None):
     """The part of `a`, taken as stretched to a picture of `size`, that `fit` cuts out, resized to (h, w)."""
     (ih, iw), im = size, Image.fromarray(a)
@@ -270,236 +249,7 @@ def fit_pair(source, image, mask, h, w, y=0.5, x=0.5):
     return *(fit(im, h, w, y, x)[0] for im in (source, image)), mask
 
 
-#### 3. order ################################################################################################
-def _mix(z):
-    """Bits of uint64 [n] scrambled (splitmix64); arithmetic wraps."""
-    z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def permute(i, n, key):
-    """Keyed bijection of [0, n), applied to integers [k] -> int64 [k]: a shuffle that is never stored.
-
-    A Feistel network on an even number of bits, walked until it lands below n. key: tuple of ints >= 0."""
-    half = np.uint64(max(3, ((n - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    x = np.array(i, np.uint64)
-    todo, round_keys = np.arange(len(x)), np.random.SeedSequence(key).generate_state(6, np.uint64)
-    while len(todo):
-        left, right = x[todo] >> half, x[todo] & low
-        for k in round_keys:
-            left, right = right, left ^ (_mix(right + k) & low)
-        x[todo] = (left << half) | right
-        todo = todo[x[todo] >= n]
-    return x.astype(np.int64)
-
-
-def shuffled(i, runs, window, key, run_key):
-    """As `permute` over sum(runs), but rows of `window` runs (parquet row groups, in shuffled order) stay
-    together, so that only so many need be in memory. When one window holds all, it is a plain permutation."""
-    runs, i = np.asarray(runs, np.int64), np.asarray(i, np.int64)
-    if len(runs) <= window:
-        return permute(i, int(runs.sum()), key)
-    order = permute(np.arange(len(runs)), len(runs), run_key)
-    ends = np.cumsum(runs[order])
-    out, block = np.empty_like(i), np.searchsorted(ends, i, "right") // window
-    for b in np.unique(block).tolist():
-        start, stop = (ends[b * window - 1] if b else 0), ends[min((b + 1) * window, len(ends)) - 1]
-        out[block == b] = start + permute(i[block == b] - start, int(stop - start), (*key, b))
-    run = np.searchsorted(ends, out, "right")
-    return (np.cumsum(runs) - runs)[order[run]] + out - (ends - runs[order])[run]
-
-
-def paced(counts, rng):
-    """An even mixture of `counts` things: (kind, place in its kind) of each of sum(counts) places."""
-    pace = np.concatenate([(np.arange(k) + rng.random(k)) / k for k in counts])
-    order = np.argsort(pace, kind="stable")
-    kind, place = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(k) for k in counts])
-    return kind[order], place[order]
-
-
-# What one rank loads at a step. slot int64 [B] counts within the bucket; copy > 0 where it wrapped round.
-Request = namedtuple("Request", "step epoch shape bucket slot copy position wrapped")
-
-
-def _size(source, i):
-    """source.size(i), or square where the file is bad: it is met again, named and counted while loading."""
-    try:
-        return source.size(i)
-    except BadFile:
-        return 1, 1
-
-
-class Sampler:
-    """Endless order of a source: `request(step)` is a pure function of (seed, step, rank, world).
-
-    In an epoch every bucket is shuffled and cut into global batches of world * batch_size, the last filled by
-    wrapping round. All ranks have the same bucket at a step; buckets are interleaved evenly. A source that
-    draws at any size has one bucket whose shape, with `aspects`, is drawn for every global batch."""
-
-    def __init__(self, source, image_size, batch_size, seed, rank, world, aspects, stride):
-        if batch_size < 1:
-            raise SystemExit(f"error: batch_size: {batch_size}: must be at least 1")
-        self.seed, self.rank, self.batch, self.total = seed % 2**63, rank, batch_size, batch_size * world
-        n, self.window, self.drawn = len(source), getattr(source, "window", 1), False
-        runs = np.asarray(getattr(source, "runs", [n]))
-        self.shapes, self.runs, self.members = shapes(image_size, stride, (1,)), [runs], [None]
-        if aspects and _size(source, 0) is None:
-            self.shapes, self.drawn = shapes(image_size, stride, SCENE_RATIOS), True
-        elif aspects:
-            every, which = shapes(image_size, stride), np.zeros(n, np.int64)
-            for i in range(n):
-                which[i] = every.index(bucket(*_size(source, i), image_size, stride, True))
-            used, ends = np.unique(which), np.cumsum(runs)
-            self.shapes, self.members = [every[b] for b in used], [np.flatnonzero(which == b) for b in used]
-            run_of = np.searchsorted(ends, np.arange(n), "right")
-            self.runs = [np.bincount(run_of[m], minlength=len(runs)) for m in self.members]
-        self.count = [n if m is None else len(m) for m in self.members]
-        self.batches = [-(-c // self.total) for c in self.count]
-
-    def __len__(self):
-        return sum(self.batches)  # steps in an epoch
-
-    def summary(self):
-        if self.drawn:
-            return f"{self.count[0]:,} pictures drawn at " + ", ".join(f"{w}x{h}" for h, w in self.shapes)
-        extra = len(self) * self.total - sum(self.count)
-        return (f"{sum(self.count):,} items, {len(self):,} steps an epoch, {extra:,} repeated to fill them: "
-                + ", ".join(f"{w}x{h} {c:,}" for (h, w), c in zip(self.shapes, self.count)))
-
-    @lru_cache(maxsize=8)
-    def _schedule(self, epoch):
-        """(bucket, batch) of every step of an epoch: each bucket in its own order, all at an even pace."""
-        return paced(self.batches, np.random.default_rng([self.seed, epoch, 1]))
-
-    def _slots(self, epoch, b, at):
-        """(slot, copy) of places [k] of a bucket's epoch; places past its end wrap round."""
-        keys = (self.seed, epoch, 2, b), (self.seed, epoch, 3)
-        return shuffled(at % self.count[b], self.runs[b], self.window, *keys), at // self.count[b]
-
-    def request(self, step):
-        epoch, k = divmod(step, len(self))
-        b, j = (0, k) if len(self.batches) == 1 else (int(a[k]) for a in self._schedule(epoch))
-        at = np.arange(self.total) + j * self.total
-        wrapped = int((at >= self.count[b]).sum())
-        position = list(range(self.rank * self.batch, (self.rank + 1) * self.batch))
-        slot, copy = self._slots(epoch, b, at[position])
-        draw = np.random.default_rng([self.seed, step, 4]).integers(len(self.shapes)) if self.drawn else b
-        return Request(step, epoch, self.shapes[draw], b, slot, copy, position, wrapped)
-
-    def index(self, b, slot):
-        """Index in the source of a slot; slots past the end wrap round."""
-        slot = int(slot) % self.count[b]
-        return slot if self.members[b] is None else int(self.members[b][slot])
-
-
-class EditSampler(Sampler):
-    """Order of edit pairs: as Sampler's, with tasks as often as their weights say, and low scores left out.
-
-    In every bucket the tasks are mixed at an even pace, and each goes through its own pairs again and again,
-    all of them shuffled before any comes back; the task that lasts longest makes the epoch. weights: task ->
-    weight ("": pairs without one), or None to take pairs as they are. NaN is no score, and below any."""
-
-    def __init__(self, source, *args, weights=None, min_score=None):
-        super().__init__(source, *args)
-        n, runs = len(source), np.asarray(getattr(source, "runs", [len(source)]))
-        if _size(source, 0) is None:  # drawn, not stored: as many as can be looked at one by one
-            n, runs = min(n, DRAWN), np.array([min(n, DRAWN)])
-        self.tasks, ids, keep = [""], np.zeros(n, np.int64), np.ones(n, bool)
-        if weights is not None:
-            self.tasks = [*source.tasks, ""]
-            ids = getattr(source, "task_of", None)
-            ids = [self.tasks.index(source.task(i) or "") for i in range(n)] if ids is None else ids[:n]
-            ids = np.asarray(ids, np.int64) % len(self.tasks)  # -1, no task, is the last
-            keep = np.array([weights.get(t, 0) > 0 for t in self.tasks])[ids]
-        self.unused = n - int(keep.sum())
-        if min_score is not None:
-            scores = getattr(source, "scores", None)
-            scores = [source.score(i) for i in range(n)] if scores is None else scores[:n]
-            keep &= np.asarray(scores, np.float32) >= min_score
-        self.low = n - self.unused - int(keep.sum())
-        if not keep.any():
-            raise SystemExit(f"error: min_score, tasks: {min_score}, {weights}: none of the {n:,} pairs of "
-                             f"{source.name} is left: lower min_score, or change the weights")
-        self.number = np.bincount(ids[keep], minlength=len(self.tasks))
-        share = np.array([(weights or {"": 1.0}).get(t, 0) for t in self.tasks]) * (self.number > 0)
-        longest = max(k / s for k, s in zip(self.number, share) if s > 0)
-        self.often = share * longest / np.maximum(self.number, 1)  # of a task's pairs, in an epoch
-        run_of, buckets = np.searchsorted(np.cumsum(runs), np.arange(n), "right"), []
-        for shape, members in zip(self.shapes if self.members[0] is not None else [None], self.members):
-            m = np.arange(n) if members is None else members
-            groups = [m[keep[m] & (ids[m] == t)] for t in range(len(self.tasks))]
-            if any(map(len, groups)):
-                buckets.append((shape, groups, [np.bincount(run_of[g], minlength=len(runs)) for g in groups]))
-        if self.members[0] is not None:
-            self.shapes = [b[0] for b in buckets]
-        self.members = [np.concatenate(groups) for _, groups, _ in buckets]
-        self.first = [np.cumsum([0, *map(len, groups)]) for _, groups, _ in buckets]
-        self.runs = [runs for *_, runs in buckets]
-        # rounded first: 3.0000000000000004 times one pair is not four
-        self.quota = [np.ceil(np.round(np.diff(f) * self.often, 6)).astype(np.int64) for f in self.first]
-        self.count = [int(q.sum()) for q in self.quota]
-        self.batches = [-(-c // self.total) for c in self.count]
-
-    def summary(self):
-        tasks = ", ".join(f"{t or 'no task'} {k:,} x {o:.2f}" for t, k, o in
-                          zip(self.tasks, self.number, self.often) if k) if len(self.tasks) > 1 else ""
-        left = f"; left out: {self.low:,} by score, {self.unused:,} by task" * (self.low + self.unused > 0)
-        tasks = f"; pairs of a task, and how often an epoch has them: {tasks}" * bool(tasks)
-        return super().summary() + tasks + left
-
-    @lru_cache(maxsize=32)
-    def _mixed(self, epoch, b):
-        return paced(self.quota[b], np.random.default_rng([self.seed, epoch, 5, b]))
-
-    def _slots(self, epoch, b, at):
-        kinds, places = self._mixed(epoch, b)
-        kind, lap = kinds[at % self.count[b]], at // self.count[b]
-        turn = places[at % self.count[b]] + epoch * self.quota[b][kind]
-        cycle, place = np.divmod(turn, np.diff(self.first[b])[kind])
-        slot = np.empty_like(place)
-        for k, c in set(zip(kind.tolist(), cycle.tolist())):
-            mine = (kind == k) & (cycle == c)
-            keys = (self.seed, c, 2, b, k), (self.seed, c, 3)
-            slot[mine] = self.first[b][k] + shuffled(place[mine], self.runs[b][k], self.window, *keys)
-        return slot, cycle * 4096 + lap  # copies of a pair in an epoch differ in one or the other
-
-    def index(self, b, slot):
-        return int(self.members[b][int(slot) % len(self.members[b])])
-
-
-class Listed:
-    """The given indices once, in order; one shape per batch; positions count along the list."""
-
-    def __init__(self, source, indices, image_size, batch_size, rank, world, aspects, stride):
-        self.n, self.requests, group, last = len(source), [], [], None
-        if bad := [i for i in indices if not 0 <= i < self.n]:
-            raise SystemExit(f"error: indices: {bad[0]}: {source.name} has {self.n:,}")
-        share = -(-len(indices) // world)
-        for p in [*range(rank * share, min((rank + 1) * share, len(indices))), None]:
-            size = aspects and p is not None and _size(source, indices[p]) or (1, 1)
-            shape = bucket(*size, image_size, stride, aspects)
-            if group and (p is None or shape != last or len(group) == batch_size):
-                slot = np.array([indices[q] for q in group])
-                self.requests.append(Request(0, 0, last, 0, slot, np.zeros_like(slot), group, 0))
-                group = []
-            group, last = group + [p], shape
-
-    def __len__(self):
-        return len(self.requests)
-
-    def summary(self):
-        return f"{sum(len(r.slot) for r in self.requests):,} listed, {len(self):,} batches"
-
-    def request(self, k):
-        return self.requests[k]
-
-    def index(self, _, slot):
-        return int(slot) % self.n
-
-
-#### 4. loaders ##############################################################################################
+#### 3. loaders ##############################################################################################
 def mixture(tasks):
     """Task -> probability, checked and summing to 1. SystemExit on an unknown task or an impossible
     number."""
@@ -683,7 +433,11 @@ def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, wo
     balance: see `edit_weights`; a task that is not named in a dict is left out. min_score: pairs with a lower
     score, or none, are left out. A procedural source is taken to hold its tasks equally often."""
     args = source, image_size, batch_size, seed, rank, world, aspects, stride
-    as_drawn = _size(source, 0) is None and not isinstance(balance, dict) and min_score is None
+    sizes = getattr(source, "sizes", None)
+    if aspects and rank == 0 and sizes is not None and (unknown := int((sizes == 0).any(1).sum())) > 20_000:
+        print(f"note: {source.name}: {unknown:,} pictures say their size nowhere but in themselves: it "
+              "takes a while to read; leave aspects off if all are square", file=sys.stderr)
+    as_drawn = size_of(source, 0) is None and not isinstance(balance, dict) and min_score is None
     weights = edit_weights(source, balance)
     order = Sampler(*args) if as_drawn else EditSampler(*args, weights=weights, min_score=min_score)
     make = partial(make_edit_sample, source, p_region, True)
@@ -699,7 +453,7 @@ def make_edit_eval_batches(source, indices, image_size, batch_size, seed=0, rank
     return Loader(source, order, make, seed, workers, None, max_bad)
 
 
-#### 5. preferences ##########################################################################################
+#### 4. preferences ##########################################################################################
 Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind", defaults=[""])
 
 
@@ -813,8 +567,7 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
                 rng = np.random.default_rng([i, len(row)])
                 s = make_sample(source, {t: 1.0}, 0.0, False, False, i, h, w, rng, notes)
                 picture, m = s["image"], s["mask"][0, ..., None]
-                tint = (picture + 0.55 * m * (np.array([255, 40, 90]) - picture)).astype(np.uint8)
-                row.append(Image.fromarray(tint) if s["task"] == t else None)
+                row.append(tinted(picture, m) if s["task"] == t else None)
                 areas[t] += [float(m.mean())] if s["task"] == t else []
                 lengths += [len(s["caption"].encode())] if t == "t2i" else []
         except BadFile as e:
@@ -838,6 +591,11 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
     raise SystemExit(1 if bad else 0)
 
 
+def tinted(picture, mask):
+    """uint8 [h, w, 3] as a PIL image, red where the mask [h, w, 1] is."""
+    return Image.fromarray((picture + 0.55 * mask * (np.array([255, 40, 90]) - picture)).astype(np.uint8))
+
+
 def save_sheet(out, *rows):
     """Contact sheet (common.contact_sheet) written to `out`; SystemExit if that is no place for a picture."""
     from common import contact_sheet
@@ -856,7 +614,7 @@ def check_edits(source, image_size, stride, limit, out):
 
     n, bad, rows, titles, areas, lengths = len(source), [], [], [], [], []
     picks = np.unique(np.linspace(0, n - 1, min(limit, n)).astype(int)).tolist()
-    every = picks if _size(source, 0) is None else range(n)  # a procedural source has too many to ask
+    every = picks if size_of(source, 0) is None else range(n)  # a procedural source has too many to ask
     tasks = Counter(source.task(i) or "no task" for i in every)
     scores = [source.score(i) for i in every]
     used, notes = Counter(), Counter()
@@ -873,8 +631,8 @@ def check_edits(source, image_size, stride, limit, out):
         masked = notes["regions shown"] > shown
         areas += [float(s["mask"].mean())] * masked
         if k >= len(rows) * len(picks) / 8:
-            grey = np.repeat((s["mask"][0, ..., None] * 255).astype(np.uint8), 3, 2)
-            rows.append([Image.fromarray(p) for p in (s["source"], s["image"], grey)[:2 + masked]])
+            pictures = [Image.fromarray(s[key]) for key in ("source", "image")]
+            rows.append(pictures + [tinted(s["source"], s["mask"][0, ..., None])] * masked)
             score = "" if math.isnan(s["score"]) else f" {s['score']:.1f}"
             titles.append(f"{s['task'] or 'no task'}{score}: {s['caption']}")
     print(f"{source.name}: {n:,} pairs, {len(picks):,} looked at, {len(bad)} cannot be used, "
@@ -892,10 +650,10 @@ def check_edits(source, image_size, stride, limit, out):
         print(f"    {low} to {low + 1}: {k:>9,} {'#' * round(50 * k / len(known))}")
     low, mid, high = np.quantile(areas or [0], (0.05, 0.5, 0.95))
     print(f"  mask area: median {mid:.1%}, 5% to 95% {low:.1%} to {high:.1%} ({len(areas):,} pairs have one)")
-    odd = sum(not 0.001 <= a <= 0.99 for a in areas)
-    if odd:
-        print(f"  WARNING: {odd:,} of {len(areas):,} masks select nearly nothing or everything: is white the "
-              "edit? (preset magicbrush reads transparent = edit)")
+    nothing, everything = sum(a < 0.001 for a in areas), sum(a > 0.99 for a in areas)
+    if nothing + everything:
+        print(f"  WARNING: {nothing:,} masks select nearly nothing, {everything:,} nearly everything, right "
+              "only for edits of the whole picture: is white the edit? (magicbrush: transparent)")
     save_sheet(out, rows, ["source", "target", "mask"], titles)
     raise SystemExit(1 if bad else 0)
 

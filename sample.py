@@ -44,6 +44,7 @@ import flow
 import masks
 import model
 import pictures
+from order import bucket, shapes
 
 
 @dataclass
@@ -678,9 +679,9 @@ def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, aspects
         about["mask"] = str(path.resolve())
     if any(len(text.encode(errors="replace")) > arch.txt_bytes for text in texts):
         common.print0(f"note: {item['name']}: the model reads {arch.txt_bytes} bytes of the prompt")
-    H, W = data.bucket(*mask.shape, size, arch.patch, aspects)
+    H, W = bucket(*mask.shape, size, arch.patch, aspects)
     if task == "edit" and aspects:  # an edit must not go to the margin: rather a shape between two buckets
-        H, W = data.shapes(size, arch.patch, (min(max(mask.shape[0] / mask.shape[1], 1 / 4), 4),))[0]
+        H, W = shapes(size, arch.patch, (min(max(mask.shape[0] / mask.shape[1], 1 / 4), 4),))[0]
     if max(H, W) > arch.pos_max * arch.patch:
         raise SystemExit(f"error: --size: {size}: {item['name']} needs {W}x{H}, the model takes "
                          f"at most {arch.pos_max * arch.patch} a side: give a smaller --size")

@@ -19,6 +19,7 @@ import masks
 import pictures
 from data import make_eval_batches, make_loader, open_pairs, open_source, pair_loader
 from masks import make_mask
+from order import Sampler, bucket, permute, shuffled
 from pictures import BadFile
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -371,16 +372,16 @@ def test_too_many_bad_files_end_the_run_in_the_main_process(tmp_path, workers):
 def test_buckets():
     seen = set()
     for h, w in RNG.integers(1, 5000, (500, 2)).tolist():
-        b = data.bucket(h, w, 256, 16, True)
+        b = bucket(h, w, 256, 16, True)
         seen.add(b)
         assert b[0] % 16 == b[1] % 16 == 0 and 0.85 < b[0] * b[1] / 256**2 < 1.15
-        assert data.bucket(*b, 256, 16, True) == b and data.bucket(w, h, 256, 16, True) == b[::-1]
-        assert data.bucket(h, w, 256, 16, False) == (256, 256)
+        assert bucket(*b, 256, 16, True) == b and bucket(w, h, 256, 16, True) == b[::-1]
+        assert bucket(h, w, 256, 16, False) == (256, 256)
         r = np.log(h * b[1] / (w * b[0]))
         assert abs(r) < 0.21 or max(h / w, w / h) > 3.4         # half the widest step; beyond 4:1 cropped
     assert len(seen) == 13
     with pytest.raises(SystemExit, match="multiple of 16"):
-        data.bucket(1, 1, 250, 16, True)
+        bucket(1, 1, 250, 16, True)
 
 
 def test_fit_covers_without_squashing_and_labels_follow():
@@ -474,20 +475,20 @@ def test_dilation():
 
 def test_permute_is_a_bijection_and_mixes():
     for n in (1, 2, 5, 64, 1000, 4097):
-        assert sorted(data.permute(np.arange(n), n, (1, 2))) == list(range(n))
-    a = data.permute(np.arange(10_000), 10_000_000, (7,))
+        assert sorted(permute(np.arange(n), n, (1, 2))) == list(range(n))
+    a = permute(np.arange(10_000), 10_000_000, (7,))
     assert len(set(a.tolist())) == 10_000 and abs(np.corrcoef(np.arange(10_000), a)[0, 1]) < 0.05
-    assert not np.array_equal(a, data.permute(np.arange(10_000), 10_000_000, (8,)))
+    assert not np.array_equal(a, permute(np.arange(10_000), 10_000_000, (8,)))
 
 
 def test_shuffled_keeps_windows_of_runs_together():
     runs, n = [5, 0, 7, 3, 9, 1, 4], 29
     group = np.repeat(np.arange(7), runs)
     for window in (1, 2, 7):
-        order = data.shuffled(np.arange(n), runs, window, (1,), (2,))
+        order = shuffled(np.arange(n), runs, window, (1,), (2,))
         assert sorted(order) == list(range(n))
-        assert [data.shuffled([i], runs, window, (1,), (2,))[0] for i in range(n)] == list(order)
-    assert (np.diff(group[data.shuffled(np.arange(n), runs, 1, (1,), (2,))]) != 0).sum() == 5
+        assert [shuffled([i], runs, window, (1,), (2,))[0] for i in range(n)] == list(order)
+    assert (np.diff(group[shuffled(np.arange(n), runs, 1, (1,), (2,))]) != 0).sum() == 5
 
 
 @pytest.fixture(scope="module")
@@ -530,7 +531,7 @@ def test_ranks_joined_are_the_global_batch(mixed, aspects):
 
 def test_an_epoch_drops_nothing_and_counts_what_it_repeats(mixed):
     for aspects in (False, True):
-        order = data.Sampler(mixed, 16, 4, 0, 0, 1, aspects, 4)
+        order = Sampler(mixed, 16, 4, 0, 0, 1, aspects, 4)
         for epoch in (0, 3):
             seen, repeated = [], 0
             for k in range(len(order)):
@@ -539,7 +540,7 @@ def test_an_epoch_drops_nothing_and_counts_what_it_repeats(mixed):
                 repeated += r.wrapped
                 seen += index
                 if aspects:
-                    assert {data.bucket(*mixed.size(i), 16, 4, True) for i in index} == {r.shape}
+                    assert {bucket(*mixed.size(i), 16, 4, True) for i in index} == {r.shape}
                 assert len({(i, c) for i, c in zip(index, r.copy)}) == 4
             assert set(seen) == set(range(30)) and len(seen) - 30 == repeated
         a, b = (tuple(order.request(e * len(order)).slot) for e in (0, 1))

@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 from data import make_edit_loader, open_edits
+from order import EditSampler, bucket
 from pictures import BadFile
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -239,7 +240,7 @@ def test_specs_and_columns_that_do_not_fit(tmp_path):
                         (f"omniedit:{tmp_path / 'none'}", "no such file"), (str(tmp_path), "not a set"),
                         ("scenes:wrong=2", "wrong=SHARE"), ("scenes:much", "wrong=SHARE"),
                         (f"omniedit:{tmp_path / 'a.parquet'}",
-                         r"no column src_img, edited_img, edited_prompt_list \(preset omniedit\) among image"),
+                         r"no column src_img, edited_img, edited_prompt_list \(preset omniedit\) among i"),
                         (f"ip2p:{tmp_path / 'a.parquet'}", "no column original_image or input_image, ")):
         with pytest.raises(SystemExit, match=f"^error: .*{words}") as e:
             open_edits(spec)
@@ -263,8 +264,8 @@ def test_bad_lines_are_named_counted_and_limited(tmp_path, capsys):
     err = capsys.readouterr().err
     assert len(source) == 10 and source.bad_lines == 9
     for words in ("line 11: score 'nan' is not a number from 0 to 10", "line 12: score '11'",
-                  "line 13: score '9'", "line 14: an empty instruction", "line 15: no source (source, source_image",
-                  "among source, edited, instruction", "line 17: no target", "line 18: the mask is not",
+                  "line 13: score '9'", "line 14: an empty instruction", "line 17: no target",
+                  "line 15: no source (source, source_image", "among source, edited", "line 18: the mask",
                   "line 19: not JSON"):
         assert words in err, words
     for _ in range(4):
@@ -421,12 +422,12 @@ def test_batch_format_and_buckets(mixed):
         assert b["source"].shape == b["image"].shape == (4, 3, h, w) and b["mask"].shape == (4, 1, h, w)
         assert b["score"].dtype == b["mask"].dtype == torch.float32 and b["score"].shape == (4,)
         assert b["position"] == [0, 1, 2, 3] and set(b["task"]) <= {"swap", "remove", "add"} and is_offset(b)
-        assert all(data.bucket(*mixed.size(int(i)), 16, 4, True) == (h, w) for i in b["index"])
+        assert all(bucket(*mixed.size(int(i)), 16, 4, True) == (h, w) for i in b["index"])
         assert [mixed.score(int(i)) for i in b["index"]] == b["score"].tolist()
 
 
 def drawn(source, epochs, **kw):
-    order = data.EditSampler(source, 16, 4, 0, 0, 1, kw.pop("aspects", False), 4, **kw)
+    order = EditSampler(source, 16, 4, 0, 0, 1, kw.pop("aspects", False), 4, **kw)
     index, copies = [], set()
     for step in range(epochs * len(order)):
         r = order.request(step)
@@ -471,7 +472,7 @@ def test_weights_and_min_score(mixed):
 def test_row_groups_are_read_together(tmp_path):
     source = open_edits(f"omniedit:{omniedit(tmp_path, 30, task=['swap', 'env'] * 15)}", "all")
     source.window = 1
-    order = data.EditSampler(source, 16, 5, 0, 0, 1, False, 4)
+    order = EditSampler(source, 16, 5, 0, 0, 1, False, 4)
     groups = [order.index(0, s) // 3 for k in range(6) for s in order.request(k).slot]
     assert (np.diff(groups) != 0).sum() == 9                                # ten groups, each read once
     got, _ = batches(source, 6, batch_size=5, workers=1, balance=False)
@@ -495,6 +496,21 @@ def test_eval_batches_are_centre_crops_in_order(mixed):
     assert a[0]["mask"].min() == 1 and a[1]["position"] == [3, 4]
     b = list(data.make_edit_eval_batches(mixed, [5, 2, 9, 0, 7], 16, 5, stride=4, workers=1, seed=9))
     assert torch.equal(torch.cat([x["source"] for x in a]), b[0]["source"])
+
+
+@pytest.mark.parametrize("aspects", [False, True])
+def test_scenes(aspects):
+    source = open_edits("scenes:wrong=0.5")
+    kw = dict(image_size=32, aspects=aspects, batch_size=4)
+    a, _ = batches(source, 4, p_region=1.0, **kw)
+    b, _ = batches(source, 2, p_region=1.0, start_step=2, workers=1, **kw)
+    assert same(a[2], b[0]) and same(a[3], b[1]) and set(a[0]["task"]) <= set(source.tasks)
+    assert all((x["score"] >= 0).all() and all(x["caption"]) for x in a)
+    got, _ = batches(source, 6, balance={"remove": 3, "style": 1}, min_score=9, **kw)
+    tasks = [t for x in got for t in x["task"]]
+    assert 15 <= tasks.count("remove") <= 20 and set(tasks) == {"remove", "style"}
+    assert min(float(x["score"].min()) for x in got) >= 9
+    assert batches(open_edits("scenes", "heldout"), 1, **kw)[0][0]["score"].tolist() == [10] * 4
 
 
 # the command
