@@ -83,10 +83,10 @@ def _first(names, among):
     return next((n for n in names if n in among), None)
 
 
-def _task(name, key=""):
+def _task(name, omni_edit_id=None):
     """A set's name of a task -> place in TASKS, -1 if it is none of the seven. OmniEdit files changes of the
     background under other tasks: its ids tell (a word "background" or "bg" in them; inferred)."""
-    if name and re.search(r"(^|[^a-z])(background|bg)([^a-z]|$)", str(key).lower()):
+    if name and re.search(r"(^|[^a-z])(background|bg)([^a-z]|$)", str(omni_edit_id).lower()):
         return TASKS.index("background")
     return TASKS.index(t) if (t := TASK_NAMES.get(str(name).strip().lower())) else -1
 
@@ -132,13 +132,13 @@ class _Edits:
 
     def _take(self, name, rows, split, light=lambda row: row):
         """rows: (name, row) as for `checked`; light(row) -> dict(row = its number, and perhaps key, task,
-        score, size), or it raises ValueError. Bad rows are named and counted; of the rest the split stays."""
+        score, size, id), or it raises ValueError. Bad rows are named and counted; the rest are split."""
         kept, strange = [array("q"), array("b"), array("f"), array("i"), array("i")], Counter()
 
         def check(row):
             row = light(row)
             score, task, key, size = (row.get(k) for k in ("score", "task", "key", "size"))
-            score, place = _score(score), _task(task, key)
+            score, place = _score(score), _task(task, row.get("id"))
             if split != "all" and held_out(str(key), HELDOUT) != (split == "heldout"):
                 return
             strange[str(task)] += task is not None and place < 0
@@ -178,11 +178,9 @@ class _Edits:
             caption=captions[0], captions=captions, task=self.task(i), score=self.score(i))
 
 
-def _named(value, folder, name, what):
-    """Picture of a row as (path or bytes, name for messages); a path is under the folder."""
-    if isinstance(value, str):
-        return inside(folder, value), f"{name}, {what} {value}"
-    return value, f"{name}, {what}"
+def _named(file, folder, name, what):
+    """Picture of a row as (path, name for messages); BadFile if it leaves the folder."""
+    return inside(folder, file), f"{name}, {what} {file}"
 
 
 class EditParquet(_Edits):
@@ -209,8 +207,9 @@ class EditParquet(_Edits):
         rows = self.groups.light(lambda names: [_first(p.task, names), _first(p.score, names),
                                                 _first(p.key, names), *(_first((s,), names) for s in p.size)])
         for n, (name, (task, score, key, *size)) in enumerate(rows):
-            key = os.path.basename(name) if key is None else key
-            yield name, dict(row=n, task=task, score=score, key=key, size=size or None)
+            row = dict(row=n, task=task, score=score, size=size or None)
+            row["id"] = key if self.preset == "omniedit" else None
+            yield name, row | dict(key=os.path.basename(name) if key is None else key)
 
     def _row(self, i):
         file, name, (source, target, instruction, mask) = self.groups.row(self.rows[i])
@@ -251,7 +250,7 @@ class EditLines(_Edits):
         size = [row.get(s) for s in self.preset.size]
         key = self._cell(row, "key") or self._cell(row, "source")
         # lines are read one at a time, so the last start is this line's
-        return dict(row=len(self.file_of) - 1, size=size or None, key=key,
+        return dict(row=len(self.file_of) - 1, size=size or None, key=key, id=row.get("omni_edit_id"),
                     task=self._cell(row, "task"), score=self._cell(row, "score"))
 
     def _row(self, i):

@@ -220,7 +220,8 @@ class EditSampler(Sampler):
 
     @lru_cache(maxsize=32)
     def _mixed(self, epoch, b):
-        return paced(self.quota[b], np.random.default_rng([self.seed, epoch, 5, b]))
+        kinds, places = paced(self.quota[b], np.random.default_rng([self.seed, epoch, 5, b]))
+        return kinds.astype(np.int16), places.astype(np.int32)  # one of each per pair, in every worker
 
     def _slots(self, epoch, b, at):
         kinds, places = self._mixed(epoch, b)

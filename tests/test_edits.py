@@ -222,6 +222,13 @@ def test_plain_json_lines_and_paths_in_parquet(tmp_path):
         source = open_edits(spec, "all")
         assert [source.task(i) for i in range(4)] == ["remove", "attribute", "background", None]
         assert source.score(2) == 2 and source.load(1, 8, 8)["caption"] == "do 1"
+    (tmp_path / "background").mkdir()
+    for name in ("0s.png", "0t.png"):
+        shutil.copy(tmp_path / name, tmp_path / "background")
+    add_line(path, source="background/0s.png", task="style")
+    add_line(path, omni_edit_id="attr_bg_7", task="attribute_modification")
+    source = open_edits(str(path), "all")
+    assert source.task(4) == "style" and source.task(5) == "background"
     (tmp_path / "alias.jsonl").write_text(json.dumps(
         dict(src_img="0s.png", edited_img="0t.png", edited_prompt_list=["", "two"], o_score=9.5)))
     source = open_edits(str(tmp_path / "alias.jsonl"), "all")
