@@ -291,6 +291,7 @@ def make_edit_sample(source, p_region, train, index, h, w, rng, notes):
     y, x, flip, shown, which = rng.random(5)
     wordings = item.get("captions") or [item["caption"]]
     caption, cut = clean_caption(wordings[int(which * len(wordings)) if train else 0])
+    described = clean_caption(item.get("target_caption") or "")[0]
     notes["captions cut"] += cut
     at = (y, x) if train else (0.5, 0.5)
     before, image, mask = fit_pair(item["source"], item["image"], item["mask"], h, w, *at)
@@ -298,11 +299,11 @@ def make_edit_sample(source, p_region, train, index, h, w, rng, notes):
         mask = np.ones((h, w), np.float32)
     else:
         notes["regions shown"] += 1
-    if train and flip < 0.5 and not SIDES.search(caption):
+    if train and flip < 0.5 and not SIDES.search(f"{caption} {described}"):
         before, image, mask = (np.ascontiguousarray(a[:, ::-1]) for a in (before, image, mask))
     score = np.float32(math.nan if item["score"] is None else item["score"])
     return dict(image=image, source=before, mask=mask[None], caption=caption, task=item["task"] or "",
-                score=score)
+                target_caption=described, score=score)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -427,8 +428,8 @@ def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, wo
     flipped together; the crop holds the region of the edit where there is a mask.
 
     batch: image (the target) and source [B, 3, H, W] in [-1, 1]; mask [B, 1, H, W], 1 = may change, ones for
-    free-form edits; caption (the instruction) and task, lists of str ("" without one); score float32 [B] in
-    0..10, NaN for none; index int64 [B], position, step, epoch.
+    free-form edits; caption (the instruction), target_caption and task, lists of str ("" without one); score
+    float32 [B] in 0..10, NaN for none; index int64 [B], position, step, epoch.
     p_region: chance that a pair with a mask is shown it (default ours; UltraEdit's second stage mixes them).
     balance: see `edit_weights`; a task that is not named in a dict is left out. min_score: pairs with a lower
     score, or none, are left out. A procedural source is taken to hold its tasks equally often."""

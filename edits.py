@@ -57,22 +57,26 @@ TASK_NAMES = {word: task for task, words in TASK_WORDS.items() for word in words
 
 # Names under which a set keeps each thing, in order of preference. alpha: see read_mask. size: height, width.
 # key: what the held-out split goes by, so that the edits of one picture stay on one side.
-Preset = namedtuple("Preset", "source target instruction mask task score key size alpha", defaults=[(), None])
+# described: a caption of the target, which alignment rewards are told.
+Preset = namedtuple("Preset", "source target instruction mask task score key size alpha described",
+                    defaults=[(), None, ()])
 PRESETS = {
     "omniedit": Preset(("src_img",), ("edited_img",), ("edited_prompt_list",), (), ("task",), ("o_score",),
                        ("omni_edit_id",), ("height", "width")),
     "ip2p": Preset(("original_image", "input_image"), ("edited_image",), ("edit_prompt",), (), (), (),
-                   ("original_prompt", "edit_prompt")),
+                   ("original_prompt", "edit_prompt"), described=("edited_prompt",)),
     "magicbrush": Preset(("source_img",), ("target_img",), ("instruction",), ("mask_img",), (), (),
                          ("img_id", "instruction"), alpha="hole"),
     "ultraedit": Preset(("source_image",), ("edited_image",), ("edit_prompt",), ("mask_image",), (), (),
-                        ("source_caption", "idx", "edit_prompt"), alpha="region"),
+                        ("source_caption", "idx", "edit_prompt"), alpha="region",
+                        described=("target_caption",)),
     "jsonl": Preset(
         ("source", "source_image", "source_img", "src_img", "input_image", "original_image"),
         ("edited", "target", "edited_image", "edited_img", "target_image", "target_img"),
         ("instruction", "instructions", "edit_prompt", "edited_prompt_list", "prompt", "edit"),
         ("mask", "mask_image", "mask_img"), ("task", "edit_type", "task_type"),
-        ("score", "o_score", "weight"), ("key", "omni_edit_id", "img_id"), ("height", "width")),
+        ("score", "o_score", "weight"), ("key", "omni_edit_id", "img_id"), ("height", "width"),
+        described=("target_caption", "output_caption")),
 }  # fmt: skip
 NEEDED = ("source", "target", "instruction")
 NO_MASK = (None, "", b"", "NONE", "none")  # UltraEdit's JSON lines say NONE
@@ -171,11 +175,12 @@ class _Edits:
         return image_size(source, name)
 
     def load(self, i, h, w):
-        source, target, mask, captions, name = self._row(i)
+        source, target, mask, captions, described, name = self._row(i)
         if not captions:
             raise BadFile(name, "an empty instruction", "say what the edit is, or remove the row")
         return _read_pair(source, target, mask, self.alpha, h, w) | dict(
-            caption=captions[0], captions=captions, task=self.task(i), score=self.score(i))
+            caption=captions[0], captions=captions, task=self.task(i), score=self.score(i),
+            target_caption=described if isinstance(described, str) else "")
 
 
 def _named(file, folder, name, what):
@@ -194,13 +199,14 @@ class EditParquet(_Edits):
         self.runs = self.groups.runs(self.rows)
 
     def _columns(self, file, kinds):
-        found = {what: _first(getattr(PRESETS[self.preset], what), kinds) for what in (*NEEDED, "mask")}
+        wanted = (*NEEDED, "mask", "described")
+        found = {what: _first(getattr(PRESETS[self.preset], what), kinds) for what in wanted}
         missing = [" or ".join(getattr(PRESETS[self.preset], what)) for what in NEEDED if not found[what]]
         if missing:
             among = printable(", ".join(kinds))[:400] or "its none"
             raise BadFile(file, f"no column {', '.join(missing)} (preset {self.preset}) among {among}",
                           "rename them, or use another preset")
-        return [found[what] for what in (*NEEDED, "mask")]
+        return list(found.values())
 
     def _light_rows(self):
         p = PRESETS[self.preset]
@@ -212,11 +218,11 @@ class EditParquet(_Edits):
             yield name, row | dict(key=os.path.basename(name) if key is None else key)
 
     def _row(self, i):
-        file, name, (source, target, instruction, mask) = self.groups.row(self.rows[i])
+        file, name, (source, target, instruction, mask, described) = self.groups.row(self.rows[i])
         mask = mask.get("bytes") or mask.get("path") if isinstance(mask, dict) else mask
         cells = [("source", source), ("target", target)] + [("mask", mask)] * (mask not in NO_MASK)
         named = [(picture_cell(value, file, f"{name}, {what}"), f"{name}, {what}") for what, value in cells]
-        return (*named, *[None] * (3 - len(named)), _wordings(instruction), name)
+        return (*named, *[None] * (3 - len(named)), _wordings(instruction), described, name)
 
 
 class EditLines(_Edits):
@@ -263,7 +269,7 @@ class EditLines(_Edits):
         mask = self._cell(row, "mask")
         named = [_named(self._cell(row, what), folder, name, what) for what in NEEDED[:2]]
         mask = None if mask in NO_MASK else _named(mask, folder, name, "mask")
-        return *named, mask, _wordings(self._cell(row, "instruction")), name
+        return *named, mask, _wordings(self._cell(row, "instruction")), self._cell(row, "described"), name
 
 
 class EditFolders(_Edits):
@@ -293,13 +299,13 @@ class EditFolders(_Edits):
         try:
             with open(inside(self.root, name), "rb") as f:
                 prompt = json.loads(f.read(1 << 20))
-            captions = _wordings(prompt.get("edit"))  # its input and output describe the pictures
+            captions, described = _wordings(prompt.get("edit")), prompt.get("output")
         except (OSError, ValueError, AttributeError, RecursionError) as e:
             problem = f"not a prompt ({printable(str(e))[:80]})"
             raise BadFile(f"{self.root}/{name}", problem, "repair it") from None
         pictures = [_named(f"{folder}/{seed}_{k}.jpg", self.root, self.root, what)
                     for k, what in enumerate(("source", "target"))]
-        return *pictures, None, captions, name
+        return *pictures, None, captions, described, name
 
 
 def open_preset(preset, path, split):

@@ -1,0 +1,191 @@
+"""Instruction editors: train_omni.py --stage edit, and train_pefl.py on what it makes."""
+
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+from test_train import (
+    OMNI_FILES,
+    PEFL_FILES,
+    call,
+    differ,
+    newest,
+    random_editor,
+    refused,
+    resumes,
+    shipped,
+    tensors,
+    two_ranks_agree,
+)
+
+import common
+import model
+import train_omni
+import train_pefl
+import train_reward
+
+pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders: a base, an EditNet and a concat model on it, rewards."""
+    root = tmp_path_factory.mktemp("edit")
+    torch.manual_seed(0)
+    test, size = model.PRESETS["test"], {"config": {"image_size": 32, "shift": 1.0}}
+    base = random_editor(model.inpainting(test))
+    out = {"base": shipped(root / "base", base, **size)}
+    for variant in ("editnet", "concat"):
+        net = model.EditNet(base.cfg, variant)
+        net.attach(base.state_dict())
+        for n, p in net.named_parameters():
+            if not n.startswith("base."):
+                p.data.add_(torch.randn(p.shape), alpha=0.05)
+        out[variant] = shipped(root / variant, net, **size)
+    latent = model.inpainting(model.replace(test, channels=16, txt_bytes=0))
+    out["latent"] = shipped(root / "latent", model.Editor(latent), **size)
+    tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
+    for seed, name in ((1, "aesthetic"), (2, "alignment")):
+        torch.manual_seed(seed)
+        net = model.PreferenceReward(model.replace(model.REWARD_PRESETS["test"], tokenizer=tokenizer))
+        out[name] = shipped(root / name, net)
+    return out
+
+
+def edit(made, **flags):
+    return {"stage": "edit", "init": made["base"]} | flags
+
+
+def test_edit_resumes(made, tmp_path):
+    resumes(made, tmp_path, train_omni, OMNI_FILES, **edit(made, data="scenes:wrong=0.3", workers=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [dict(tune_base="lora", lora=2), dict(variant="concat", aspects=True),
+                                   dict(cached=True, bf16=True)])
+def test_variants_resume(made, tmp_path, flags):
+    files = OMNI_FILES | ({"lora", "lora_ema"} if "lora" in flags else set())
+    resumes(made, tmp_path, train_omni, files, **edit(made, **flags))
+
+
+@pytest.mark.slow
+def test_pefl_resumes(made, tmp_path):
+    resumes(made, tmp_path, train_pefl, PEFL_FILES, base=made["editnet"])
+
+
+@pytest.mark.parametrize("script", [train_omni, pytest.param(train_pefl, marks=pytest.mark.slow)])
+def test_two_ranks(made, tmp_path, script):
+    flags = edit(made) if script is train_omni else {"base": made["editnet"]}
+    two_ranks_agree(made, tmp_path, script, flags)
+
+
+@pytest.mark.parametrize("flags, moves, stays", [
+    ({}, ("branch.", "text.", "img_out.", "src_embedder."), ("base.",)),
+    ({"variant": "controlnet"}, ("branch.", "img_out."), ("base.",)),
+    ({"variant": "concat"}, ("base.mmdit.", "src_embedder.", "text."), ("base.text.",)),
+    ({"tune_base": "full"}, ("base.mmdit.", "branch."), ("base.text.",)),
+])
+def test_what_trains(made, tmp_path, flags, moves, stays):
+    call(made, tmp_path, train_omni, **edit(made, lr=1e-2, **flags))
+    got, base = tensors(tmp_path), tensors_of(made["base"])
+    start = {f"base.{k}": v for k, v in base.items()}
+    for k, v in start.items():
+        if k.startswith(stays):
+            assert torch.equal(got[f"model/{k}"], v), k
+    fresh = train_omni.build(train_omni.Config(**edit(made, **flags))).state_dict()
+    for prefix in moves:
+        keys = [k for k in fresh if k.startswith(prefix) and not k.startswith(stays)]
+        assert keys and any(not torch.equal(got[f"model/{k}"], fresh[k]) for k in keys), prefix
+
+
+def tensors_of(folder):
+    return common.load_checkpoint(folder, "model")[0]["model"]
+
+
+def test_condition_dropout():
+    """One draw decides, as in InstructPix2Pix: text alone, both, source alone, 5 % each."""
+    cfg = train_omni.Config(stage="edit", drop_edit=0.1)
+    u = torch.tensor([0.05, 0.15, 0.25, 0.35])
+    ones = torch.ones(4, 3, 8, 8)
+    batch = {"image": ones, "source": ones, "mask": torch.full((4, 1, 8, 8), 0.5), "caption": list("abcd")}
+    text, src, region = train_omni.conditions(cfg, batch, u, torch.device("cpu"))
+    assert text == ["", "", "c", "d"]
+    assert src.flatten(1).sum(1).tolist() == [192, 0, 0, 192]
+    assert region.flatten(1).mean(1).tolist() == [0.5, 1, 1, 0.5]  # a null picture may change everywhere
+
+
+def test_importance():
+    batch = {"caption": list("abcd"), "score": torch.tensor([9.0, 8.9, float("nan"), 10.0])}
+    for flags, expected in (({}, [1, 0, 1, 1]), ({"min_score": 9.5}, [0, 0, 1, 1]),
+                            ({"weighting": "score"}, [0.9, 0.89, 1, 1]), ({"weighting": "none"}, [1] * 4)):
+        got = train_omni.importance(train_omni.Config(stage="edit", **flags), batch)
+        assert got.tolist() == pytest.approx(expected)
+    assert train_omni.importance(train_omni.Config(), {"caption": list("ab")}).tolist() == [1, 1]
+
+
+def test_wrong_pairs_weigh_nothing(made, tmp_path):
+    """Eq. 6: with only wrong pairs nothing is learned; unweighted, something is."""
+    flags = edit(made, data="scenes:wrong=1", steps=2, save_every=2)
+    call(made, tmp_path / "weighted", train_omni, **flags)
+    call(made, tmp_path / "plain", train_omni, weighting="none", **flags)
+    still = common.load_checkpoint(tmp_path / "weighted", "model")[0]["model"]
+    assert all(torch.equal(still[k], torch.zeros_like(still[k])) for k in still if k.startswith("img_out."))
+    moved = common.load_checkpoint(tmp_path / "plain", "model")[0]["model"]
+    assert any(moved[k].abs().max() > 0 for k in moved if k.startswith("img_out."))
+
+
+def test_goes_on_from_an_editor(made, tmp_path):
+    call(made, tmp_path / "a", train_omni, **edit(made, init=made["editnet"], lr=0.0, steps=1, ema=0.0))
+    got, before = tensors(tmp_path / "a"), tensors_of(made["editnet"])
+    assert not differ({k: got[f"model/{k}"] for k in before}, before)
+
+
+def test_chain(made, tmp_path):
+    """EditNet, then feedback on it, with sheets and alarms."""
+    call(made, tmp_path / "edit", train_omni, **edit(made, steps=2, sample_every=2, save_every=2))
+    rows = call(made, tmp_path / "pefl", train_pefl, base=str(tmp_path / "edit"), phases="4/3/2x3,3/2/1x1",
+                sample_every=4, lora=2)
+    assert {"judge/aesthetic_tuned", "alarm/change_outside_mask", "coherence/seam"} <= rows[-1].keys()
+    assert "reward/alignment" in rows[-1]
+    got, start = tensors(tmp_path / "pefl"), tensors_of(str(newest(tmp_path / "edit")))
+    assert all(torch.equal(got[f"model/{k}"], v) for k, v in start.items() if k.startswith("base."))
+    assert all(re.search(r"branch\..*\.weight\.0\.[AB]$", k) for k in got if k.startswith("lora/"))
+    arch = json.loads((newest(tmp_path / "pefl") / "manifest.json").read_text())["arch"]
+    assert arch["kind"] == "editnet" and arch["base"] == {"kind": "editor", **asdict(
+        model.inpainting(model.PRESETS["test"]))}
+    assert all(list((tmp_path / n / "images").glob("*.png")) for n in ("edit", "pefl"))
+
+
+def test_dry_run_says_what_it_needs(made, tmp_path, capsys):
+    train_omni.main(train_omni.Config(stage="edit", init=made["base"], dry_run=True, out=str(tmp_path / "x"),
+                                      image_size=32, wandb="off", device="cpu"))
+    text = capsys.readouterr().out
+    net = model.EditNet(model.inpainting(model.PRESETS["test"]))
+    assert f"parameters {common.n_params(net) / 1e6:.2f} M" in text
+    assert "64 image + 32 text, branch 160" in text  # 64 noisy, 64 source, 32 text
+    assert re.search(r"in all: \d", text) and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("text, flags", [
+    ("--stage: edit: .*--init", dict(init=None)),
+    ("--variant: controlnet: .*--cached", dict(variant="controlnet", cached=True)),
+    ("--drop_edit: 0.5", dict(drop_edit=0.5)),
+    ("--min_score: 11", dict(min_score=11.0)),
+    ("--p_region: 2", dict(p_region=2.0)),
+    ("--lora: 0", dict(tune_base="lora", lora=0)),
+    ("holds --variant concat: give the same", dict(init="concat")),
+    ("--init: .*aesthetic: holds a 'reward'", dict(init="aesthetic")),
+    ("--init: .*latent: needs a VAE", dict(init="latent")),
+    ("wrong=2", dict(data="scenes:wrong=2")),
+    ("pictures: not a set of edit pairs", dict(data="pictures")),
+    ("--stage: base: --variant", dict(stage="base", init=None, cached=True)),
+])
+def test_bad_values(made, tmp_path, text, flags):
+    refused(made, tmp_path / "out", train_omni, text, **edit(made) | flags)
+
+
+def test_another_variant_in_the_run_folder(made, tmp_path):
+    call(made, tmp_path, train_omni, **edit(made, steps=1))
+    refused(made, tmp_path, train_omni, "another architecture", **edit(made, variant="textcontrol"))
