@@ -139,17 +139,22 @@ def refer(scene, rng):
     u = rng.random(len(scene.objects) + 5).tolist()
     for k in sorted(range(len(scene.objects)), key=u.__getitem__):
         o = scene.objects[k]
-        unique = [f for f in _SAYS if sum(_same(o, q, f) for q in scene.objects) == 1]
+        plain = min(abs(v - n / 3) for v in (o.x, o.y) for n in (1, 2)) > 0.04  # not between two thirds
+        unique = [f for f in _SAYS if (plain or "place" not in f)
+                  and sum(_same(o, q, f) for q in scene.objects) == 1]  # fmt: skip
         if unique:
             short = [f for f in unique if f in _SAYS[:2]][-1:] or unique[:1]
             return k, _phrase(o, short[0] if u[-1] < 0.4 else pick(unique, (u[-1] - 0.4) / 0.6), u[-4:-1])
-    # only twins in the same part of the picture are left: the outermost one of a kind has a name
-    o = scene.objects[0]
-    twins = [q for q in scene.objects if _same(o, q, _SAYS[2])]
-    far = max(("x", "y"), key=lambda a: max(getattr(q, a) for q in twins) - min(getattr(q, a) for q in twins))
-    o = min(twins, key=lambda q: getattr(q, far))
-    most = "the leftmost" if far == "x" else "the topmost"
-    return scene.objects.index(o), _phrase(o, _SAYS[2], u[-4:-1]).replace("the", most, 1)
+    # only twins near each other are left: of a kind, the one that lies outermost by most has a name
+    twins = [q for q in scene.objects if _same(scene.objects[0], q, _SAYS[2])]
+    ends = {}
+    for most, axis, sign in (("leftmost", "x", 1), ("rightmost", "x", -1), ("topmost", "y", 1),
+                             ("bottommost", "y", -1)):  # fmt: skip
+        first, second, *_ = sorted(twins, key=lambda q: sign * getattr(q, axis))
+        ends[most] = abs(getattr(second, axis) - getattr(first, axis)), first
+    most = max(ends, key=lambda name: ends[name][0])
+    o = ends[most][1]
+    return scene.objects.index(o), _phrase(o, _SAYS[2], u[-4:-1]).replace("the", f"the {most}", 1)
 
 
 # ---- the seven edits -----------------------------------------------------------------------------
@@ -523,7 +528,7 @@ class EditScenes:
         if kind == "half-done":
             if edit.task == "swap" and rng.random() < 0.5:
                 return draw(_fewer(edit, before, rng, 1 if good > 0.5 else 2), *area.shape)
-            return _partly(source, truth, area, 0.3 + 0.4 * good, rng)
+            return _partly(source, truth, area, 0.2 + 0.4 * good, rng)
         if kind == "wrong object":
             return draw(_another(edit, before, rng), *area.shape)
         if kind == "over-edited":

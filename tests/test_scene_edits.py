@@ -66,7 +66,7 @@ PLACE = (r"in the center|in the middle|on the (?:left|right)(?: side)?"
          r"|at the (?:top|bottom)(?: (?:left|right))?"
          r"|near the (?:top|bottom)|in the (?:top|bottom) (?:left|right) corner")  # fmt: skip
 WORDS = rf"(?:({_any(SIZE)}) )?(?:({_any(scenes.COLOURS)}) )?(?:({_any(MATERIAL)}) )?"
-MEANT = re.compile(rf"\bthe (?:(leftmost|topmost) )?{WORDS}"
+MEANT = re.compile(rf"\bthe (?:(leftmost|rightmost|topmost|bottommost) )?{WORDS}"
                    rf"({_any(scenes.SHAPES)}|shape|object|thing)\b(?: ({PLACE}))?")  # fmt: skip
 NEW = re.compile(rf"\ban? {WORDS}({_any(scenes.SHAPES)})\b(?: ({PLACE}))?")
 
@@ -88,7 +88,9 @@ def meant(match, objects):
     most, *words, place = match.groups()
     fits = [o for o in objects if all(getattr(o, f) == v for f, v in said(*words).items())]
     fits = [o for o in fits if not place or place_fits(place, o)]
-    return [min(fits, key=lambda o: o.x if most == "leftmost" else o.y)] if most else fits
+    ends = {"leftmost": lambda o: o.x, "rightmost": lambda o: -o.x, "topmost": lambda o: o.y,
+            "bottommost": lambda o: -o.y}  # fmt: skip
+    return [min(fits, key=ends[most])] if most else fits
 
 
 def check(task, text, before, after):
@@ -166,6 +168,27 @@ def test_instructions_are_true_of_what_differs(task):
     assert len(texts) > (400 if task in LOCAL else 35)
 
 
+def test_every_value_is_reached():
+    """An edit leads to every shape, colour, material, size, background, environment and style."""
+    came = {"swap": set(), "add": set(), "attribute": set(), "background": set(), "environment": set(),
+            "style": set()}  # fmt: skip
+    for i in range(1500):
+        s = scenes.scene(4, i)
+        for task in came:
+            target = scene_edits.EDITS[task](s, scenes.rng_for(i)).target
+            new = [o for o in target.objects if o not in s.objects]
+            old = s.objects[target.objects.index(new[0])] if task in ("swap", "attribute") else None
+            came[task] |= {(f, getattr(o, f)) for o in new for f in ("shape", "colour", "material", "size")
+                           if old is None or getattr(o, f) != getattr(old, f)}  # fmt: skip
+            came[task] |= {(f, getattr(target, f)) for f in scene_edits.WHOLE if f == task}
+    looks = {("colour", v) for v in scenes.COLOURS} | {("material", v) for v in scenes.MATERIALS}
+    shapes, sizes = {("shape", v) for v in scenes.SHAPES}, {("size", v) for v in scenes.SIZES}
+    assert came["swap"] == looks | shapes and came["attribute"] == looks | sizes
+    assert came["add"] == looks | shapes | sizes
+    for field in scene_edits.WHOLE:
+        assert came[field] == {(field, v) for v in getattr(scenes, field.upper() + "S")}
+
+
 def test_the_reading_is_strict():
     """The same instruction with one word changed is not true any more."""
     for i in range(80):
@@ -198,7 +221,11 @@ def test_a_place_is_said_only_of_what_lies_well_apart():
             continue
         fits = meant(MEANT.fullmatch(phrase.removesuffix(" " + match[6])), s.objects)
         count += len(fits) > 1
-        assert all(max(abs(q.x - o.x), abs(q.y - o.y)) > 0.2 for q in fits if q is not o), (phrase, s)
+        for q in fits:
+            apart = [abs(getattr(q, a) - getattr(o, a)) for a in "xy"
+                     if int(getattr(q, a) * 2.999) != int(getattr(o, a) * 2.999)]  # fmt: skip
+            assert q is o or max(apart) > 0.2, (phrase, s)
+        assert min(abs(v - b) for v in (o.x, o.y) for b in (1 / 3, 2 / 3)) > 0.04, (phrase, o)
     assert count > 10
 
 
@@ -269,7 +296,7 @@ def test_instructions_are_the_same_on_every_machine():
     text = [json.dumps([e.instruction, scenes.to_dict(e.target)], sort_keys=True) for _, e in pairs]
     scores = scene_edits.EditScenes("train", 0.5)
     text += [f"{scores.score(i):.9f} {scores.kind(i)}" for i in range(210)]
-    assert hashlib.sha256("\n".join(text).encode()).hexdigest()[:16] == "77d4de510b77ccd4"
+    assert hashlib.sha256("\n".join(text).encode()).hexdigest()[:16] == "ae43df1725aa0da4"
 
 
 def test_deterministic_across_processes():
@@ -407,9 +434,9 @@ def test_half_done(wrong):
         share = ((c - a)[plain] / (b - a)[plain]) if plain.any() else np.array([0.5])
         same_a, same_b = (c == a).all(-1)[w["changed"]], (c == b).all(-1)[w["changed"]]
         if (same_a | same_b).all():
-            assert 0.2 < same_b.mean() < 0.8
+            assert 0.15 < same_b.mean() < 0.75
             ways["part"] += 1
-        elif 0.28 < share.min() and share.max() < 0.72:
+        elif 0.18 < share.min() and share.max() < 0.63:
             assert np.ptp(share) < 0.05
             ways["mixture"] += 1
         else:
