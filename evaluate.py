@@ -2,18 +2,18 @@
 
     python evaluate.py parser  --out assets/parser --steps 6000          # the judge's parser
     python evaluate.py scenes  --ckpt assets/base,out/pefl --n 500       # tables, results.json, contact sheet
-    python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad
+    python evaluate.py edits   --ckpt out/editnet,out/concat --n 300     # the same, of instruction editors
+    python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad, of either
     python evaluate.py prefs   --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8
 
 A scene's description is known, so the judge needs no human: a parser network (judge.py) reads attributes back
-from the picture, and the exact picture that belongs in the hole is drawn again. Tasks are the paper's
-(ByteEdit Sec. 4.2): outpaint, edit (inpainting-editing), erase (inpainting-erasing). Masks depend on the
-scene, noise on (seed, scene): equal for every checkpoint, so that all comparisons are paired. Intervals are
-95% bootstraps over scenes. Every picture is judged as 8 bits per channel and with the known pixels pasted
-back.
+from the picture, and the exact picture that belongs there is drawn again. `scenes` has the tasks of ByteEdit
+(judge_holes.py), `edits` the seven of OmniEdit (judge_edits.py). Masks and instructions depend on the scene,
+noise on (seed, scene): equal for every checkpoint, so that all comparisons are paired. Intervals are 95%
+bootstraps over scenes. Every picture is judged as 8 bits per channel, a filled hole with the known pixels
+pasted back.
 
-    1. Config                  2. Cases: picture, mask, truth     3. Results
-    4. Metrics of a picture    5. parser, scenes, compare, prefs
+    1. Config     2. Results: pictures of an editor     3. parser, scenes, edits, compare, prefs
 """
 
 import datetime
@@ -38,52 +38,49 @@ from torch import Tensor
 import common
 import data
 import flow
-import masks
 import model
-import scene_text
 import scenes
 from judge import (
-    OBJECT_HEADS,
-    PICTURE_HEADS,
     SIDE,
     Parser,
     bootstrap,
-    crops,
     frechet_interval,
-    gradient,
     load_parser,
-    masked_mean,
-    object_box,
-    object_labels,
     parser_accuracy,
-    picture_labels,
     sign_test,
     to_float,
     to_uint8,
     train_parser,
 )
+from judge_edits import EditCases, ask, bounds, edit_cases, features_of, judge_edits, judge_t2i, prompts
+from judge_holes import TASKS, Cases, judge_result, make_cases, paste
+from order import shapes
 from pictures import read_image
 from prefs import make_prefs
+from scene_edits import EditScenes
 
 ####################################################################################################
 # 1. Config
 ####################################################################################################
 
-TASKS = ("outpaint", "edit", "erase")
-
-
 @dataclass
 class Config:
-    task: tyro.conf.Positional[Literal["parser", "scenes", "compare", "prefs"]]
+    task: tyro.conf.Positional[Literal["parser", "scenes", "edits", "compare", "prefs"]]
     ckpt: str = ""  # checkpoints or folders of saved pictures, with commas; prefs: the base
     out: str = "out/evaluate"  # folder for results.json and the sheet, for the parser, or for the preferences
-    save: str = ""  # scenes: also keep the pictures here, a folder for each checkpoint, for a later `compare`
+    save: str = ""  # scenes, edits: also keep the pictures here, a folder each, for a later `compare`
     parser: str = "assets/parser"  # the judge's parser
-    n: int = 500  # scenes for each task; prefs: prompts
+    n: int = 500  # scenes for each task (and prompts of --t2i); prefs: prompts
     data: str = "scenes"  # prefs: "scenes", a folder of captioned pictures or a parquet file
     offset: int = 0  # first scene
     steps: str = "20"  # of sampling, for all or for each checkpoint (prefs: each of k); parser: of training
-    guidance: float = 1.0  # classifier-free guidance; 1 = off
+    guidance: float = 1.0  # classifier-free guidance, of the instruction in edits; 1 = off
+    image_guidance: float = 1.0  # edits: guidance of the source picture; 1 = off
+    region: bool = False  # edits: show the editor which region changes
+    aspects: str = "1:1"  # width:height, with commas; edits: each is judged on its own; parser: it sees all
+    image_size: int = 0  # edits: side of the square of equal area; 0 = what the editor was trained at
+    t2i: bool = False  # edits: also judge what is left of text to image, against --base
+    base: str = ""  # edits, --t2i: the base that the editors were trained from
     solver: Literal["euler", "heun"] = "euler"  # of the sampler
     seeds: str = "0"  # noise seeds, with commas
     captions: int = 0  # prefs: further true pictures for alignment pairs alone
@@ -110,108 +107,31 @@ def numbers(text: str, what: str, low: int) -> list[int]:
 
 
 ####################################################################################################
-# 2. Cases: picture, mask, caption and truth of held-out scenes
-####################################################################################################
-
-
-@dataclass
-class Cases:
-    """What one task asks of N scenes. Pictures [N, 3, H, W] in [-1, 1], masks [N, 1, H, W], 1 = make new."""
-
-    task: str
-    indices: list[int]
-    image: Tensor
-    mask: Tensor
-    truth: Tensor  # the picture that belongs there
-    certain: Tensor  # [N, 1, H, W] pixels of the hole whose truth is determined: no object or shadow there
-    caption: list[str]
-    pictures: Tensor  # [N, 3] labels of PICTURE_HEADS
-    which: Tensor  # [M] scene of a judged box
-    boxes: Tensor  # [M, 4]
-    objects: Tensor  # [M, 4] labels of OBJECT_HEADS, -100 = not asked
-
-
-def named(o: scenes.Object, caption: str) -> list[int]:
-    """Labels of an object; the material counts only where the caption names it."""
-    labels = object_labels(o)
-    if not any(word in caption for word in scene_text.MATERIAL_WORDS[o.material]):
-        labels[list(OBJECT_HEADS).index("material")] = -100
-    return labels
-
-
-def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) -> Cases:
-    """outpaint: data.py's outward mask; judged are the objects of which half or more lies in the hole, not
-    all: where a wholly hidden one goes, nobody says. edit: the largest instance, dilated by 8% of the side
-    (ByteEdit Sec. 4.1); the caption is the scene's, so that this object must come back. erase: all that the
-    largest object draws (its shadow too), dilated by a pixel; the truth is the scene drawn without it, the
-    prompt ERASE_PROMPT. Masks are a function of (scene, size)."""
-    rows, which, boxes, objects = [], [], [], []
-    for j, index in enumerate(indices):
-        s, item = source.scene(index), source.load(index, size, size)
-        image, labels, caption = item["image"], item["segments"], item["caption"]
-        truth, judged = image, []
-        area = [int((labels == k).sum()) for k in range(1, len(s.objects) + 1)]
-        biggest = int(np.argmax(area)) + 1
-        if task == "outpaint":
-            rng = np.random.Generator(np.random.PCG64(scenes.rng_for(source.seed, index, 12).integers(2**32)))
-            mask = masks.make_mask("outward", size, size, rng) > 0
-            judged = [k for k, n in enumerate(area, 1) if n and 0.5 <= mask[labels == k].mean() < 1]
-        elif task == "edit":
-            mask = masks.dilate(labels == biggest, max(1, round(0.08 * size)))
-            judged = [biggest]
-        elif task == "erase":
-            without = replace(s, objects=s.objects[:biggest - 1] + s.objects[biggest:])
-            truth = scenes.draw(without, size, size)
-            mask = masks.dilate((truth != image).any(-1) | (labels == biggest), max(1, round(size / 64)))
-            caption = data.ERASE_PROMPT
-        else:
-            raise ValueError(f"task {task!r}")
-        if task == "erase":
-            o = s.objects[biggest - 1]
-            which.append(j)
-            boxes.append(object_box(o.x, o.y, scenes.RADIUS[o.size], size, size))
-            objects.append([-100, -100, -100, 0])
-            certain = mask
-        else:
-            for k in judged:
-                o = s.objects[k - 1]
-                which.append(j)
-                boxes.append(object_box(o.x, o.y, scenes.RADIUS[o.size], size, size))
-                objects.append(named(o, caption))
-            bare = scenes.draw(replace(s, objects=()), size, size)
-            certain = mask & (bare == image).all(-1)
-        rows.append((image, mask, truth, certain, caption, picture_labels(s)))
-    image, mask, truth, certain, caption, pictures = zip(*rows)
-    mask, certain = (torch.from_numpy(np.stack(x))[:, None].float() for x in (mask, certain))
-    image, truth = (to_float(np.stack(x)) for x in (image, truth))
-    which, objects = (torch.tensor(x, dtype=torch.int64) for x in (which, objects))
-    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
-    pictures = torch.tensor(pictures)
-    return Cases(task, list(indices), image, mask, truth, certain, list(caption), pictures, which, boxes,
-                 objects.view(-1, 4))
-
-
-####################################################################################################
-# 3. Results: pictures of an editor, or of a folder
+# 2. Results: pictures of an editor, or of a folder
 ####################################################################################################
 
 
 @dataclass
 class Editor:
-    """A checkpoint ready to sample from."""
+    """A checkpoint ready to sample from. kind: "scenes" (fills holes), "edits" (follows instructions)."""
 
-    net: model.Editor
+    kind: str
+    net: model.Editor | model.EditNet
     size: int
     shift: float
     device: torch.device
     bf16: bool
 
 
-def load_editor(path: str, device: torch.device, bf16: bool) -> Editor:
-    """Averaged weights if there are any; SystemExit unless it is an inpainting editor in pixel space."""
+def load_editor(path: str, device: torch.device, bf16: bool, kind: str | None = "scenes") -> Editor:
+    """Averaged weights if there are any; SystemExit unless it is of the kind, in pixel space. kind None: an
+    editor of either kind; "t2i": any text-to-image editor."""
     weights, manifest = common.load_checkpoint(path, ("ema", "model"))
-    net = model.build_editor(manifest.get("arch", {}), path)
-    if not net.cfg.inpaint:
+    arch = manifest.get("arch", {})
+    if kind is None:
+        kind = "edits" if arch.get("kind") == "editnet" else "scenes"
+    net = model.build_editnet(arch, path) if kind == "edits" else model.build_editor(arch, path)
+    if kind == "scenes" and not net.cfg.inpaint:
         raise SystemExit(f"error: {path}: is a text-to-image base without mask input: train it with"
                          " `train_omni.py --stage inpaint`")
     if not net.cfg.txt_bytes:
@@ -223,7 +143,7 @@ def load_editor(path: str, device: torch.device, bf16: bool) -> Editor:
         raise SystemExit(f"error: {path}/manifest.json: config has no image_size: use a checkpoint that"
                          " train_omni.py or train_pefl.py wrote")
     net = net.to(device).eval().requires_grad_(False)
-    return Editor(net, int(config["image_size"]), float(config.get("shift", 1.0)), device, bf16)
+    return Editor(kind, net, int(config["image_size"]), float(config.get("shift", 1.0)), device, bf16)
 
 
 @torch.inference_mode()
@@ -246,94 +166,160 @@ def generate(e: Editor, image: Tensor, mask: Tensor, caption: list[str], noise: 
         return flow.sample(denoise, x, flow.timesteps(steps, e.shift), solver).cpu()
 
 
+@torch.inference_mode()
+def generate_edit(e: Editor, source: Tensor, region: Tensor, instruction: list[str], noise: Tensor,
+                  steps: int, guidance: float = 1.0, image_guidance: float = 1.0,
+                  solver: str = "euler") -> Tensor:
+    """Pictures [B, 3, H, W] by instruction. region float [B, 1, H, W]: ones = free-form."""
+    source, region, x = source.to(e.device), region.to(e.device), noise.to(e.device)
+    with torch.autocast(e.device.type, torch.bfloat16, enabled=e.bf16):
+        text, null = e.net.encode_text(instruction), e.net.encode_text([""] * len(instruction))
+        denoise = flow.edit_denoise(e.net, text, null, source, region, guidance, image_guidance)
+        return flow.sample(denoise, x, flow.timesteps(steps, e.shift), solver).cpu()
+
+
 @dataclass
 class Result:
-    """One column of the tables: raw pictures uint8 [S, N, H, W, 3] by task; known pixels not yet pasted."""
+    """One column of the tables: pictures uint8 [S, N, H, W, 3] by key of the cases, nothing pasted yet."""
 
+    kind: str  # of Editor
     name: str
     size: int
+    stride: int = 1  # sides of its pictures are multiples of this
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def sample_result(result: Result, e: Editor, cases: dict[str, Cases], cfg: Config, steps: int,
+AnyCases = dict[str, Cases] | dict[str, EditCases]  # by folder: TASK, or ASPECT/TASK
+STREAMS = (*TASKS, *EditScenes.tasks)  # of noise
+
+
+def sample_result(result: Result, e: Editor, cases: AnyCases, cfg: Config, steps: int,
                   seeds: list[int]) -> None:
     """Fill `result` with pictures of one editor."""
     bar = common.progress(len(seeds) * sum(len(c.indices) for c in cases.values()), desc=result.name)
-    for task, c in cases.items():
-        out = np.empty((len(seeds), len(c.indices), e.size, e.size, 3), np.uint8)
+    for key, c in cases.items():
+        h, w = c.image.shape[2:]
+        out = np.empty((len(seeds), len(c.indices), h, w, 3), np.uint8)
         for s, seed in enumerate(seeds):
             for i in range(0, len(c.indices), cfg.batch_size):
                 part = slice(i, i + cfg.batch_size)
                 # a function of (seed, scene, task): the same for every checkpoint and batch size
-                gens = common.generators(seed, 0, c.indices[part], stream=TASKS.index(task))
+                gens = common.generators(seed, 0, c.indices[part], stream=STREAMS.index(c.task))
                 noise = common.randn(gens, c.image.shape[1:])
-                got = generate(e, c.image[part], c.mask[part], c.caption[part], noise, steps, cfg.guidance,
-                               cfg.solver)
+                if e.kind == "edits":
+                    region = c.region[part] if cfg.region else torch.ones_like(c.region[part])
+                    got = generate_edit(e, c.image[part], region.float(), c.caption[part], noise, steps,
+                                        cfg.guidance, cfg.image_guidance, cfg.solver)
+                else:
+                    got = generate(e, c.image[part], c.mask[part], c.caption[part], noise, steps,
+                                   cfg.guidance, cfg.solver)
                 out[s, part] = to_uint8(got).numpy()
                 bar.update(len(got))
-        result.pictures[task] = out
+        result.pictures[key] = out
     bar.close()
 
 
-def save_result(result: Result, cases: dict[str, Cases], seeds: list[int], folder: Path) -> None:
-    """FOLDER/TASK/seed_S/INDEX.png and judge.json."""
-    for task, pictures in result.pictures.items():
+def save_result(result: Result, cases: AnyCases, seeds: list[int], folder: Path) -> None:
+    """FOLDER/TASK/seed_S/INDEX.png (edits: FOLDER/ASPECT/TASK/...) and judge.json."""
+    for key, pictures in result.pictures.items():
         for seed, row in zip(seeds, pictures):
-            at = folder / task / f"seed_{seed}"
+            at = folder / key / f"seed_{seed}"
             at.mkdir(parents=True, exist_ok=True)
-            for index, picture in zip(cases[task].indices, row):
+            for index, picture in zip(cases[key].indices, row):
                 Image.fromarray(picture).save(at / f"{index:06d}.png")
-    (folder / "judge.json").write_text(json.dumps({"name": result.name, "size": result.size}))
+    about = {k: getattr(result, k) for k in ("kind", "name", "size", "stride")}
+    (folder / "judge.json").write_text(json.dumps(about))
 
 
-def read_result(result: Result, folder: Path, cases: dict[str, Cases], seeds: list[int]) -> None:
-    for task, c in cases.items():
-        rows = []
+def open_result(folder: Path) -> Result:
+    """The Result of a folder in the layout of save_result, without its pictures."""
+    try:
+        info = json.loads((folder / "judge.json").read_text())
+        return Result(str(info.get("kind", "scenes")), str(info["name"]), int(info["size"]),
+                      int(info.get("stride", 1)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SystemExit(f"error: {folder / 'judge.json'}: damaged: save the pictures again") from None
+
+
+def read_result(result: Result, folder: Path, cases: AnyCases, seeds: list[int]) -> None:
+    for key, c in cases.items():
+        rows, (h, w) = [], c.image.shape[2:]
         for seed in seeds:
             for index in c.indices:
-                file = folder / task / f"seed_{seed}" / f"{index:06d}.png"
+                file = folder / key / f"seed_{seed}" / f"{index:06d}.png"
                 picture = read_image(file)
-                if picture.shape != (result.size, result.size, 3):
-                    h, w = picture.shape[:2]
-                    raise SystemExit(f"error: {file}: {w}x{h}: judge.json says {result.size}x{result.size}:"
-                                     " save the pictures again")
+                if picture.shape != (h, w, 3):
+                    got = f"{picture.shape[1]}x{picture.shape[0]}"
+                    raise SystemExit(f"error: {file}: {got} instead of {w}x{h}: save the pictures again")
                 rows.append(picture)
-        result.pictures[task] = np.stack(rows).reshape(len(seeds), len(c.indices), *rows[0].shape)
+        result.pictures[key] = np.stack(rows).reshape(len(seeds), len(c.indices), h, w, 3)
 
 
-def gather(cfg: Config, device: torch.device) -> tuple[list[Result], dict[str, Cases], list[int]]:
-    """Every entry of --ckpt sampled or read, on the same scenes, masks and noise."""
+def aspect_sizes(aspects: str, size: int, stride: int) -> dict[str, tuple[int, int]]:
+    """ "9:16,1:1" -> {"9x16": (h, w), ...}, multiples of stride with about size^2 pixels."""
+    found = {}
+    for text in aspects.split(","):
+        try:
+            width, height = (int(x) for x in text.split(":"))
+            if not 1 / 4 <= width / height <= 4:
+                raise ValueError
+        except (ValueError, ZeroDivisionError):
+            raise SystemExit(f"error: --aspects: {text!r}: use width:height from 1:4 to 4:1, such as 16:9,"
+                             " with commas between them") from None
+        found[f"{width}x{height}"] = shapes(size, stride, (height / width,))[0]
+    return found
+
+
+def gather_cases(cfg: Config, kind: str, size: int, stride: int) -> AnyCases:
+    if kind == "scenes":
+        source, tasks = scenes.Scenes("heldout"), TASKS
+    else:
+        source = EditScenes("heldout")
+        tasks = source.tasks
+    most = len(source) // (1 if kind == "scenes" else len(tasks))
+    if cfg.n < 2 or cfg.offset < 0 or cfg.offset + cfg.n > most:
+        raise SystemExit(f"error: --n: {cfg.n}: use 2 to {most} scenes, --offset included")
+    indices = list(range(cfg.offset, cfg.offset + cfg.n))
+    if kind == "scenes":
+        return {task: make_cases(task, indices, size, source) for task in tasks}
+    # the tasks take turns in EditScenes
+    return {f"{aspect}/{task}": edit_cases(task, [len(tasks) * i + k for i in indices], h, w, source)
+            for aspect, (h, w) in aspect_sizes(cfg.aspects, size, stride).items()
+            for k, task in enumerate(tasks)}
+
+
+def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Result], AnyCases, list[int]]:
+    """Every entry of --ckpt sampled or read, on the same scenes, masks and noise. kind: that all must be of;
+    None: the first one's."""
     entries = [x.strip() for x in cfg.ckpt.split(",") if x.strip()]
     if not entries:
         raise SystemExit("error: --ckpt: is empty: give checkpoints or folders of saved pictures")
     seeds, steps = numbers(cfg.seeds, "seeds", 0), numbers(cfg.steps, "steps", 1)
     if len(steps) not in (1, len(entries)):
         raise SystemExit(f"error: --steps: {cfg.steps}: give one number or {len(entries)}, one for each")
-    source = scenes.Scenes("heldout")
-    if cfg.n < 2 or cfg.offset < 0 or cfg.offset + cfg.n > len(source):
-        raise SystemExit(f"error: --n: {cfg.n}: use 2 to {len(source)} scenes, --offset included")
     steps = steps * (len(entries) // len(steps))
     opened, results = [], []
     for entry, k in zip(entries, steps):  # all are opened before the first is sampled: an error costs no time
-        saved = Path(entry) / "judge.json"
-        if saved.is_file():
-            try:
-                info = json.loads(saved.read_text())
-                results.append(Result(str(info["name"]), int(info["size"])))
-            except (ValueError, KeyError, TypeError):
-                raise SystemExit(f"error: {saved}: damaged: save the pictures again") from None
-            opened.append(None)
+        e = None
+        if (Path(entry) / "judge.json").is_file():
+            r = open_result(Path(entry))
+            if r.kind != (kind or r.kind):
+                raise SystemExit(f"error: {entry}: holds pictures of `evaluate.py {r.kind}`, not of {kind}:"
+                                 " name another folder")
         else:
-            opened.append(load_editor(entry, device, cfg.bf16))
-            results.append(Result(f"{entry.rstrip('/')}@{k}", opened[-1].size))
-        if results[-1].size != results[0].size:
-            raise SystemExit(f"error: --ckpt: {entry}: makes {results[-1].size}-pixel pictures, {entries[0]}"
+            e = load_editor(entry, device, cfg.bf16, kind)
+            size = cfg.image_size if e.kind == "edits" and cfg.image_size else e.size
+            r = Result(e.kind, f"{entry.rstrip('/')}@{k}", size, e.net.cfg.patch)
+        kind = r.kind
+        opened.append(e)
+        results.append(r)
+        if r.size != results[0].size:
+            raise SystemExit(f"error: --ckpt: {entry}: makes {r.size}-pixel pictures, {entries[0]}"
                              f" {results[0].size}: compare editors of one size")
     names = [r.name for r in results]
     for i, r in enumerate(results):
         r.name += f" ({i})" if names.count(names[i]) > 1 else ""
-    indices = list(range(cfg.offset, cfg.offset + cfg.n))
-    cases = {task: make_cases(task, indices, results[0].size, source) for task in TASKS}
+    cases = gather_cases(cfg, kind, results[0].size, math.lcm(*(r.stride for r in results)))
     for entry, k, e, r in zip(entries, steps, opened, results):
         if e is None:
             read_result(r, Path(entry), cases, seeds)
@@ -343,103 +329,14 @@ def gather(cfg: Config, device: torch.device) -> tuple[list[Result], dict[str, C
 
 
 ####################################################################################################
-# 4. Metrics: one number for each scene, errors in [0, 1] units
-####################################################################################################
-
-
-def seam_error(x: Tensor, truth: Tensor, mask: Tensor) -> np.ndarray:
-    """Mean absolute error of the differences between neighbours across the mask's boundary [N]: a visible
-    seam is large, a continued edge is not."""
-    total, count = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
-    for axis in (-1, -2):
-        across = mask.diff(dim=axis).abs()
-        wrong = (x.diff(dim=axis) - truth.diff(dim=axis)).abs().mean(1, keepdim=True)
-        total += (wrong * across).sum((1, 2, 3))
-        count += across.sum((1, 2, 3))
-    return torch.where(count > 0, total / 2 / count.clamp(min=1), math.nan).numpy()  # / 2: [-1, 1] -> [0, 1]
-
-
-def paste(raw: Tensor, c: Cases) -> Tensor:
-    """Known pixels put back."""
-    return raw * c.mask + c.image * (1 - c.mask)
-
-
-@torch.inference_mode()
-def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
-    """Metrics [N] of pictures raw [N, 3, H, W] in [-1, 1]; not-a-number where a scene does not ask.
-
-    Higher is better: shape, colour, material (mean over the judged objects), background, environment,
-    style, empty (erase: no object at the box), attributes (mean of all that the task asks). Lower is
-    better: exact (mean |x - truth| over pixels whose truth is determined), hole (over all of the hole),
-    seam, outside_raw (change of known pixels before pasting), outside (after). sharpness: gradient in the
-    hole over the truth's; 1 is right, below is blur, above noise.
-    """
-    x = paste(raw, c)
-    device = next(net.parameters()).device
-    of_pictures, of_objects = net(x.to(device), c.which.to(device), c.boxes.to(device))
-    out = {}
-    N = len(x)
-    asked = list(OBJECT_HEADS)
-    kinds = {"edit": asked[:3], "outpaint": asked[:3] + list(PICTURE_HEADS), "erase": ["object"]}[c.task]
-    for kind in kinds:
-        if kind in PICTURE_HEADS:
-            said = of_pictures[kind].argmax(1).cpu()
-            out[kind] = (said == c.pictures[:, list(PICTURE_HEADS).index(kind)]).double().numpy()
-            continue
-        labels = c.objects[:, asked.index(kind)]
-        use = labels >= 0
-        ok = (of_objects[kind].argmax(1).cpu() == labels).double()[use]
-        total = torch.zeros(N, dtype=torch.float64).index_add_(0, c.which[use], ok)
-        count = torch.zeros(N, dtype=torch.float64).index_add_(0, c.which[use], torch.ones_like(ok))
-        share = torch.where(count > 0, total / count.clamp(min=1), math.nan).numpy()
-        out["empty" if kind == "object" else kind] = share
-    stacked = np.stack(list(out.values()))
-    out["attributes"] = np.nansum(stacked, 0) / np.maximum((~np.isnan(stacked)).sum(0), 1)
-    out["attributes"][np.isnan(stacked).all(0)] = math.nan
-    error = (x - c.truth).abs() / 2
-    out["exact"] = masked_mean(error, c.certain)
-    out["hole"] = masked_mean(error, c.mask)
-    out["seam"] = seam_error(x, c.truth, c.mask)
-    out["outside_raw"] = masked_mean((raw - c.image).abs() / 2, 1 - c.mask)
-    out["outside"] = masked_mean((x - c.image).abs() / 2, 1 - c.mask)
-    detail, true_detail = (masked_mean(gradient(y), c.mask) for y in (x, c.truth))
-    out["sharpness"] = detail / np.maximum(true_detail, 1e-3)
-    return out
-
-
-@torch.inference_mode()
-def frechet_features(x: Tensor, c: Cases, net: Parser) -> tuple[np.ndarray, np.ndarray]:
-    """Parser features [N, 128] of the whole pictures and of the boxes around their holes."""
-    device = next(net.parameters()).device
-    boxes = []
-    for m in c.mask[:, 0] > 0:
-        ys, xs = m.any(1).nonzero()[:, 0].tolist(), m.any(0).nonzero()[:, 0].tolist()
-        h, w = m.shape
-        boxes.append((xs[0] / w, ys[0] / h, (xs[-1] + 1) / w, (ys[-1] + 1) / h))
-    hole = crops(x.to(device), torch.arange(len(x), device=device), torch.tensor(boxes, device=device))
-    return net.features(x.to(device)).cpu().numpy(), net.features(hole).cpu().numpy()
-
-
-def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dict]:
-    """pictures uint8 [S, N, H, W, 3] -> metrics [S, N], and {metric: mean and interval} with the Frechet
-    distances."""
-    per_seed = [judge(to_float(p), c, net) for p in pictures]
-    scores = {k: np.stack([m[k] for m in per_seed]) for k in per_seed[0]}
-    summary = {k: bootstrap(v.mean(0)) for k, v in scores.items()}  # not-a-number depends on the scene alone
-    of_truth = frechet_features(c.truth, c, net)
-    of_result = zip(*(frechet_features(paste(to_float(p), c), c, net) for p in pictures))
-    for name, a, b in zip(("frechet", "frechet_hole"), of_result, of_truth):
-        summary[name] = frechet_interval(np.stack(a), np.broadcast_to(b, (len(a), *b.shape)))
-    return scores, summary
-
-
-####################################################################################################
-# 5. parser, scenes, compare, prefs
+# 3. parser, scenes, edits, compare, prefs
 ####################################################################################################
 
 # printed in percent
-SHARE = ("shape", "colour", "material", "background", "environment", "style", "empty", "attributes")
-ORDER = (*SHARE, "exact", "hole", "seam", "sharpness", "outside_raw", "outside", "frechet", "frechet_hole")
+SHARE = ("success", "edit", "kept", "shape", "colour", "material", "objects", "background", "environment",
+         "style", "empty", "attributes", "judged", "truth_read", "source_read", "kept_asked")
+ORDER = (*SHARE, "exact", "over", "error", "hole", "seam", "sharpness", "outside_raw", "outside", "frechet",
+         "frechet_hole")
 
 
 def provenance(started: float) -> dict:
@@ -479,15 +376,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
                      for r in [head, *rows])
 
 
-def sheet(results: list[Result], cases: dict[str, Cases], rows: int) -> Image.Image:
-    """source | mask | each result, pasted | truth, for the first scenes of every task."""
-    pictures, names = [], []
-    for task, c in cases.items():
+def sheet(results: list[Result], cases: AnyCases, rows: int) -> Image.Image:
+    """source | what the mask leaves | each result, pasted | truth, for the first scenes of every case."""
+    pictures, names, holes = [], [], results[0].kind == "scenes"
+    for key, c in cases.items():
         for i in range(min(rows, len(c.indices))):
-            got = [paste(to_float(r.pictures[task][0]), c)[i] for r in results]
-            pictures.append([c.image[i], c.image[i] * (1 - c.mask[i]), *got, c.truth[i]])
-            names.append(f"{task}: {c.caption[i]}")
-    titles = ["source", "hole", *(r.name for r in results), "truth"]
+            left = [c.image[i] * (1 - c.mask[i])] if holes else []
+            got = [to_float(r.pictures[key][0]) for r in results]
+            got = [(paste(x, c) if holes else x)[i] for x in got]
+            pictures.append([c.image[i], *left, *got, c.truth[i]])
+            names.append(f"{key}: {c.caption[i]}")
+    titles = ["source", *(["hole"] if holes else []), *(r.name for r in results), "truth"]
     return common.contact_sheet(pictures, titles, row_titles=names)
 
 
@@ -499,12 +398,14 @@ def open_out(folder: str) -> Path:
 def run_parser(cfg: Config, device: torch.device) -> None:
     started = time.time()
     (steps,) = numbers(cfg.steps, "steps", 1)[:1]
-    net = train_parser(steps, cfg.batch_size, cfg.lr, device, cfg.bf16)
+    sizes = list(aspect_sizes(cfg.aspects, SIDE, SIDE // 8).values())
+    net = train_parser(steps, cfg.batch_size, cfg.lr, device, cfg.bf16, sizes)
     weights = {k: v.bfloat16() for k, v in net.state_dict().items()}
     net.load_state_dict({k: v.float() for k, v in weights.items()})  # judged as it ships
     held = {}
-    for size, n in ((SIDE, 5000), (2 * SIDE, 2000)):
-        held[f"{size}x{size}"] = {k: bootstrap(v) for k, v in parser_accuracy(net, size, n, device).items()}
+    for h, w in [*sizes, *((2 * h, 2 * w) for h, w in sizes)]:
+        right = parser_accuracy(net, (h, w), 5000 if (h, w) in sizes else 2000, device)
+        held[f"{w}x{h}"] = {k: bootstrap(v) for k, v in right.items()}
     heads = list(next(iter(held.values())))
     print("held-out accuracy on clean renders, percent [95% interval]")
     print(table(["", *held], [[k, *(cell("shape", v[k]) for v in held.values())] for k in heads]))
@@ -516,10 +417,10 @@ def run_parser(cfg: Config, device: torch.device) -> None:
 
 def run_scenes(cfg: Config, device: torch.device) -> None:
     started = time.time()
-    out = open_out(cfg.out)
+    open_out(cfg.out)
     net = load_parser(cfg.parser, device)
-    results, cases, seeds = gather(cfg, device)
-    truth = Result("truth", results[0].size, {t: to_uint8(c.truth)[None].numpy() for t, c in cases.items()})
+    results, cases, seeds = gather(cfg, device, "scenes")
+    truth = known("truth", cases)
     report = {}
     for task, c in cases.items():
         report[task] = {r.name: judge_result(r.pictures[task], c, net)[1] for r in [*results, truth]}
@@ -527,12 +428,115 @@ def run_scenes(cfg: Config, device: torch.device) -> None:
         print(f"\n{task}: {len(c.indices)} held-out scenes, {len(seeds)} seed(s), mean [95% interval]")
         rows = [[k, *(cell(k, v[k]) for v in report[task].values())] for k in names]
         print(table(["", *report[task]], rows))
+    finish(cfg, started, results, cases, seeds, {"tasks": report})
+
+
+def known(which: str, cases: AnyCases) -> Result:
+    """A column of bounds: the "truth", or the "image" as it was given."""
+    pictures = {k: to_uint8(getattr(c, which))[None].numpy() for k, c in cases.items()}
+    return Result("", "source" if which == "image" else which, 0, 1, pictures)
+
+
+def finish(cfg: Config, started: float, results: list[Result], cases: AnyCases, seeds: list[int],
+           content: dict) -> None:
+    """Pictures (--save), contact sheet and results.json."""
+    out = Path(cfg.out)
     if cfg.save:
         for r in results:
             save_result(r, cases, seeds, Path(cfg.save) / r.name.replace("/", "_"))
     sheet(results, cases, cfg.rows).save(out / "sheet.png")
-    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "tasks": report})
+    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **content})
     print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
+
+
+def run_edits(cfg: Config, device: torch.device) -> None:
+    """Tables of what judge_edits.py measures, for each aspect ratio: rows are the tasks and their mean,
+    columns the editors, the source as it was and the true target."""
+    started = time.time()
+    open_out(cfg.out)
+    net = load_parser(cfg.parser, device)
+    if cfg.t2i and not cfg.base:
+        raise SystemExit("error: --base: is empty: --t2i needs the base that the editors were trained from")
+    base = load_editor(cfg.base, device, cfg.bf16, "t2i") if cfg.t2i else None
+    results, cases, seeds = gather(cfg, device, "edits")
+    columns, report = [*results, known("image", cases), known("truth", cases)], {}
+    for aspect in dict.fromkeys(k.split("/")[0] for k in cases):
+        own = {k.split("/")[1]: c for k, c in cases.items() if k.split("/")[0] == aspect}
+        asked = {task: ask(c, net) for task, c in own.items()}
+        limits = {task: bounds(c, asked[task], net) for task, c in own.items()}
+        tasks = {task: {} for task in (*own, "mean")}
+        for r in columns:
+            judged = {task: judge_edits(r.pictures[f"{aspect}/{task}"], c, asked[task], net)
+                      for task, c in own.items()}
+            for task, (scores, features) in judged.items():
+                tasks[task][r.name] = summary_of([scores], [features])
+            tasks["mean"][r.name] = summary_of(*zip(*judged.values()))
+        limits = {task: {k: bootstrap(v) for k, v in found.items()} for task, found in limits.items()}
+        h, w = next(iter(own.values())).image.shape[2:]
+        report[aspect] = {"size": [h, w], "tasks": tasks, "parser": limits}
+        print(f"\n{aspect} ({w}x{h} pixels): {cfg.n} held-out pairs for each task, {len(seeds)} seed(s), "
+              "mean [95% interval]")
+        for k in [k for k in ORDER if k in tasks["mean"]["truth"]]:
+            rows = [[task, *(cell(k, v[k]) for v in found.values())] for task, found in tasks.items()]
+            print("\n" + table([k, *(r.name for r in columns)], rows))
+        heads = list(next(iter(limits.values())))
+        print("\n" + table(["the parser", *heads], [[task, *(cell(k, v[k]) for k in heads)]
+                                                    for task, v in limits.items()]))
+    content = {"aspects": report}
+    if cfg.t2i:
+        content["t2i"] = run_t2i(cfg, base, device, net, seeds)
+    finish(cfg, started, results, cases, seeds, content)
+
+
+def summary_of(scores: list[dict], features: list[tuple]) -> dict:
+    """{metric: mean and interval} over tasks: the mean of their means, and the Frechet distance of their
+    union. scores: metrics [S, N] of each task; features: [S, N, D] of the pictures, and of the true ones."""
+    # not-a-number depends on the scene alone, not on the seed
+    found = {k: bootstrap(*(of_task[k].mean(0) for of_task in scores)) for k in scores[0]}
+    return found | {"frechet": frechet_interval(*(np.concatenate(x, 1) for x in zip(*features)))}
+
+
+def run_t2i(cfg: Config, base: Editor, device: torch.device, net: Parser, seeds: list[int]) -> dict:
+    """Captions of held-out scenes drawn by the base that was given, by each editor's own base with the branch
+    off, and by the editor with a null picture, which takes the caption as an instruction (OmniEdit Fig. 10)
+    -> {name: {metric: mean and interval}}."""
+    indices = list(range(cfg.offset, cfg.offset + cfg.n))
+    p = prompts(indices, base.size, scenes.Scenes("heldout"))
+    steps = numbers(cfg.steps, "steps", 1)
+    painters = [(f"{cfg.base.rstrip('/')}@{steps[0]}", base, steps[0])]
+    entries = [x.strip() for x in cfg.ckpt.split(",") if x.strip()]
+    for entry, k in zip(entries, steps * (len(entries) // len(steps))):
+        if not (Path(entry) / "judge.json").is_file():
+            e = load_editor(entry, device, cfg.bf16, "edits")
+            name = f"{entry.rstrip('/')}@{k}"
+            painters += [(f"{name}, branch off", replace(e, kind="t2i", net=e.net.base), k),
+                         (f"{name}, null picture", e, k)]
+    columns = {}
+    for name, e, k in painters:
+        got = []
+        for seed in seeds:
+            parts = []
+            for i in range(0, cfg.n, cfg.batch_size):
+                part = slice(i, i + cfg.batch_size)
+                noise = common.randn(common.generators(seed, 0, indices[part], stream=len(STREAMS)),
+                                     p.truth.shape[1:])
+                nothing, ones = torch.zeros_like(noise), torch.ones_like(noise[:, :1])
+                draw = generate_edit if e.kind == "edits" else generate
+                x = draw(e, nothing, ones, p.caption[part], noise, k, cfg.guidance, solver=cfg.solver)
+                parts.append(to_uint8(x))
+            got.append(torch.cat(parts).numpy())
+        columns[name] = np.stack(got)
+    columns["another's picture"] = to_uint8(p.truth.roll(1, 0))[None].numpy()
+    columns["truth"] = to_uint8(p.truth)[None].numpy()
+    report = {}
+    for name, pictures in columns.items():
+        per_seed = [judge_t2i(to_float(x), p, net) for x in pictures]
+        scores = {k: np.stack([m[k] for m in per_seed]) for k in per_seed[0]}
+        report[name] = summary_of([scores], [features_of(pictures, p.truth, net)])
+    print(f"\ntext to image: {cfg.n} held-out captions, {len(seeds)} seed(s), mean [95% interval]")
+    print(table(["", *report], [[k, *(cell(k, v[k]) for v in report.values())]
+                                for k in ORDER if k in report["truth"]]))
+    return report
 
 
 def verdicts(a: np.ndarray, b: np.ndarray, higher: bool, tie: float) -> np.ndarray:
@@ -554,38 +558,49 @@ def gsb(v: np.ndarray) -> dict:
 
 
 def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tie: float) -> dict[str, dict]:
-    """GSB of metrics [S, N] by criterion. overall: more attributes right wins, and where they are equal the
-    smaller exact error (where the scene has none, the smaller seam error)."""
-    each = {k: verdicts(a[k], b[k], k == "attributes", tie) for k in ("attributes", "exact", "seam")}
-    second = np.where(np.isnan(a["exact"]), each["seam"], each["exact"])
-    overall = np.where(each["attributes"] != 0, each["attributes"], second)
+    """GSB of metrics [S, N] by criterion. overall, of filled holes: more attributes right wins, and where
+    they are equal the smaller exact error (where the scene has none, the smaller seam error). Of edits:
+    success wins, and where it is equal the smaller error over the picture."""
+    higher, lower = ("attributes",), ("exact", "seam")
+    if "success" in a:
+        higher, lower = ("success", "edit", "kept"), ("error", "over", "exact")
+    each = {k: verdicts(a[k], b[k], k in higher, tie) for k in (*higher, *lower)}
+    second = np.where(np.isnan(a[lower[0]]), each[lower[1]], each[lower[0]])
+    overall = np.where(each[higher[0]] != 0, each[higher[0]], second)
     return {k: gsb(v) for k, v in {"overall": overall, **each}.items()}
 
 
 def run_compare(cfg: Config, device: torch.device) -> None:
     started = time.time()
-    out = open_out(cfg.out)
+    open_out(cfg.out)
     net = load_parser(cfg.parser, device)
     if len([x for x in cfg.ckpt.split(",") if x.strip()]) != 2:
         raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: compare needs exactly two, A,B")
-    (a, b), cases, seeds = gather(cfg, device)
-    report = {}
-    print(f"A = {a.name}\nB = {b.name}\ngood: A is better; overall: attributes first, then exact error"
-          f" (a tie within {100 * cfg.tie:.0f}%)")
-    for task, c in cases.items():
-        of_a, of_b = judge_result(a.pictures[task], c, net)[0], judge_result(b.pictures[task], c, net)[0]
-        report[task] = {"gsb": compare(of_a, of_b, cfg.tie),
-                        "difference": {k: bootstrap((of_a[k] - of_b[k]).mean(0)) for k in of_a}}
-        print(f"\n{task}: {len(c.indices)} scenes, {len(seeds)} seed(s)")
+    (a, b), cases, seeds = gather(cfg, device, None)
+    print(f"A = {a.name}\nB = {b.name}\ngood: A is better; overall: attributes (edits: success) first, then"
+          f" the error (a tie within {100 * cfg.tie:.0f}%)")
+    scores, report = {}, {}
+    for key, c in cases.items():
+        if a.kind == "edits":
+            asked = ask(c, net)
+            scores[key] = [judge_edits(r.pictures[key], c, asked, net)[0] for r in (a, b)]
+        else:
+            scores[key] = [judge_result(r.pictures[key], c, net)[0] for r in (a, b)]
+    for aspect in dict.fromkeys(k.split("/")[0] for k in cases) if a.kind == "edits" else ():
+        own = [v for k, v in scores.items() if k.split("/")[0] == aspect]
+        scores[f"{aspect}/all"] = [{k: np.concatenate([x[k] for x in of_one], 1) for k in of_one[0]}
+                                   for of_one in zip(*own)]
+    for key, (of_a, of_b) in scores.items():
+        report[key] = {"gsb": compare(of_a, of_b, cfg.tie),
+                       "difference": {k: bootstrap((of_a[k] - of_b[k]).mean(0)) for k in of_a}}
+        n = next(iter(of_a.values())).shape[1]
+        print(f"\n{key}: {n} scenes, {len(seeds)} seed(s)")
         print(table(["", "good", "same", "bad", "(G+S)/(S+B)", "(G-B)/n % [95%]", "sign test p"], [
             [k, str(v["good"]), str(v["same"]), str(v["bad"]), f"{v['superiority']:.0f}%",
-             cell("attributes", v["net"]), f"{v['p']:.2g}"] for k, v in report[task]["gsb"].items()]))
-        rows = [[k, cell(k, report[task]["difference"][k])] for k in ORDER if k in of_a]
+             cell("attributes", v["net"]), f"{v['p']:.2g}"] for k, v in report[key]["gsb"].items()]))
+        rows = [[k, cell(k, report[key]["difference"][k])] for k in ORDER if k in of_a]
         print(table(["A - B", "mean [95%]"], rows))
-    sheet([a, b], cases, cfg.rows).save(out / "sheet.png")
-    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "a": a.name, "b": b.name,
-                                      "tasks": report})
-    print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
+    finish(cfg, started, [a, b], cases, seeds, {"a": a.name, "b": b.name, "tasks": report})
 
 
 def run_prefs(cfg: Config, device: torch.device) -> None:
@@ -621,7 +636,8 @@ def main(cfg: Config) -> None:
         raise SystemExit("error: torchrun: several processes would judge the same: start one, without it")
     device = common.setup(cfg.device).device
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
-    run = {"parser": run_parser, "scenes": run_scenes, "compare": run_compare, "prefs": run_prefs}
+    run = {"parser": run_parser, "scenes": run_scenes, "edits": run_edits, "compare": run_compare,
+           "prefs": run_prefs}
     try:
         run[cfg.task](cfg, device)
     except (OSError, SafetensorError) as e:  # what is read is read by data.py and common.py, which say so

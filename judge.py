@@ -185,15 +185,22 @@ def object_labels(o: scenes.Object) -> list[int]:
     return [v.index(getattr(o, k)) for k, v in OBJECT_HEADS.items() if k != "object"] + [1]
 
 
+@torch.inference_mode()
+def picture_features(x: Tensor, net: Parser) -> np.ndarray:
+    """Parser features [N, D] of pictures [N, 3, H, W]."""
+    device = next(net.parameters()).device
+    return torch.cat([net.features(part.to(device)) for part in x.split(256)]).cpu().numpy()
+
+
 class ParserBatches(torch.utils.data.Dataset):
     """Item s is a batch of clean renders: pictures, labels, a box on each object and one on free background.
 
     Boxes are off by up to an eighth of a radius and a tenth in size, since an edited object need not sit
-    where the original did. Every fourth batch is drawn at twice the size.
+    where the original did. Batches are drawn at the sizes (h, w) in turn.
     """
 
-    def __init__(self, source: scenes.Scenes, start: int, batch_size: int, steps: int, sizes: tuple[int, ...],
-                 jitter: bool):
+    def __init__(self, source: scenes.Scenes, start: int, batch_size: int, steps: int,
+                 sizes: list[tuple[int, int]], jitter: bool):
         self.source, self.start, self.batch_size, self.steps = source, start, batch_size, steps
         self.sizes, self.jitter = sizes, jitter
 
@@ -201,12 +208,12 @@ class ParserBatches(torch.utils.data.Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> tuple[Tensor, ...]:
-        size = self.sizes[step % len(self.sizes)]
+        h, w = self.sizes[step % len(self.sizes)]
         images, pictures, which, boxes, objects = [], [], [], [], []
         for j in range(self.batch_size):
             index = self.start + step * self.batch_size + j
             s, rng = self.source.scene(index), scenes.rng_for(self.source.seed, index, 11)
-            images.append(scenes.draw(s, size, size))
+            images.append(scenes.draw(s, h, w))
             pictures.append(picture_labels(s))
             places = [(o.x, o.y, scenes.RADIUS[o.size], object_labels(o)) for o in s.objects]
             for _ in range(8):
@@ -220,7 +227,7 @@ class ParserBatches(torch.utils.data.Dataset):
                     dx, dy = rng.uniform(-0.12, 0.12, 2)
                     x, y, r = x + r * dx, y + r * dy, r * rng.uniform(0.9, 1.1)
                 which.append(j)
-                boxes.append(object_box(x, y, r, size, size))
+                boxes.append(object_box(x, y, r, h, w))
                 objects.append(labels)
         return (torch.from_numpy(np.stack(images)), torch.tensor(pictures), torch.tensor(which),
                 torch.tensor(boxes, dtype=torch.float32), torch.tensor(objects))
@@ -230,13 +237,15 @@ def one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True) -> Parser:
-    """A parser trained from scratch on train scenes drawn at 32 x 32 (three batches of four) and 64 x 64."""
+def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True,
+                 sizes: list[tuple[int, int]] = [(SIDE, SIDE)]) -> Parser:
+    """A parser trained from scratch on train scenes drawn at each of the sizes (h, w): three batches of four,
+    and the fourth at twice the size."""
     torch.manual_seed(0)
     net = Parser().to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.param_groups(net, 0.05), lr=lr, betas=(0.9, 0.99))
-    sizes = (SIDE, SIDE, SIDE, 2 * SIDE)
-    batches = ParserBatches(scenes.Scenes("train"), 0, batch_size, steps, sizes, jitter=True)
+    turns = [turn for h, w in sizes for turn in ((h, w), (h, w), (h, w), (2 * h, 2 * w))]
+    batches = ParserBatches(scenes.Scenes("train"), 0, batch_size, steps, turns, jitter=True)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, worker_init_fn=one_thread)
     bar = common.progress(steps, desc="parser")
     for step, batch in enumerate(loader):
@@ -260,11 +269,13 @@ def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, b
 
 
 @torch.inference_mode()
-def parser_accuracy(net: Parser, size: int, n: int, device: torch.device) -> dict[str, np.ndarray]:
-    """Right or wrong (1, 0) of every head on clean held-out renders; NaN: a box without an object."""
+def parser_accuracy(net: Parser, size: tuple[int, int], n: int,
+                    device: torch.device) -> dict[str, np.ndarray]:
+    """Right or wrong (1, 0) of every head on clean held-out renders of size (h, w); NaN: a box without an
+    object."""
     start = len(scenes.Scenes("heldout")) - 20_000  # far from the scenes that checkpoints are judged on
     right = {k: [] for k in (*PICTURE_HEADS, *OBJECT_HEADS)}
-    batches = ParserBatches(scenes.Scenes("heldout"), start, 100, n // 100, (size,), jitter=False)
+    batches = ParserBatches(scenes.Scenes("heldout"), start, 100, n // 100, [size], jitter=False)
     for images, pictures, which, boxes, objects in map(batches.__getitem__, range(len(batches))):
         said = net(to_float(images.to(device)), which.to(device), boxes.to(device))
         for logits, labels in zip(said, (pictures, objects)):

@@ -15,6 +15,7 @@ import common
 import data
 import evaluate as ev
 import judge
+import judge_holes
 import model
 import prefs
 import scenes
@@ -87,7 +88,7 @@ def test_verdicts_and_gsb():
 
 @pytest.fixture(scope="module")
 def cases():
-    return {t: ev.make_cases(t, list(range(40)), SIZE, scenes.Scenes("heldout")) for t in ev.TASKS}
+    return {t: judge_holes.make_cases(t, list(range(40)), SIZE, scenes.Scenes("heldout")) for t in ev.TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def judge_net():
 
 
 def test_cases(cases):
-    again = ev.make_cases("outpaint", list(range(20, 40)), SIZE, scenes.Scenes("heldout"))
+    again = judge_holes.make_cases("outpaint", list(range(20, 40)), SIZE, scenes.Scenes("heldout"))
     assert torch.equal(again.mask, cases["outpaint"].mask[20:]), "a mask depends on its scene alone"
     for task, c in cases.items():
         assert ((c.mask == 0) | (c.mask == 1)).all() and (c.mask.flatten(1).sum(1) > 0).all()
@@ -118,20 +119,20 @@ def test_cases(cases):
 
 def test_truth_has_no_error(cases):
     for c in cases.values():
-        got = ev.judge(c.truth, c, judge.Parser().eval())
+        got = judge_holes.judge(c.truth, c, judge.Parser().eval())
         assert np.nanmax(got["exact"]) == np.nanmax(got["hole"]) == np.nanmax(got["seam"]) == 0
         assert np.nanmax(got["outside"]) == 0 and np.allclose(got["sharpness"], 1)
-        a, b = ev.frechet_features(c.truth, c, judge.Parser().eval())
+        a, b = judge_holes.frechet_features(c.truth, c, judge.Parser().eval())
         assert a.shape == b.shape == (40, 128)
 
 
 def test_errors_are_in_units_of_one(cases):
     c, net = cases["erase"], judge.Parser().eval()
-    got = ev.judge(c.truth * 0 + 1, replace(c, image=c.image * 0, truth=c.truth * 0 - 1), net)
+    got = judge_holes.judge(c.truth * 0 + 1, replace(c, image=c.image * 0, truth=c.truth * 0 - 1), net)
     assert np.allclose(got["exact"], 1) and np.allclose(got["outside_raw"], 0.5)
     assert np.allclose(got["outside"], 0)
     flat = replace(c, image=c.image * 0, truth=c.truth * 0)
-    got = ev.judge(c.mask.expand(-1, 3, -1, -1) * 0.5, flat, net)
+    got = judge_holes.judge(c.mask.expand(-1, 3, -1, -1) * 0.5, flat, net)
     assert np.allclose(got["seam"], 0.25) and np.allclose(got["outside_raw"], 0)
 
 
@@ -142,7 +143,7 @@ def test_blur_and_noise_are_seen(cases):
         blurred = torch.stack([prefs._blur(prefs._blur(x, rng), rng) for x in c.truth])
         noise = torch.randn(c.truth.shape, generator=torch.Generator().manual_seed(0))
         noisy = (c.truth + 0.4 * noise).clamp(-1, 1)
-        of_blur, of_noise = ev.judge(blurred, c, net), ev.judge(noisy, c, net)
+        of_blur, of_noise = judge_holes.judge(blurred, c, net), judge_holes.judge(noisy, c, net)
         assert of_blur["sharpness"].mean() < 0.75 and of_noise["sharpness"].mean() > 1.25
         assert min(np.nanmean(of_blur["hole"]), np.nanmean(of_noise["hole"])) > 0.01
         far = prefs.truth_distance(blurred, c.truth, c.mask)
@@ -151,13 +152,13 @@ def test_blur_and_noise_are_seen(cases):
 
 def test_parser_judges_true_and_wrong_pictures(cases, judge_net):
     net, shipped = judge_net
-    kept = ev.judge(cases["erase"].image, cases["erase"], net)["empty"].mean()
-    gone = ev.judge(cases["erase"].truth, cases["erase"], net)["empty"].mean()
+    kept = judge_holes.judge(cases["erase"].image, cases["erase"], net)["empty"].mean()
+    gone = judge_holes.judge(cases["erase"].truth, cases["erase"], net)["empty"].mean()
     assert kept + 0.2 < gone, "an object that is still there"
     if not shipped:
         return
     for c in cases.values():
-        assert ev.judge(c.truth, c, net)["attributes"].mean() > 0.85
+        assert judge_holes.judge(c.truth, c, net)["attributes"].mean() > 0.85
     # the object in another colour: its colour is wrong and its shape right
     source, c = scenes.Scenes("heldout"), cases["edit"]
     recoloured, reshaped = [], []
@@ -169,15 +170,15 @@ def test_parser_judges_true_and_wrong_pictures(cases, judge_net):
                          (reshaped, replace(o, shape="star" if o.shape != "star" else "square"))):
             changed = replace(s, objects=s.objects[:k] + (new,) + s.objects[k + 1:])
             out.append(scenes.draw(changed, SIZE, SIZE))
-    true = ev.judge(c.truth, c, net)
-    of_colour = ev.judge(judge.to_float(np.stack(recoloured)), c, net)
-    of_shape = ev.judge(judge.to_float(np.stack(reshaped)), c, net)
+    true = judge_holes.judge(c.truth, c, net)
+    of_colour = judge_holes.judge(judge.to_float(np.stack(recoloured)), c, net)
+    of_shape = judge_holes.judge(judge.to_float(np.stack(reshaped)), c, net)
     assert of_colour["colour"].mean() < 0.3 and of_colour["shape"].mean() > true["shape"].mean() - 0.2
     assert of_shape["shape"].mean() < 0.4 and of_shape["colour"].mean() > true["colour"].mean() - 0.2
 
 
 def test_parser_boxes_and_labels():
-    batch = judge.ParserBatches(scenes.Scenes("train"), 0, 16, 1, (judge.SIDE,), jitter=False)[0]
+    batch = judge.ParserBatches(scenes.Scenes("train"), 0, 16, 1, [(judge.SIDE, judge.SIDE)], jitter=False)[0]
     images, pictures, which, boxes, objects = batch
     assert images.shape == (16, judge.SIDE, judge.SIDE, 3) and len(which) == len(boxes) == len(objects)
     s = scenes.Scenes("train").scene(0)

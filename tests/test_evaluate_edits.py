@@ -1,0 +1,306 @@
+"""The judge of instruction editors: true targets pass, untouched sources and wrong edits do not."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import evaluate as ev
+import judge
+import judge_edits as je
+import model
+import scenes
+from scene_edits import EditScenes
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+SIZE, N = 32, 16
+SOURCE = EditScenes("heldout")
+
+
+@pytest.fixture(scope="module")
+def net():
+    if not (ROOT / "assets/parser/manifest.json").exists():
+        pytest.skip("assets/parser is not there")
+    return judge.load_parser(str(ROOT / "assets/parser"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return {task: je.edit_cases(task, [7 * i + k for i in range(N)], SIZE, SIZE, SOURCE)
+            for k, task in enumerate(SOURCE.tasks)}
+
+
+@pytest.fixture(scope="module")
+def asked(cases, net):
+    return {task: je.ask(c, net) for task, c in cases.items()}
+
+
+def redrawn(c, change):
+    """Pictures [N, 3, H, W] of each pair's target scene after change(before, edit)."""
+    h, w = c.image.shape[2:]
+    return judge.to_float(np.stack([scenes.draw(change(*SOURCE.edit(i)), h, w) for i in c.indices]))
+
+
+def with_object(s, k, **fields):
+    return replace(s, objects=s.objects[:k] + (replace(s.objects[k], **fields),) + s.objects[k + 1:])
+
+
+# ---- cases -----------------------------------------------------------------------------------------------
+
+
+def test_cases(cases):
+    for task, c in cases.items():
+        again = je.edit_cases(task, c.indices[8:], SIZE, SIZE, SOURCE)
+        assert torch.equal(again.truth, c.truth[8:]), "a pair does not depend on the others"
+        assert torch.equal(again.boxes, c.boxes[c.which >= 8])
+        outside = ~c.region.expand_as(c.image)
+        assert torch.equal(c.image[outside], c.truth[outside]), "outside the region nothing changes"
+        assert (c.image != c.truth).flatten(1).any(1).all()
+        assert (c.which.diff() >= 0).all() and len(c.which) == len(c.boxes) == len(c.objects) == len(c.role)
+        per_pair = torch.bincount(c.which[c.role == je.EDITED], minlength=N)
+        whole = task in ("background", "environment", "style")
+        assert (per_pair == (0 if whole else 1)).all()
+        assert c.region.all() == (task in ("environment", "style"))
+        assert (c.role == je.ELSEWHERE).any() == (task == "add")
+        assert c.resized.any() == (task == "attribute")
+    assert cases["swap"].caption[0] == SOURCE.load(0, 8, 8)["caption"]
+    with pytest.raises(ValueError, match="of task remove, not swap"):
+        je.edit_cases("swap", [1], SIZE, SIZE, SOURCE)
+
+
+def test_free_places_hold_no_object(cases):
+    for task, c in cases.items():
+        for j, index in enumerate(c.indices):
+            before, edit = SOURCE.edit(index)
+            free = c.boxes[(c.which == j) & (c.objects[:, 0] == je.NOT_ASKED) & (c.role == je.KEPT)]
+            centres = (free[:, :2] + free[:, 2:]) / 2
+            for o in (*before.objects, *edit.target.objects):
+                away = (centres - torch.tensor([o.x, o.y])).norm(dim=1)
+                assert (away > scenes.RADIUS[o.size]).all(), (task, index)
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------
+
+
+def test_truth_and_source(cases, asked, net):
+    for task, c in cases.items():
+        truth, source = (je.judge_edit(x, c, asked[task], net) for x in (c.truth, c.image))
+        assert asked[task].judged.float().mean() > 0.8, task
+        for k in ("edit", "success"):
+            assert np.nanmin(truth[k]) == 1 and np.nanmax(source[k]) == 0, task
+        assert truth["kept"].min() == source["kept"].min() == 1
+        assert np.nanmax(truth["exact"]) == truth["error"].max() == 0 and source["exact"].min() > 0
+        if task in ("environment", "style"):
+            assert np.isnan(truth["over"]).all(), "nothing is outside"
+        else:
+            assert np.nanmax(truth["over"]) == np.nanmax(source["over"]) == 0
+        limits = je.bounds(c, asked[task], net)
+        assert limits["truth_read"].mean() > 0.7 and limits["source_read"].mean() < 0.2, task
+        assert limits["kept_asked"].mean() > 0.7 and (limits["judged"] == asked[task].judged.numpy()).all()
+
+
+def test_wrong_edits_fail(cases, asked, net):
+    def verdict(task, change):
+        return je.judge_edit(redrawn(cases[task], change), cases[task], asked[task], net)
+
+    for task in ("swap", "add", "attribute"):  # the right object in a wrong colour
+        def recolour(before, edit):
+            k = edit.ids[0] - 1
+            known = {s.objects[k].colour for s in (before, edit.target) if k < len(s.objects)}
+            colour = next(x for x in ("red", "blue", "yellow", "purple") if x not in known)
+            return with_object(edit.target, k, colour=colour)
+        assert np.nanmean(verdict(task, recolour)["edit"]) < 0.2, task
+    for task, names in judge.PICTURE_HEADS.items():  # another background, environment or style
+        def another(before, edit):
+            known = {getattr(s, task) for s in (before, edit.target)}
+            return replace(edit.target, **{task: next(x for x in names if x not in known)})
+        assert np.nanmean(verdict(task, another)["edit"]) < 0.2, task
+    # no change of size
+    before_size = verdict("attribute", lambda before, edit: before)
+    resized = cases["attribute"].resized.numpy() & asked["attribute"].judged.numpy()
+    assert resized.any() and (before_size["edit"][resized] == 0).all()
+
+
+def test_over_editing_is_not_keeping(cases, asked, net):
+    for task in ("swap", "add", "background", "style"):
+        def without_another(before, edit):
+            k = -1 if edit.ids is None else edit.ids[0] - 1
+            rest = [i for i in range(len(edit.target.objects)) if i != k]
+            gone = rest[0] if rest else None
+            left = [o for i, o in enumerate(edit.target.objects) if i != gone]
+            return replace(edit.target, objects=tuple(left))
+
+        c = cases[task]
+        has_other = np.array([len(SOURCE.edit(i)[1].target.objects) > (c.task in ("swap", "add"))
+                              for i in c.indices])
+        got = je.judge_edit(redrawn(c, without_another), c, asked[task], net)
+        assert got["kept"][has_other].mean() < 0.3, task
+        assert np.nanmean(got["success"][has_other]) <= got["kept"][has_other].mean() + 1e-9
+        if task in ("swap", "add"):
+            assert np.nanmean(got["edit"]) > 0.9, "what was asked is there"
+            assert got["over"][has_other].min() > 0
+    c = cases["remove"]  # another style is not kept, nor is a new object on free ground
+    restyled = je.judge_edit(redrawn(c, lambda before, edit: replace(
+        edit.target, style="sketch" if before.style != "sketch" else "photo")), c, asked["remove"], net)
+    assert restyled["kept"].mean() < 0.2
+
+    kept = []
+    for j, index in enumerate(c.indices):  # at the first place that the judge looks at
+        before, edit = SOURCE.edit(index)
+        place = je.free_places(SOURCE.seed, index, before, edit.target, None)[:1]
+        new = tuple(replace(o, shape="square", colour="red", material="matte") for o in place)
+        extra = replace(edit.target, objects=(*edit.target.objects, *new))
+        x = c.truth.clone()
+        x[j] = judge.to_float(scenes.draw(extra, SIZE, SIZE))
+        kept += [je.judge_edit(x, c, asked["remove"], net)["kept"][j]] if new else []
+    assert np.mean(kept) < 0.3
+
+
+def test_added_object_may_stand_elsewhere_in_its_part(cases, asked, net):
+    c, rng = cases["add"], np.random.default_rng(0)
+
+    def moved(before, edit, other_part=False):
+        new = edit.target.objects[-1]
+        spots = je.as_good(new, before.objects, SIZE, SIZE)
+        o = spots[rng.integers(len(spots))] if spots else new
+        if other_part:
+            o = replace(new, x=1 - new.x if abs(new.x - 0.5) > 0.2 else new.x / 2.5, y=new.y)
+        return replace(edit.target, objects=(*before.objects, o))
+
+    near = je.judge_edit(redrawn(c, moved), c, asked["add"], net)
+    far = je.judge_edit(redrawn(c, lambda *x: moved(*x, other_part=True)), c, asked["add"], net)
+    assert np.nanmean(near["edit"]) > 0.75 and np.nanmean(far["edit"]) < 0.25
+
+
+def test_nothing_is_told_by_noise(cases, asked, net):
+    for task, c in cases.items():
+        noise = torch.rand(c.image.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        got = je.judge_edit(noise, c, asked[task], net)
+        assert np.nanmean(got["success"]) == 0 and got["error"].min() > 0.1, task
+
+
+def test_text_to_image(net):
+    p = je.prompts(list(range(12)), SIZE, scenes.Scenes("heldout"))
+    assert (p.objects[:, :2] >= 0).all() and (p.pictures[:, 0] >= 0).all()
+    assert (p.pictures[:, 1:] == je.NOT_ASKED).any(), "a clear day is rarely named"
+    right, wrong = (je.judge_t2i(x, p, net) for x in (p.truth, p.truth.roll(1, 0)))
+    assert right["attributes"].mean() > 0.8 and wrong["attributes"].mean() < 0.35
+    assert np.nanmean(right["objects"]) > 0.6 and np.nanmean(wrong["objects"]) < 0.2
+    grid = je.places(SIZE)
+    assert ((grid[:, 2:] - grid[:, :2] > 0).all() and grid.shape[1] == 4)
+
+
+# ---- end to end ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Random weights: two instruction editors, their base, an inpainting editor, a parser."""
+    at = tmp_path_factory.mktemp("ckpt")
+    torch.manual_seed(0)
+    base = model.Editor(model.PRESETS["test"])
+    torch.nn.init.normal_(base.mmdit.final_layer.linear.weight, std=0.05)
+    nets = {"base": base, "inpaint": model.Editor(model.inpainting(model.PRESETS["test"]))}
+    for variant in ("editnet", "concat"):
+        nets[variant] = model.EditNet(model.PRESETS["test"], variant)
+        nets[variant].attach(base.state_dict())
+        torch.nn.init.normal_(nets[variant].src_embedder.proj.weight, std=0.05)
+    for name, n in nets.items():
+        meta = {"arch": n.arch, "config": {"image_size": SIZE, "shift": 1.5}}
+        common.write_checkpoint(at / name, 1, {"model": n.state_dict()}, meta)
+    n = judge.Parser()
+    common.write_checkpoint(at / "parser", 1, {"model": n.state_dict()}, {"arch": n.arch})
+    return at
+
+
+def call(folders, out, task="edits", **flags):
+    flags = dict(ckpt="editnet", parser="parser", n=3, steps="2", device="cpu", bf16=False, rows=1) | flags
+    names = {p.name: str(p) for p in folders.iterdir()}
+    flags = {k: ",".join(names.get(x, x) for x in v.split(",")) if isinstance(v, str) else v
+             for k, v in flags.items()}
+    ev.main(ev.Config(task, out=str(out), **flags))
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.usefixtures("one_thread_and_own_signals")
+def test_edits_then_compare_with_the_saved_pictures(folders, tmp_path):
+    flags = dict(ckpt="editnet,concat", aspects="1:1,16:9", save=str(tmp_path / "s"), guidance=2.0,
+                 image_guidance=1.5, seeds="0,1")
+    results = call(folders, tmp_path / "o", **flags)
+    assert {"command", "commit", "machine", "date", "seconds", "config", "aspects"} <= set(results)
+    assert list(results["aspects"]) == ["1x1", "16x9"]
+    h, w = results["aspects"]["16x9"]["size"]
+    assert h % 4 == w % 4 == 0 and 1.4 < w / h < 2.1 and 0.8 < h * w / SIZE**2 < 1.25
+    names = [f"{folders / name}@2" for name in ("editnet", "concat")]
+    for aspect in results["aspects"].values():
+        assert set(aspect["tasks"]) == {*SOURCE.tasks, "mean"} and set(aspect["parser"]) == {*SOURCE.tasks}
+        for columns in aspect["tasks"].values():
+            assert list(columns) == [*names, "source", "truth"]
+            for metrics in columns.values():
+                assert set(metrics) == {"success", "edit", "kept", "over", "exact", "error", "frechet"}
+            assert columns["truth"]["error"]["mean"] == 0 < columns[names[0]]["error"]["mean"]
+    assert (tmp_path / "o/sheet.png").stat().st_size > 1000
+    saved = sorted((tmp_path / "s").iterdir())
+    assert len(saved) == 2 and json.loads((saved[0] / "judge.json").read_text())["kind"] == "edits"
+    # the same again in other batches, against its saved pictures: a function of the pair, nothing differs
+    flags |= dict(save="", batch_size=2, ckpt=f"editnet,{next(p for p in saved if 'editnet' in p.name)}")
+    report = call(folders, tmp_path / "c", task="compare", **flags)["tasks"]
+    assert set(report) == {f"{a}/{t}" for a in ("1x1", "16x9") for t in (*SOURCE.tasks, "all")}
+    for task in report.values():
+        assert task["gsb"]["overall"]["same"] == task["gsb"]["success"]["same"] > 0
+        assert task["gsb"]["overall"]["good"] == task["gsb"]["error"]["bad"] == 0
+        assert task["difference"]["error"]["mean"] == 0
+    assert report["1x1/all"]["gsb"]["overall"]["same"] == 7 * 3 * 2
+
+
+@pytest.mark.usefixtures("one_thread_and_own_signals")
+def test_region_and_text_to_image(folders, tmp_path):
+    plain = call(folders, tmp_path / "a", ckpt="concat", t2i=True, base="base")
+    region = call(folders, tmp_path / "b", ckpt="concat", region=True)
+    name = f"{folders / 'concat'}@2"
+    swap, style = ([x["aspects"]["1x1"]["tasks"][task][name]["error"]["mean"] for x in (plain, region)]
+                   for task in ("swap", "style"))
+    assert swap[0] != swap[1] and style[0] == style[1], "a style's region is the whole picture"
+    t2i = plain["t2i"]
+    assert list(t2i) == [f"{folders / 'base'}@2", f"{name}, branch off", f"{name}, null picture",
+                         "another's picture", "truth"]
+    base, off = (t2i[k] for k in list(t2i)[:2])
+    assert base == off, "only its new columns differ from the base"
+    assert {"attributes", "background", "objects", "frechet"} <= set(base)
+    assert t2i["truth"]["frechet"]["mean"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"ckpt": "inpaint"}, "needs an 'editnet'"), ({"ckpt": "editnet", "task": "scenes"}, "needs a 'editor'"),
+    ({"ckpt": "editnet,inpaint", "task": "compare"}, "needs an 'editnet'"),
+    ({"ckpt": "saved"}, "pictures of `evaluate.py scenes`"), ({"ckpt": "damaged"}, "judge.json: damaged"),
+    ({"aspects": "9"}, "--aspects: '9'"), ({"aspects": "9:1"}, "from 1:4 to 4:1"),
+    ({"aspects": "1:0"}, "--aspects"), ({"t2i": True}, "--base: is empty"),
+    ({"t2i": True, "base": "parser"}, "needs a 'editor'"), ({"t2i": True, "base": "nowhere"}, "nowhere"),
+    ({"n": 20_000}, "use 2 to 14285"), ({"image_size": 33}, "multiple of"),
+    ({"ckpt": ""}, "--ckpt: is empty")])
+@pytest.mark.usefixtures("one_thread_and_own_signals")
+def test_mistakes_give_one_line(folders, tmp_path, change, words):
+    for name, text in (("saved", '{"name": "x", "size": 32}'), ("damaged", "[]")):
+        (folders / name).mkdir(exist_ok=True)
+        (folders / name / "judge.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        call(folders, tmp_path, **change)
+    text = str(stop.value)
+    assert text.startswith("error: ") and "\n" not in text and words in text
+
+
+def test_from_the_shell(folders, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", "edits", "--ckpt", folders / "concat", "--steps=1", "--n=2",
+         "--image_size=32", "--parser", folders / "parser", "--out", tmp_path, "--device=cpu"],
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "success" in done.stdout and "the parser" in done.stdout and (tmp_path / "sheet.png").is_file()
