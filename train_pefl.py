@@ -225,7 +225,7 @@ def main(cfg: Config) -> None:
                 losses["coherence"] = (cfg.w_coherence, reward_loss(fake_logits).mean())
 
                 # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
-                losses["reg"] = (cfg.eta, ((like - fake).abs() * where).sum() / (3 * where.sum() + 1e-6))
+                losses["reg"] = (cfg.eta, ((like - fake).abs() * where).mean())
                 losses["vgg"] = (cfg.eta, feature_l1(perceptual, x, fake))
 
             # L^G, Eq. 8; only the editor receives this gradient

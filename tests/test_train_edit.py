@@ -180,7 +180,7 @@ def test_dry_run_says_what_it_needs(made, tmp_path, capsys):
     ("--init: .*latent: needs a VAE", dict(init="latent")),
     ("wrong=2", dict(data="scenes:wrong=2")),
     ("pictures: not a set of edit pairs", dict(data="pictures")),
-    ("--stage: base: --variant", dict(stage="base", init=None, cached=True)),
+    ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, cached=True)),
 ])
 def test_bad_values(made, tmp_path, text, flags):
     refused(made, tmp_path / "out", train_omni, text, **edit(made) | flags)
