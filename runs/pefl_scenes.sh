@@ -7,40 +7,41 @@ PY=${PYTHON:-python}
 OUT=${OUT:-out/pefl_scenes}
 SEEDS=${SEEDS:-0 1 2}
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --eval_every 500 --wandb off"
+REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_every 500 --wandb off"
 
 # 1) preferences and rewards, once: what varies with the seed is PeFL (data order, noise, t', coherence model)
-[ -f "$OUT/prefs/results.json" ] || $PY evaluate.py prefs --ckpt assets/base --n 3000 --steps 4,6,8,20 --out "$OUT/prefs"
+[ -f "$OUT/prefs/results.json" ] || $PY evaluate.py prefs --ckpt assets/base --n 4000 --steps 4,6,8,20 --out "$OUT/prefs"
 [ -f "$OUT/captions/results.json" ] ||
     $PY evaluate.py prefs --ckpt assets/base --n 0 --captions 20000 --offset 500000 --out "$OUT/captions"
-$PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps 800 --out "$OUT/aesthetic" $REWARD &
-$PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p8 --steps 3000 --val_fraction 0.05 \
+$PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps 1000 --augment 2 --out "$OUT/aesthetic" $REWARD &
+$PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p8 --steps 2000 --val_fraction 0.05 \
     --out "$OUT/alignment" $REWARD &
 for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
 
-# 2) PeFL, the seeds side by side
+# 2) PeFL, the seeds side by side: 300 steps of the coherence model alone, 400 of phase 1, 250 of phase 2
 for seed in $SEEDS; do
     $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
-        --phases 20/15/10x200,8/6/3x120 --batch_size 32 --lr 5e-5 --warmup 20 --ema 0.98 --disc_lr 1e-3 \
-        --eta 0.1 --w_aesthetic 0.002 --w_alignment 0.002 --w_coherence 0.1 --disc_first 80 --seed "$seed" --sample_every 40 --save_every 200 --wandb off \
-        --out "$OUT/seed$seed" &
+        --phases 20/15/10x700,8/6/3x250 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
+        --disc_init "$OUT/aesthetic" --disc_first 300 --disc_lr 3e-4 --reward_noise 0.2 \
+        --eta 0.05 --w_aesthetic 0.003 --w_alignment 0.001 --w_coherence 0.1 \
+        --seed "$seed" --sample_every 350 --save_every 350 --wandb off --out "$OUT/seed$seed" &
 done
 # ... and a control: the base trained on with flow matching, on as many pictures and masks
-$PY train_omni.py --init assets/base --stage inpaint --t_shift 3 --lr 1e-4 --warmup 20 --ema 0.99 --shift 1.5 \
-    --lr_schedule constant --batch_size 32 --steps 400 --sample_every 0 --wandb off --out "$OUT/control" &
+$PY train_omni.py --init assets/base --stage inpaint --t_shift 3 --lr 1e-5 --warmup 20 --ema 0.995 --shift 1.5 \
+    --lr_schedule constant --batch_size 32 --steps 650 --sample_every 0 --wandb off --out "$OUT/control" &
 for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
 
 # 3) the judge: every model on the same scenes, masks and noise; and paired counts against the base at 20 steps
 export OMP_NUM_THREADS=4
 ckpts="assets/base,$OUT/control" steps="20,20"
-for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000200" steps="$steps,20"; done
+for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000700" steps="$steps,20"; done
 ckpts="$ckpts,assets/base,$OUT/control" steps="$steps,8,8"
-for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000320" steps="$steps,8"; done
+for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000950" steps="$steps,8"; done
 $PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n 500 --save "$OUT/pictures" --out "$OUT/judge" |
     tee "$OUT/judge.txt"
 saved() { echo "$OUT/pictures/$(echo "$1" | tr / _)"; }
 for seed in $SEEDS; do
-    for against in "seed$seed/step_00000200@20" "seed$seed/step_00000320@8"; do
+    for against in "seed$seed/step_00000700@20" "seed$seed/step_00000950@8"; do
         $PY evaluate.py compare --ckpt "$(saved "$OUT/$against"),$(saved assets/base@20)" --n 500 \
             --out "$OUT/compare/$(echo "$against" | tr / _)"
     done

@@ -8,9 +8,9 @@ OUT=$(realpath -m "${2:?usage: bash runs/photos.sh PATH OUT}")
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 BASE=${BASE:-assets/base}
-STEPS=${STEPS:-3000} REWARD_STEPS=${REWARD_STEPS:-500} PEFL=${PEFL:-20/15/10x150,8/6/3x150} N=${N:-1000}
+STEPS=${STEPS:-3000} REWARD_STEPS=${REWARD_STEPS:-500} PEFL=${PEFL:-20/15/10x230,8/6/3x150} N=${N:-1000}
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
-REWARD="--preset tiny --steps $REWARD_STEPS --lr 5e-4 --warmup 50 --batch_size 64 --wandb off"
+REWARD="--preset tiny --steps $REWARD_STEPS --lr 5e-4 --warmup 50 --batch_size 64 --noise 0.3 --wandb off"
 
 $PY train_omni.py --stage inpaint --init "$BASE" --data "$DATA" --lr 5e-4 --warmup 100 --shift 1.5 --steps "$STEPS" \
     --sample_every 500 --save_every 500 --wandb off --out "$OUT/inpaint"
@@ -21,6 +21,7 @@ if [ -s "$OUT/prefs/alignment.jsonl" ]; then  # pictures without captions have n
     $PY train_reward.py --pairs "$OUT/prefs/alignment.jsonl" --out "$OUT/alignment" $REWARD
     pefl="$pefl --alignment $OUT/alignment"
 fi
-$PY train_pefl.py $pefl --data "$DATA" --phases "$PEFL" --batch_size 32 --lr 5e-5 --warmup 20 --ema 0.98 --disc_lr 1e-3 \
-    --eta 0.2 --w_aesthetic 0.0002 --w_alignment 0.0005 --w_coherence 0.1 --sample_every 50 --save_every 50 --wandb off --out "$OUT/pefl"
+$PY train_pefl.py $pefl --data "$DATA" --phases "$PEFL" --batch_size 32 --lr 2e-5 --warmup 20 --ema 0.98 \
+    --disc_init "$OUT/aesthetic" --disc_first 80 --disc_lr 3e-4 --reward_noise 0.2 \
+    --eta 0.05 --w_aesthetic 0.002 --w_alignment 0.001 --w_coherence 0.1 --sample_every 50 --save_every 50 --wandb off --out "$OUT/pefl"
 echo "sheets: $OUT/inpaint/images and $OUT/pefl/images"
