@@ -22,6 +22,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "train_pefl.py": "--phases 20/15/10x1,8/6/3x1 --batch_size 2 --sample_every 0 --wandb off",
     "evaluate.py prefs": "--n 12 --steps 2",
     "evaluate.py scenes": "--n 4 --steps 2,2",
+    "evaluate.py edits": "--n 14 --steps 2",
     "data.py": "--limit 5",
     "sample.py": "--steps 2",
 }
@@ -91,6 +92,27 @@ def test_photos(checkout):
     small = {"STEPS": "2", "REWARD_STEPS": "2", "PEFL": "20/15/10x1", "N": "12"}
     run(["bash", "runs/photos.sh", str(photos(checkout / "photos")), "out/photos"], checkout, **small)
     assert list((checkout / "out/photos/pefl/images").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_editnet_claims(checkout):
+    """One part of runs/editnet.sh, with one seed."""
+    out = run(["bash", "runs/editnet.sh"], checkout, OUT="out/claims", PARTS="weights", SEEDS="3", STEPS="2", N="2")
+    assert "weighted3" in out and (checkout / "out/claims/judge_weights/results.json").is_file()
+
+
+def test_ship_editnet(checkout):
+    """A shipped EditNet leaves its base's weights in assets/base, and loads whole."""
+    run([sys.executable, "train_omni.py", "--stage", "edit", "--init", "assets/base", "--out", "out/e",
+         "--log_every", "1", *SMALL["train_omni.py"].split()], checkout)
+    run([sys.executable, "runs/ship.py", "out/edit", "bash x.sh", "out/e"], checkout)
+    tensors, manifest = common.load_checkpoint(checkout / "out/edit")
+    stored = common.load_file(checkout / "out/edit/model.safetensors")
+    assert not any(k.startswith("base.") for k in stored)
+    net = model.build_editnet(manifest["arch"])
+    common.load_state(net, tensors["model"], "shipped")
+    base = common.load_checkpoint(checkout / "assets/base")[0]["model"]
+    assert all(torch.equal(tensors["model"][f"base.{k}"], v) for k, v in base.items())
 
 
 def test_ship(checkout):
