@@ -25,6 +25,7 @@ from scene_text import (
     SIZE_WORDS,
     STYLE_WORDS,
     article,
+    caption,
     place_of,
     place_words,
     plainly_off,
@@ -501,10 +502,12 @@ class EditScenes:
         return before, EDITS[self.task(i)](before, rng_for(self.seed, i, 4))
 
     def load(self, i, h, w):
-        """dict(image, the target, and source uint8 [h, w, 3]; caption, the instruction; mask float32 [h, w],
-        1 = may change, soft values included; task; score), fixed for (split, i, h, w) and the share."""
+        """dict(image, the target, and source uint8 [h, w, 3]; caption, the instruction; target_caption, a
+        true one of what is asked for; mask float32 [h, w], 1 = may change, soft values included; task;
+        score), fixed for (split, i, h, w) and the share."""
         got = self.load_exact(i, h, w)
-        return {key: got[key] for key in ("image", "source", "caption", "mask", "task", "score")}
+        keys = ("image", "source", "caption", "target_caption", "mask", "task", "score")
+        return {key: got[key] for key in keys}
 
     def load_exact(self, i, h, w):
         """What load gives and what only scenes know: before and after (the scene, and what the instruction
@@ -519,8 +522,8 @@ class EditScenes:
         mask = np.ones((h, w), np.float32) if whole else region_mask(area, rng_for(self.seed, i, 5))
         image = truth if kind is None else self._spoil(kind, i, before, edit, source, truth, area)
         return dict(image=image, source=source, caption=edit.instruction, mask=mask, task=edit.task,
-                    score=self.score(i), before=before, after=edit.target, truth=truth, changed=changed,
-                    kind=kind)  # fmt: skip
+                    target_caption=caption(edit.target, rng_for(self.seed, i, 8)), score=self.score(i),
+                    before=before, after=edit.target, truth=truth, changed=changed, kind=kind)  # fmt: skip
 
     def _spoil(self, kind, i, before, edit, source, truth, area):
         """The target of a wrong pair, uint8 [h, w, 3]: the higher its score, the nearer to the truth."""

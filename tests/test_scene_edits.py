@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_scenes import is_true
 
 import scene_edits
 import scene_text
@@ -286,7 +287,7 @@ def digest(source, indices, h, w):
     for i in indices:
         got = source.load(i, h, w)
         out.update(got["image"].tobytes() + got["source"].tobytes() + got["mask"].tobytes())
-        out.update(json.dumps([got["caption"], got["task"], got["score"]]).encode())
+        out.update(json.dumps([got[k] for k in ("caption", "target_caption", "task", "score")]).encode())
     return out.hexdigest()
 
 
@@ -321,7 +322,8 @@ def test_right_pairs(split):
         h, w = SHAPES_HW[i % 4]
         got, s = source.load_exact(i, h, w), scenes.Scenes(split).scene(i)
         plain = source.load(i, h, w)
-        assert set(plain) == {"image", "source", "caption", "mask", "task", "score"}
+        assert set(plain) == {"image", "source", "caption", "target_caption", "mask", "task", "score"}
+        assert is_true(plain["target_caption"], got["after"])
         assert all(np.array_equal(got[key], plain[key]) for key in plain)
         assert got["task"] == source.task(i) == source.tasks[i % 7] and got["score"] == source.score(i) == 10
         check(got["task"], got["caption"], got["before"], got["after"])
