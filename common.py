@@ -412,6 +412,16 @@ def write_checkpoint(folder, step, tensors, meta, world=1):
     return folder
 
 
+def count_lost(out, saved, lost, last):
+    """Checkpoints running that `save_checkpoint` could not write (it returned None): 0 if `saved`, else one
+    more than `lost`. SystemExit at the third, or when there is no later one to hope for (`last`)."""
+    lost = 0 if saved else lost + 1
+    if lost and (last or lost == 3):
+        raise SystemExit(f"error: {out}: {lost} checkpoint(s) running were not saved: free some space, then "
+                         "the same command resumes")
+    return lost
+
+
 def _savable(group):
     """CPU, contiguous, no shared storage: safetensors refuses the rest."""
     out, seen = {}, set()

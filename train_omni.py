@@ -196,10 +196,7 @@ def main(cfg: Config) -> None:
                 {**model.trained_tensors(editor, ema), "optimizer": common.optimizer_tensors(opt)},
                 {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step,
                  "run_id": metrics.run_id}, cfg.keep, dist)
-            lost_saves = 0 if saved else lost_saves + 1
-            if lost_saves and (step == cfg.steps or stop or lost_saves == 3):
-                raise SystemExit(f"error: {cfg.out}: {lost_saves} checkpoint(s) running were not saved: free "
-                                 "some space, then the same command resumes")
+            lost_saves = common.count_lost(cfg.out, saved, lost_saves, step == cfg.steps or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break

@@ -289,10 +289,7 @@ def main(cfg: Config) -> None:
                  "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
                  "samples": step * cfg.batch_size * cfg.accum * dist.world, "coherence_arch": disc.arch,
                  "run_id": metrics.run_id}, dist=dist)
-            lost_saves = 0 if saved else lost_saves + 1
-            if lost_saves and (step == total or stop or lost_saves == 3):
-                raise SystemExit(f"error: {cfg.out}: {lost_saves} checkpoint(s) running were not saved: free "
-                                 "some space, then the same command resumes")
+            lost_saves = common.count_lost(cfg.out, saved, lost_saves, step == total or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break

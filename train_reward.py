@@ -201,10 +201,7 @@ def main(cfg: Config) -> None:
                 cfg.out, step, {"model": reward.state_dict(), "optimizer": common.optimizer_tensors(opt)},
                 {"arch": reward.arch, "config": asdict(cfg), "run_id": metrics.run_id, "val": val,
                  "samples": step * cfg.batch_size * dist.world * cfg.accum}, cfg.keep, dist)
-            lost_saves = 0 if saved else lost_saves + 1
-            if lost_saves and (last or stop or lost_saves == 3):
-                raise SystemExit(f"error: {cfg.out}: {lost_saves} checkpoint(s) running were not saved: free "
-                                 "some space, then the same command resumes")
+            lost_saves = common.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break
