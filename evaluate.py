@@ -333,8 +333,8 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
 ####################################################################################################
 
 # printed in percent
-SHARE = ("success", "edit", "kept", "shape", "colour", "material", "objects", "background", "environment",
-         "style", "empty", "attributes", "judged", "truth_read", "source_read", "kept_asked")
+SHARE = ("success", "edit", "kept", "kept_share", "shape", "colour", "material", "objects", "background",
+         "environment", "style", "empty", "attributes", "judged", "truth_read", "source_read", "kept_asked")
 ORDER = (*SHARE, "exact", "over", "error", "hole", "seam", "sharpness", "outside_raw", "outside", "frechet",
          "frechet_hole")
 

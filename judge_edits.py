@@ -177,20 +177,20 @@ def bounds(c: EditCases, asked: Asked, net: Parser) -> dict[str, np.ndarray]:
     asked of the facts that are to be kept."""
     every = Asked(torch.ones_like(asked.pictures), c.objects != NOT_ASKED, asked.judged)
     of_truth, of_source = (is_edited(x, c, every, net) for x in (c.truth, c.image))
-    kept = torch.tensor([kind != c.task for kind in PICTURE_HEADS])
-    facts, total = asked.pictures[:, kept].sum(1), kept.sum().repeat(len(c.image))
-    rows = c.role == KEPT
-    facts.index_add_(0, c.which[rows], asked.objects[rows].sum(1))
-    total.index_add_(0, c.which[rows], every.objects[rows].sum(1))
+    share = kept_facts(c, asked.pictures, asked.objects) / kept_facts(c, every.pictures, every.objects)
     return {k: v.double().numpy() for k, v in (("judged", asked.judged), ("truth_read", of_truth),
-                                               ("source_read", of_source), ("kept_asked", facts / total))}
+                                               ("source_read", of_source), ("kept_asked", share))}
 
 
-def of_pairs(ok: Tensor, which: Tensor, n: int, every: bool) -> Tensor:
-    """ok [M] of boxes -> [n] of pairs: whether all (any) of a pair's are; a pair without a box: all are, and
-    none."""
-    odd = torch.zeros(n, dtype=torch.int64).index_add_(0, which, (ok != every).long())
-    return odd == 0 if every else odd > 0
+def kept_facts(c: EditCases, pictures: Tensor, objects: Tensor) -> Tensor:
+    """How many of the facts pictures bool [N, 3] and objects bool [M, 4] are among those to be kept, [N]."""
+    rest, rows = torch.tensor([kind != c.task for kind in PICTURE_HEADS]), c.role == KEPT
+    return pictures[:, rest].sum(1).index_add_(0, c.which[rows], objects[rows].sum(1))
+
+
+def any_of(ok: Tensor, which: Tensor, n: int) -> Tensor:
+    """ok [M] of boxes of the pairs which [M] -> [n] whether any of a pair's is."""
+    return torch.zeros(n, dtype=torch.int64).index_add_(0, which, ok.long()) > 0
 
 
 def is_edited(x: Tensor, c: EditCases, asked: Asked, net: Parser,
@@ -204,8 +204,7 @@ def is_edited(x: Tensor, c: EditCases, asked: Asked, net: Parser,
         i = list(PICTURE_HEADS).index(c.task)
         done &= (pictures[:, i] == c.pictures[:, i]) | ~asked.pictures[:, i]
     there = ((objects == c.objects) | ~asked.objects).all(1)
-    wanted, has = c.role != KEPT, of_pairs(c.role == EDITED, c.which, n, every=False)
-    done &= of_pairs(there[wanted], c.which[wanted], n, every=False) | ~has
+    done &= any_of(there & (c.role != KEPT), c.which, n) | ~any_of(c.role == EDITED, c.which, n)
     nearer = (masked_mean((x - c.truth).abs(), c.region) < masked_mean((x - c.image).abs(), c.region))
     return done & (torch.from_numpy(nearer) | ~c.resized)
 
@@ -214,22 +213,21 @@ def judge_edit(x: Tensor, c: EditCases, asked: Asked, net: Parser) -> dict[str, 
     """Metrics [N] of pictures x [N, 3, H, W] in [-1, 1]; not-a-number where a pair does not ask.
 
     edit: what was asked is there. kept: every other object, and every attribute of the picture that was not
-    to change, reads as in the true target, and nothing stands where nothing was. success: both. over: mean
-    |x - source| outside the region that the edit changes (over-editing). exact: mean |x - target| inside it.
+    to change, reads as in the true target, and nothing stands where nothing was; kept_share: the share of
+    these facts, since one that noise made unreadable is enough against `kept`. success: edit and kept. over:
+    mean |x - source| outside the region that the edit changes (over-editing). exact: mean |x - target| in it.
     error: mean |x - target| over the picture. `over` and `exact` of "add" hold the object against the one
     place at which the target has it, though the instruction names a ninth of the picture.
     """
     pictures, objects = said = read(x, c.which, c.boxes, net)
     edit = is_edited(x, c, asked, net, said)
-    wrong = (pictures != c.pictures) & asked.pictures
-    if c.task in PICTURE_HEADS:
-        wrong[:, list(PICTURE_HEADS).index(c.task)] = False
-    rest = c.role == KEPT
-    same = ((objects == c.objects) | ~asked.objects).all(1)[rest]
-    kept = of_pairs(same, c.which[rest], len(x), every=True) & ~wrong.any(1)
+    facts = kept_facts(c, asked.pictures, asked.objects)
+    right = kept_facts(c, asked.pictures & (pictures == c.pictures), asked.objects & (objects == c.objects))
+    kept = right == facts
     of_source, of_truth = (x - c.image).abs() / 2, (x - c.truth).abs() / 2
     region, judged = c.region.float(), asked.judged.numpy()
     return {"edit": np.where(judged, edit.double().numpy(), math.nan), "kept": kept.double().numpy(),
+            "kept_share": torch.where(facts > 0, right / facts.clamp(min=1), math.nan).numpy(),
             "success": np.where(judged, (edit & kept).double().numpy(), math.nan),
             "over": masked_mean(of_source, 1 - region), "exact": masked_mean(of_truth, region),
             "error": masked_mean(of_truth, torch.ones_like(region))}

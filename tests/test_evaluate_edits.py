@@ -95,7 +95,7 @@ def test_truth_and_source(cases, asked, net):
         assert asked[task].judged.float().mean() > 0.8, task
         for k in ("edit", "success"):
             assert np.nanmin(truth[k]) == 1 and np.nanmax(source[k]) == 0, task
-        assert truth["kept"].min() == source["kept"].min() == 1
+        assert truth["kept"].min() == source["kept"].min() == truth["kept_share"].min() == 1
         assert np.nanmax(truth["exact"]) == truth["error"].max() == 0 and source["exact"].min() > 0
         if task in ("environment", "style"):
             assert np.isnan(truth["over"]).all(), "nothing is outside"
@@ -145,6 +145,7 @@ def test_over_editing_is_not_keeping(cases, asked, net):
         assert np.nanmean(got["success"][has_other]) <= got["kept"][has_other].mean() + 1e-9
         if task in ("swap", "add"):
             assert np.nanmean(got["edit"]) > 0.9, "what was asked is there"
+            assert 0.3 < got["kept_share"][has_other].mean() < 0.95
             assert got["over"][has_other].min() > 0
     c = cases["remove"]  # another style is not kept, nor is a new object on free ground
     restyled = je.judge_edit(redrawn(c, lambda before, edit: replace(
@@ -244,7 +245,8 @@ def test_edits_then_compare_with_the_saved_pictures(folders, tmp_path):
         for columns in aspect["tasks"].values():
             assert list(columns) == [*names, "source", "truth"]
             for metrics in columns.values():
-                assert set(metrics) == {"success", "edit", "kept", "over", "exact", "error", "frechet"}
+                assert set(metrics) == {"success", "edit", "kept", "kept_share", "over", "exact", "error",
+                                        "frechet"}
             assert columns["truth"]["error"]["mean"] == 0 < columns[names[0]]["error"]["mean"]
     assert (tmp_path / "o/sheet.png").stat().st_size > 1000
     saved = sorted((tmp_path / "s").iterdir())
