@@ -593,6 +593,18 @@ def _check_fit(module, tensors, what):
                          "saved it, build the model from its manifest's arch")
 
 
+SAME_RESULT = {"out", "device", "workers", "log_every", "eval_every", "eval_pairs", "sample_every", "keep",
+               "save_every", "plateau_warn", "wandb", "project", "compile", "checkpointing", "dry_run"}
+
+
+def warn_changed(out, before, now):
+    """On resuming, a line for each flag (of two dicts) that differs from the command that began the run, less
+    those that leave the result alone and those without a value of their own (None)."""
+    for key, value in now.items():
+        if key in before and before[key] != value and value is not None and key not in SAME_RESULT:
+            print0(f"warning: {out}: began with --{key} {before[key]}, goes on with {value}")
+
+
 def load_state(module, tensors, what):
     """module.load_state_dict, strict; else SystemExit with one line, in which `what` names the file."""
     _check_fit(module, tensors, what)

@@ -115,6 +115,7 @@ def main(cfg: Config) -> None:
         common.load_optimizer_tensors(opt, tensors["optimizer"])
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
+        common.warn_changed(cfg.out, manifest["config"], asdict(cfg))
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     if cfg.compile:
         editor.compile(dynamic=False)

@@ -147,6 +147,7 @@ def main(cfg: Config) -> None:
         common.load_optimizer_tensors(disc_opt, tensors["coherence_optimizer"])
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
+        common.warn_changed(cfg.out, saved["config"], asdict(cfg))
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id=run_id, resumed_from=step or None)
 
     # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions

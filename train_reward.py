@@ -245,11 +245,7 @@ def same_run(cfg: Config, manifest: dict) -> None:
         if before[key] != now[key]:
             raise SystemExit(f"error: {cfg.out}: began with --{key} {before[key]}, not {now[key]}: repeat "
                              "that command to resume it, or give another --out")
-    for key in ("pairs", "val_pairs", "val_fraction", "images", "augment", "noise", "dropout", "batch_size",
-                "accum", "steps", "lr", "lr_schedule", "warmup", "grad_clip", "bf16", "seed"):
-        if before.get(key) != now[key]:
-            common.print0(f"warning: {cfg.out}: began with --{key} {before.get(key)}, goes on with "
-                          f"{now[key]}")
+    common.warn_changed(cfg.out, before, now)
 
 
 def open_all(paths: str, split: str, cfg: Config) -> data.Pairs:

@@ -97,7 +97,8 @@ def test_photos(checkout):
 @pytest.mark.slow
 def test_editnet_claims(checkout):
     """One part of runs/editnet.sh, with one seed."""
-    out = run(["bash", "runs/editnet.sh"], checkout, OUT="out/claims", PARTS="weights", SEEDS="3", STEPS="2", N="2")
+    small = {"PARTS": "weights", "SEEDS": "3", "STEPS": "2", "N": "2"}
+    out = run(["bash", "runs/editnet.sh"], checkout, OUT="out/claims", **small)
     assert "weighted3" in out and (checkout / "out/claims/judge_weights/results.json").is_file()
 
 

@@ -494,6 +494,16 @@ def test_wrong_run_folder(made, tmp_path):
 
 
 @pytest.mark.parametrize("script", [train_omni, train_pefl])
+def test_changed_flags_are_said(made, tmp_path, capsys, script):
+    """The same folder with another seed goes on, and says so; of logging it says nothing."""
+    call(made, tmp_path, script, save_every=1, **steps(script, 1))
+    capsys.readouterr()
+    call(made, tmp_path, script, save_every=1, seed=7, log_every=2, **steps(script, 1))
+    text = capsys.readouterr().out
+    assert text.count("warning") == 1 and "began with --seed 0, goes on with 7" in text
+
+
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
 def test_full_disk(made, tmp_path, monkeypatch, capsys, script):
     """Training goes on without a checkpoint; it must not end as if all were well."""
     usage = shutil.disk_usage(tmp_path)
