@@ -1,0 +1,562 @@
+"""Public image towers and the rewards built on them, loaded from the files they are published in.
+
+    1. Pictures: each network's own resizing, cropping and normalising
+    2. Files: safetensors, or .pt with weights_only=True; strict
+    3. DINO and DINOv2
+    4. CLIP's image tower, from transformers', OpenAI's or open_clip's names
+    5. ImageReward as a PreferenceReward
+    6. Rewards and judges, one function each
+
+    python towers.py convert ImageReward.pt ImageReward.safetensors
+
+Pictures are float [B, 3, H, W] in [-1, 1], as everywhere; every score is [B] and differentiable in them.
+Sizes are read from the weights. What weights cannot tell (quick-GELU or GELU, which resizing) is an argument.
+"""
+
+import math
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+from frozen import IMAGENET_MEAN, IMAGENET_STD
+from kernels import joint_attention
+from model import CLIP_MEAN, CLIP_STD, PreferenceReward, RewardConfig, RewardHead, SelfBlock, ViT
+
+Picture = Tensor | list[Image.Image]  # [B, 3, H, W] in [-1, 1], differentiable; or PIL pictures of any sizes
+
+####################################################################################################
+# 1. Pictures
+####################################################################################################
+
+
+@dataclass(frozen=True)
+class Prep:
+    """How a network wants its pictures. Bicubic everywhere; `size` is the side of the square it sees.
+
+    fit: "crop" resizes the short side to `short` and cuts out the centre; "pad" fits the long side and fills
+    with black; "square" ignores the aspect ratio.
+    """
+
+    size: int = 224
+    short: int = 224
+    fit: str = "crop"
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    half_even: bool = True  # a crop's half pixel: torchvision rounds to even, transformers down
+    antialias: bool = True  # PIL's filter grows with the reduction; F.interpolate's does so only if told
+
+
+CLIP_PREP = Prep()  # OpenAI's and open_clip's CLIP, ImageReward
+PICKSCORE_PREP = Prep(half_even=False)  # transformers' CLIPImageProcessor
+HPS_PREP = Prep(fit="pad")  # HPSv2's fork of open_clip (ResizeMaxSize); the same as CLIP's on squares
+IP2P_PREP = Prep(fit="square", antialias=False)  # InstructPix2Pix's ClipSimilarity
+DINO_PREP = Prep(short=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)  # DINO's and DINOv2's evaluation
+
+
+def placed(prep: Prep, h: int, w: int) -> tuple[int, int, int, int]:
+    """Height and width after resizing [h, w], then top and left of the square in it (negative = padding)."""
+    S = prep.size
+    if prep.fit == "square":
+        return S, S, 0, 0
+    if prep.fit == "pad":
+        scale = S / max(h, w)
+        h, w = round(h * scale), round(w * scale)
+        return h, w, -((S - h) // 2), -((S - w) // 2)
+    short, long = prep.short, int(prep.short * max(h, w) / min(h, w))  # torchvision truncates the long side
+    h, w = (short, long) if h <= w else (long, short)
+    top, left = (round((n - S) / 2) if prep.half_even else (n - S) // 2 for n in (h, w))
+    return h, w, top, left
+
+
+def prepare(image: Tensor, prep: Prep) -> Tensor:
+    """image [B, 3, H, W] in [-1, 1] -> what the network sees, [B, 3, S, S] normalised. Differentiable.
+
+    Equal to the PIL path up to its rounding to 8 bits and its clipping of the filter's overshoot.
+    """
+    x = ((image if image.dtype == torch.float64 else image.float()) + 1) / 2
+    S, (h, w, top, left) = prep.size, placed(prep, *image.shape[-2:])
+    if (h, w) != image.shape[-2:]:
+        x = F.interpolate(x, (h, w), mode="bicubic", antialias=prep.antialias)
+    x = F.pad(x, (-left, S - w + left, -top, S - h + top))  # negative amounts cut
+    mean, std = (x.new_tensor(v)[:, None, None] for v in (prep.mean, prep.std))
+    return (x - mean) / std
+
+
+def prepare_pictures(pictures: list[Image.Image], prep: Prep) -> Tensor:
+    """PIL pictures of any modes and sizes -> [B, 3, S, S] float32 normalised, pixel for pixel as published.
+
+    A network that resizes tensors and not PIL pictures (IP2P_PREP) goes through `prepare`.
+    """
+    S, out = prep.size, []
+    for picture in pictures:
+        rgb = picture.convert("RGB")
+        if prep.antialias:
+            h, w, top, left = placed(prep, rgb.height, rgb.width)
+            rgb = rgb.resize((w, h), Image.Resampling.BICUBIC)
+            rgb = rgb.crop((left, top, left + S, top + S))  # black outside of the picture
+        x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        out.append(prepare(x, Prep(S, S, mean=prep.mean, std=prep.std) if prep.antialias else prep))
+    return torch.cat(out)
+
+
+def prepared(picture: Picture, prep: Prep, device: torch.device) -> Tensor:
+    if isinstance(picture, Tensor):
+        return prepare(picture, prep)
+    return prepare_pictures(picture, prep).to(device)
+
+
+####################################################################################################
+# 2. Files
+####################################################################################################
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Tensors by name, memory-mapped, from .safetensors, a folder with model.safetensors, or .pt/.pth/.bin.
+
+    The latter are read with weights_only=True and may nest the weights under `state_dict`, `model` or
+    `teacher` (open_clip, BLIP, DINO). A prefix `module.` (DDP) or `backbone.` (DINO) is taken off.
+    """
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    try:
+        if file.suffix == ".safetensors":
+            weights = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as e:
+        # torch's own words on a pickle recommend to load it without weights_only
+        why = "not only tensors, or damaged" if isinstance(e, pickle.UnpicklingError) else \
+            (str(e).splitlines() or [type(e).__name__])[0]
+        raise SystemExit(f"error: {file}: cannot be read ({why}): give the published .safetensors or .pt "
+                         "file") from None
+    for nest in ("state_dict", "model", "teacher"):
+        if isinstance(weights, dict) and isinstance(weights.get(nest), dict):
+            weights = weights[nest]
+    tensors = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
+    if not tensors or not weights:
+        raise SystemExit(f"error: {file}: holds no table of tensors: give the published weights")
+    return {re.sub(r"^(module\.|backbone\.)+", "", k): v for k, v in weights.items()}
+
+
+def shape_of(weights: dict[str, Tensor], key: str, path: str, what: str) -> torch.Size:
+    if key not in weights:
+        raise SystemExit(f"error: {path}: {key!r} is missing: this is no {what}; give its published weights")
+    return weights[key].shape
+
+
+def count(weights: dict[str, Tensor], stem: str) -> int:
+    """How many layers `stem`N there are."""
+    found = (re.match(re.escape(stem) + r"(\d+)\.", k) for k in weights)
+    return 1 + max((int(m[1]) for m in found if m), default=-1)
+
+
+def fill(net: nn.Module, weights: dict[str, Tensor], path: str, what: str, dtype=torch.float32) -> nn.Module:
+    """Strictly load `weights` into `net`, built on the meta device: no second copy. Frozen, in eval mode."""
+    own = net.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise SystemExit(f"error: {path}: {len(missing)} tensors are missing, {missing[0]!r} first: give the "
+                         f"whole file of {what}")
+    if unknown := sorted(weights.keys() - own.keys()):
+        raise SystemExit(f"error: {path}: {len(unknown)} tensors are not of {what}, {unknown[0]!r} first: "
+                         "give its published weights")
+    for k, v in weights.items():
+        if v.shape != own[k].shape:
+            raise SystemExit(f"error: {path}: {k!r} is {list(v.shape)}, {what} of this size has "
+                             f"{list(own[k].shape)}: give its published weights")
+        if not v.is_floating_point():
+            raise SystemExit(f"error: {path}: {k!r} is {v.dtype}: give weights in fp32, fp16 or bf16")
+    net.load_state_dict({k: v.to(dtype).contiguous() for k, v in weights.items()}, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def convert(source: str, target: str) -> None:
+    """A pickled table of tensors -> safetensors, names as `read_weights` gives them."""
+    if Path(target).suffix != ".safetensors":
+        raise SystemExit(f"error: {target}: the result is a .safetensors file: name it so")
+    # copies: safetensors refuses tensors that share memory, as tied ones do
+    save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in read_weights(source).items()},
+              target)
+
+
+####################################################################################################
+# 3. DINO and DINOv2
+####################################################################################################
+
+
+class ScaledBlock(SelfBlock):
+    """SelfBlock with DINOv2's LayerScale on both branches."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.ls1 = nn.ParameterDict({"gamma": nn.Parameter(torch.full((width,), 1e-5))})
+        self.ls2 = nn.ParameterDict({"gamma": nn.Parameter(torch.full((width,), 1e-5))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attn(self.norm1(x))
+        (a,) = joint_attention([q], [k], [v])
+        x = x + self.ls1["gamma"] * self.attn.proj(a.flatten(2))
+        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
+
+
+class Dino(ViT):
+    """DINO (the names and the network of ViT), or DINOv2: LayerScale, and registers after [CLS]."""
+
+    def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, scaled: bool,
+                 registers: int):
+        super().__init__(side, patch, width, depth, heads)
+        if scaled:
+            self.blocks = nn.ModuleList(ScaledBlock(width, heads) for _ in range(depth))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        # resizing of the position table, as published: to (n + 0.1) / side with that very scale, which moves
+        # the samples by some 0.1 / n of a token; only models with registers ask for the exact size
+        self.offset, self.antialias = (0.0, True) if registers else (0.1, False)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """-> [1, hw, D], those of the patches."""
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        table = self.pos_embed[:, 1:]
+        if (h, w) == (side, side):
+            return table
+        scale = [(n + self.offset) / side for n in (h, w)]
+        how = {"scale_factor": scale} if self.offset else {"size": (h, w)}
+        table = rearrange(table, "1 (h w) d -> 1 d h w", h=side)
+        table = F.interpolate(table, **how, mode="bicubic", antialias=self.antialias)
+        return rearrange(table, "1 d h w -> 1 (h w) d")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised -> [B, 1 + registers + hw, D], [CLS] first."""
+        p = self.patch_embed.proj.kernel_size[0]
+        first = [self.cls_token + self.pos_embed[:, :1]]
+        if hasattr(self, "register_tokens"):  # they have no positions
+            first.append(self.register_tokens)
+        x = self.patch_embed(x) + self.positions(x.shape[-2] // p, x.shape[-1] // p)
+        x = torch.cat([*(y.expand(len(x), -1, -1) for y in first), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def load_dino(path: str, heads: int | None = None, dtype: torch.dtype = torch.float32) -> Dino:
+    """DINO's or DINOv2's backbone from its published file; heads of 64, as in all of them, unless given."""
+    weights = read_weights(path)
+    # the projection head of a training checkpoint, and the token that only masked training uses
+    weights = {k: v for k, v in weights.items() if not k.startswith("head.") and k != "mask_token"}
+    D, _, patch, _ = shape_of(weights, "patch_embed.proj.weight", path, "DINO")
+    side = math.isqrt(shape_of(weights, "pos_embed", path, "DINO")[1] - 1)
+    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+    with torch.device("meta"):
+        net = Dino(side, patch, D, count(weights, "blocks."), heads or D // 64,
+                   "blocks.0.ls1.gamma" in weights, registers)
+    return fill(net, weights, path, "DINO", dtype)
+
+
+####################################################################################################
+# 4. CLIP's image tower (Radford et al. 2021), under transformers' names
+####################################################################################################
+
+
+class ClipLayer(nn.Module):
+    """Pre-norm transformer layer, LayerNorm eps 1e-5; quick-GELU is OpenAI's, GELU is LAION's."""
+
+    def __init__(self, width: int, heads: int, hidden: int, quick_gelu: bool):
+        super().__init__()
+        self.heads, self.quick_gelu = heads, quick_gelu
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.layer_norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, attn = self.layer_norm1(x), self.self_attn
+        q, k, v = (attn[n](y).unflatten(2, (self.heads, -1)) for n in ("q_proj", "k_proj", "v_proj"))
+        (y,) = joint_attention([q], [k], [v])
+        x = x + attn["out_proj"](y.flatten(2))
+        y = self.mlp["fc1"](self.layer_norm2(x))
+        y = y * torch.sigmoid(1.702 * y) if self.quick_gelu else F.gelu(y)
+        return x + self.mlp["fc2"](y)
+
+
+class ClipVision(nn.Module):
+    """Normalised pictures of one size -> the projected embedding of [CLS]."""
+
+    def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, hidden: int, out: int,
+                 quick_gelu: bool):
+        super().__init__()
+        self.size = side * patch
+        embeddings = nn.Module()
+        embeddings.class_embedding = nn.Parameter(0.02 * torch.randn(width))
+        embeddings.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        embeddings.position_embedding = nn.Embedding(side**2 + 1, width)
+        layers = nn.ModuleList(ClipLayer(width, heads, hidden, quick_gelu) for _ in range(depth))
+        self.vision_model = nn.ModuleDict({
+            "embeddings": embeddings,
+            "pre_layrnorm": nn.LayerNorm(width),  # the published misspelling
+            "encoder": nn.ModuleDict({"layers": layers}),
+            "post_layernorm": nn.LayerNorm(width)})
+        self.visual_projection = nn.Linear(width, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] normalised -> [B, E], not of unit length."""
+        m = self.vision_model
+        e = m["embeddings"]
+        x = e.patch_embedding(x.to(e.class_embedding.dtype)).flatten(2).transpose(1, 2)           # [B, hw, D]
+        x = torch.cat([e.class_embedding.expand(len(x), 1, -1), x], dim=1) + e.position_embedding.weight
+        x = m["pre_layrnorm"](x)
+        for layer in m["encoder"]["layers"]:
+            x = layer(x)
+        return self.visual_projection(m["post_layernorm"](x[:, 0]))
+
+
+OPEN_CLIP_NAMES = (  # OpenAI's and open_clip's names -> transformers', in this order
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"\.ln_1\.", ".layer_norm1."),
+    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."))
+
+
+def clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Both towers of a CLIP in OpenAI's, open_clip's or transformers' names -> transformers' names.
+
+    Left out: the buffers that published files carry (position_ids, attn_mask, OpenAI's three sizes).
+    """
+    buffers = r"(^|\.)(position_ids|attn_mask|input_resolution|context_length|vocab_size)$"
+    weights = {k: v for k, v in weights.items() if not re.search(buffers, k)}
+    if not any(k.startswith("visual.") for k in weights):
+        return weights
+    out = {}
+    for old, v in weights.items():
+        new = old
+        for pattern, name in OPEN_CLIP_NAMES:
+            new = re.sub(pattern, name, new)
+        if old in ("visual.proj", "text_projection"):  # stored for x @ W
+            out[new] = v.T
+        elif m := re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", new):
+            out |= {f"{m[1]}.self_attn.{n}_proj.{m[2]}": part for n, part in zip("qkv", v.chunk(3))}
+        else:
+            out[new] = v
+    return out
+
+
+def load_clip_vision(weights: dict[str, Tensor], path: str, quick_gelu: bool, heads: int | None = None,
+                     dtype: torch.dtype = torch.float32) -> ClipVision:
+    """The image tower from the weights of a CLIP in transformers' names (`clip_names`); `path` is for errors.
+
+    quick_gelu: True for OpenAI's weights, False for LAION's (the H/14 of PickScore and HPSv2): no weight
+    tells. heads: 16 in ViT-H, g and G (heads of 80, 88, 104), else heads of 64, unless given.
+    """
+    what, stem = "CLIP", "vision_model.embeddings."
+    weights = {k: v for k, v in weights.items() if k.startswith(("vision_model.", "visual_projection."))}
+    D, _, patch, _ = shape_of(weights, stem + "patch_embedding.weight", path, what)
+    side = math.isqrt(shape_of(weights, stem + "position_embedding.weight", path, what)[0] - 1)
+    hidden = shape_of(weights, "vision_model.encoder.layers.0.mlp.fc1.weight", path, what)[0]
+    out = shape_of(weights, "visual_projection.weight", path, what)[0]
+    heads = heads or (16 if D in (1280, 1408, 1664) else D // 64)
+    with torch.device("meta"):
+        net = ClipVision(side, patch, D, count(weights, "vision_model.encoder.layers."), heads, hidden, out,
+                         quick_gelu)
+    return fill(net, weights, path, what, dtype)
+
+
+####################################################################################################
+# 5. ImageReward (Xu et al. 2023): BLIP and a linear head, under the names of ImageReward.pt
+####################################################################################################
+
+IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072  # of its test set's scores
+
+
+def bert_tokenizer(vocab: str, length: int) -> Tokenizer:
+    """BLIP's tokenizer from bert-base-uncased's vocab.txt: lower case, [DEC] and [ENC] added after its words.
+
+    Every caption becomes [CLS] ... [SEP], cut or padded to `length`. BLIP's matching head puts [ENC] in the
+    first place; ImageReward leaves [CLS] there.
+    """
+    try:
+        words = Path(vocab).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f"error: {vocab}: cannot be read ({e}): give bert-base-uncased's "
+                         "vocab.txt") from None
+    words = words[:-1] if words[-1] == "" else words
+    ids = {word: i for i, word in enumerate(words)}
+    if lacking := [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if t not in ids]:
+        raise SystemExit(f"error: {vocab}: {lacking[0]} is missing: give bert-base-uncased's vocab.txt")
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])])
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=ids["[PAD]"], pad_token="[PAD]")
+    return tokenizer
+
+
+def load_imagereward(path: str, vocab: str, dtype: torch.dtype = torch.float32) -> PreferenceReward:
+    """ImageReward.pt (or its safetensors) and bert-base-uncased's vocab.txt -> PreferenceReward, frozen.
+
+    `normalised` gives the published scores. `position_ids` and the two unused projections are left out, and
+    `module.` (DDP) is taken off; anything else missing or unknown is an error: the published loader ignores
+    it and scores with random weights. Heads are of 64.
+    """
+    what, vit, bert = "ImageReward", "blip.visual_encoder.", "blip.text_encoder."
+    unused = r"blip\.text_encoder\.embeddings\.position_ids|blip\.(vision|text)_proj\.(weight|bias)"
+    weights = {k: v for k, v in read_weights(path).items() if not re.fullmatch(unused, k)}
+    D, _, patch, _ = shape_of(weights, vit + "patch_embed.proj.weight", path, what)
+    side = math.isqrt(shape_of(weights, vit + "pos_embed", path, what)[1] - 1)
+    rows, width = shape_of(weights, bert + "embeddings.word_embeddings.weight", path, what)
+    hidden = shape_of(weights, bert + "encoder.layer.0.intermediate.dense.weight", path, what)[0]
+    positions = shape_of(weights, bert + "embeddings.position_embeddings.weight", path, what)[0]
+    tokenizer = bert_tokenizer(vocab, RewardConfig.txt_len)
+    if (size := tokenizer.get_vocab_size()) != rows:
+        raise SystemExit(f"error: {vocab}: {size} tokens with [DEC] and [ENC], but {path} embeds {rows}: "
+                         "give the vocab.txt of bert-base-uncased (30,522 lines)")
+    cfg = RewardConfig(
+        image_size=side * patch, patch=patch, vit_width=D, vit_depth=count(weights, vit + "blocks."),
+        vit_heads=D // 64, txt_width=width, txt_depth=count(weights, bert + "encoder.layer."),
+        txt_heads=width // 64, txt_hidden=hidden, vocab=rows, positions=positions,
+        tokenizer=tokenizer.to_str())
+    with torch.device("meta"):
+        net = PreferenceReward(cfg)
+    net.mean, net.std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    net.score_mean, net.score_std = IMAGEREWARD_MEAN, IMAGEREWARD_STD
+    return fill(net, weights, path, what, dtype)
+
+
+####################################################################################################
+# 6. Rewards and judges: all [B]
+####################################################################################################
+
+
+class Clip(nn.Module):
+    """A CLIP to score with: image tower, text tower, and how it wants its pictures.
+
+    encode_text: [B] captions -> [B, E], projected, of any length.
+    """
+
+    def __init__(self, vision: ClipVision, encode_text: Callable[[list[str]], Tensor], prep: Prep = CLIP_PREP,
+                 logit_scale: Tensor | None = None):
+        super().__init__()
+        self.vision, self.encode_text, self.prep = vision, encode_text, prep
+        self.logit_scale = logit_scale  # ln of the factor on cosines; None for towers without one
+
+    def image(self, picture: Picture) -> Tensor:
+        """-> [B, E] of unit length."""
+        weight = self.vision.visual_projection.weight
+        y = self.vision(prepared(picture, self.prep, weight.device))
+        return F.normalize(y if y.dtype == torch.float64 else y.float(), dim=-1)
+
+    def text(self, captions: list[str]) -> Tensor:
+        """-> [B, E] of unit length, without gradient."""
+        with torch.no_grad():
+            y = self.encode_text(captions)
+        return F.normalize(y if y.dtype == torch.float64 else y.float(), dim=-1)
+
+
+def clip_cosine(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
+    """cos(image, text): the "CLIPScore" of ImageReward's code, of ByteEdit's tables (0.24 to 0.33) and, over
+    HPSv2's weights (ViT-H/14, LAION, HPS_PREP), HPSv2. Name the weights with the number."""
+    return (clip.image(picture) * clip.text(captions)).sum(-1)
+
+
+def clip_score_hessel(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
+    """2.5 max(cos, 0) with "A photo depicts" before each caption (Hessel et al. 2021, over ViT-B/32)."""
+    return 2.5 * clip_cosine(clip, picture, ["A photo depicts " + c for c in captions]).clamp(min=0)
+
+
+def clip_score_100(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
+    """100 max(cos, 0): torchmetrics' CLIPScore of one picture (over a set it clips the mean); PIE-Bench's."""
+    return 100 * clip_cosine(clip, picture, captions).clamp(min=0)
+
+
+def pickscore(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
+    """exp(logit_scale) cos with PickScore's weights (Kirstain et al. 2023; LAION's ViT-H/14), about 20."""
+    return clip.logit_scale.exp() * clip_cosine(clip, picture, captions)
+
+
+def hpsv2(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
+    """cos with HPSv2's or HPSv2.1's weights, about 0.2 to 0.35; not comparable across versions."""
+    return clip_cosine(clip, picture, captions)
+
+
+def aesthetic_score(head: RewardHead, clip: Clip, picture: Picture) -> Tensor:
+    """LAION's aesthetic predictor, about 1 to 10: five Linears on the unit embedding of OpenAI's ViT-L/14."""
+    return head(clip.image(picture).to(head.layers[0].weight.dtype))[:, 0]
+
+
+def clip_direction(clip: Clip, source: Picture, edited: Picture, before: list[str],
+                   after: list[str]) -> Tensor:
+    """cos(edited - source, after - before) of unit embeddings (InstructPix2Pix, over ViT-L/14 and IP2P_PREP).
+
+    NaN where the two captions are equal: there is no direction to judge by, and 0 would be a verdict.
+    """
+    text = clip.text(after) - clip.text(before)
+    score = F.cosine_similarity(clip.image(edited) - clip.image(source), text, dim=-1)
+    return torch.where((text != 0).any(-1), score, torch.nan)
+
+
+def clip_similarity(clip: Clip, a: Picture, b: Picture) -> Tensor:
+    """cos(image, image): CLIP-I of MagicBrush (over ViT-B/32), CLIPimg of Emu Edit."""
+    return (clip.image(a) * clip.image(b)).sum(-1)
+
+
+def dino_similarity(dino: Dino, a: Picture, b: Picture) -> Tensor:
+    """cos of the [CLS] features (MagicBrush and Emu Edit: DINO ViT-S/16 after DINO_PREP)."""
+    cls = (dino(prepared(x, DINO_PREP, dino.cls_token.device).to(dino.cls_token.dtype))[:, 0] for x in (a, b))
+    return F.cosine_similarity(*cls, dim=-1)
+
+
+def load_clip(path: str, encode_text: Callable[[list[str]], Tensor], quick_gelu: bool, prep: Prep = CLIP_PREP,
+              dtype: torch.dtype = torch.float32) -> Clip:
+    """Any CLIP with a ViT from its published file, all names; see `load_clip_vision` for quick_gelu."""
+    weights = clip_names(read_weights(path))
+    scale = weights.get("logit_scale")
+    vision = load_clip_vision(weights, path, quick_gelu, dtype=dtype)
+    if vision.size != prep.size:  # ViT-L/14@336
+        prep = replace(prep, size=vision.size, short=vision.size)
+    return Clip(vision, encode_text, prep, None if scale is None else scale.to(dtype))
+
+
+def load_aesthetic_head(path: str, dtype: torch.dtype = torch.float32) -> RewardHead:
+    """sac+logos+ava1-l14-linearMSE.pth."""
+    weights = read_weights(path)
+    with torch.device("meta"):
+        head = RewardHead(shape_of(weights, "layers.0.weight", path, "the aesthetic predictor")[1])
+    return fill(head, weights, path, "the aesthetic predictor", dtype)
+
+
+####################################################################################################
+# 7. Command
+####################################################################################################
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] != "convert":
+        raise SystemExit("usage: python towers.py convert IN.pt OUT.safetensors")
+    convert(sys.argv[2], sys.argv[3])
