@@ -29,7 +29,7 @@ $PY train_reward.py --pairs "$OUT/prefs/alignment.jsonl" --preset tiny-p8 --step
 echo "4/5 perceptual feedback learning: phase 1 at T/T1/T2 = 20/15/10, phase 2 at 8/6/3"
 $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" --phases "$PEFL" \
     --batch_size 32 --lr 2e-5 --warmup 20 --ema 0.98 --disc_init "$OUT/aesthetic" --disc_first 80 --disc_lr 3e-4 \
-    --reward_noise 0.2 --eta 0.05 --w_aesthetic 0.002 --w_alignment 0.001 --w_coherence 0.1 \
+    --reward_noise 0.2 --eta 0.05 --w_aesthetic 0.0005 --w_alignment 0.0005 --w_coherence 0.1 \
     --sample_every 50 --save_every 100 --wandb off --out "$OUT/pefl"
 
 echo "5/5 the judge, on held-out scenes: base at 20 steps, PeFL at 20 and at 8"

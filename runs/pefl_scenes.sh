@@ -23,7 +23,7 @@ for seed in $SEEDS; do
     $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
         --phases 20/15/10x700,8/6/3x250 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
         --disc_init "$OUT/aesthetic" --disc_first 300 --disc_lr 3e-4 --reward_noise 0.2 \
-        --eta 0.05 --w_aesthetic 0.003 --w_alignment 0.001 --w_coherence 0.1 \
+        --eta 0.05 --w_aesthetic 0.0003 --w_alignment 0.0003 --w_coherence 0.1 \
         --seed "$seed" --sample_every 350 --save_every 350 --wandb off --out "$OUT/seed$seed" &
 done
 # ... and a control: the base trained on with flow matching, on as many pictures and masks
@@ -46,3 +46,21 @@ for seed in $SEEDS; do
             --out "$OUT/compare/$(echo "$against" | tr / _)"
     done
 done | tee "$OUT/compare.txt"
+
+# 4) how well a fresh coherence model, trained alike for 300 steps, tells real pixels from generated ones at the seam: of the
+#    base (the seeds' own first 300 steps) and of what PeFL made of it
+export OMP_NUM_THREADS=1
+for seed in $SEEDS; do
+    $PY train_pefl.py --base "$OUT/seed$seed/step_00000700" --aesthetic "$OUT/aesthetic" --phases 20/15/10x300 --batch_size 32 \
+        --disc_init "$OUT/aesthetic" --disc_first 300 --disc_lr 3e-4 --reward_noise 0.2 --seed "$seed" --sample_every 0 \
+        --wandb off --out "$OUT/after$seed" &
+done
+for job in $(jobs -p); do wait "$job"; done
+$PY - "$OUT" <<'PYTHON'
+import json, sys
+for run in ("seed", "after"):
+    for seed in range(3):
+        rows = [json.loads(line) for line in open(f"{sys.argv[1]}/{run}{seed}/metrics.jsonl")]
+        seam = [r["coherence/seam"] for r in rows if "coherence/seam" in r and 200 < r["step"] <= 300]
+        print(f"{run}{seed}: coherence/seam {sum(seam) / len(seam):.3f} in steps 200 to 300")
+PYTHON
