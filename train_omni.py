@@ -70,8 +70,6 @@ class Config:
     project: str = "feedback-editing"  # W&B project
 
 
-
-
 def main(cfg: Config) -> None:
     check(cfg)
     dist = common.setup(cfg.device)

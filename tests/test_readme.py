@@ -22,7 +22,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "train_pefl.py": "--phases 20/15/10x1,8/6/3x1 --batch_size 2 --sample_every 0 --wandb off",
     "evaluate.py prefs": "--n 12 --steps 2",
     "evaluate.py scenes": "--n 4 --steps 2,2",
-    "evaluate.py edits": "--n 14 --steps 2",
+    "evaluate.py edits": "--n 2 --steps 1",
     "data.py": "--limit 5",
     "sample.py": "--steps 2",
 }
