@@ -3,9 +3,9 @@
     1. Pictures: each network's own resizing, cropping and normalising
     2. Files: safetensors, or .pt with weights_only=True; strict
     3. DINO and DINOv2
-    4. CLIP's image tower, from transformers', OpenAI's or open_clip's names
+    4. CLIP, from transformers', OpenAI's or open_clip's names
     5. ImageReward as a PreferenceReward
-    6. Rewards and judges, one function each
+    6. Rewards and judges, one function each, and by name
 
     python towers.py convert ImageReward.pt ImageReward.safetensors
 
@@ -20,6 +20,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ from torch import Tensor
 from frozen import IMAGENET_MEAN, IMAGENET_STD
 from kernels import joint_attention
 from model import CLIP_MEAN, CLIP_STD, PreferenceReward, RewardConfig, RewardHead, SelfBlock, ViT
+from text_encoders import ClipLayer, ClipText, ClipTextConfig, clip_tokenizer, tokenize
 
+Device = torch.device | str
 Picture = Tensor | list[Image.Image]  # [B, 3, H, W] in [-1, 1], differentiable; or PIL pictures of any sizes
 
 ####################################################################################################
@@ -163,7 +166,8 @@ def count(weights: dict[str, Tensor], stem: str) -> int:
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 
-def fill(net: nn.Module, weights: dict[str, Tensor], path: str, what: str, dtype=torch.float32) -> nn.Module:
+def fill(net: nn.Module, weights: dict[str, Tensor], path: str, what: str, dtype: torch.dtype,
+         device: Device) -> nn.Module:
     """Strictly load `weights` into `net`, built on the meta device: no second copy. Frozen, in eval mode."""
     own = net.state_dict()
     if missing := sorted(own.keys() - weights.keys()):
@@ -178,7 +182,7 @@ def fill(net: nn.Module, weights: dict[str, Tensor], path: str, what: str, dtype
                              f"{list(own[k].shape)}: give its published weights")
         if not v.is_floating_point():
             raise SystemExit(f"error: {path}: {k!r} is {v.dtype}: give weights in fp32, fp16 or bf16")
-    net.load_state_dict({k: v.to(dtype).contiguous() for k, v in weights.items()}, assign=True)
+    net.load_state_dict({k: v.to(device, dtype).contiguous() for k, v in weights.items()}, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -250,7 +254,8 @@ class Dino(ViT):
         return self.norm(x)
 
 
-def load_dino(path: str, heads: int | None = None, dtype: torch.dtype = torch.float32) -> Dino:
+def load_dino(path: str, heads: int | None = None, dtype: torch.dtype = torch.float32,
+              device: Device = "cpu") -> Dino:
     """DINO's or DINOv2's backbone from its published file; heads of 64, as in all of them, unless given."""
     weights = read_weights(path)
     # the projection head of a training checkpoint, and the token that only masked training uses
@@ -261,34 +266,12 @@ def load_dino(path: str, heads: int | None = None, dtype: torch.dtype = torch.fl
     with torch.device("meta"):
         net = Dino(side, patch, D, count(weights, "blocks."), heads or D // 64,
                    "blocks.0.ls1.gamma" in weights, registers)
-    return fill(net, weights, path, "DINO", dtype)
+    return fill(net, weights, path, "DINO", dtype, device)
 
 
 ####################################################################################################
-# 4. CLIP's image tower (Radford et al. 2021), under transformers' names
+# 4. CLIP (Radford et al. 2021), under transformers' names; its text tower is in text_encoders.py
 ####################################################################################################
-
-
-class ClipLayer(nn.Module):
-    """Pre-norm transformer layer, LayerNorm eps 1e-5; quick-GELU is OpenAI's, GELU is LAION's."""
-
-    def __init__(self, width: int, heads: int, hidden: int, quick_gelu: bool):
-        super().__init__()
-        self.heads, self.quick_gelu = heads, quick_gelu
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
-        self.layer_norm1 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
-        self.layer_norm2 = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y, attn = self.layer_norm1(x), self.self_attn
-        q, k, v = (attn[n](y).unflatten(2, (self.heads, -1)) for n in ("q_proj", "k_proj", "v_proj"))
-        (y,) = joint_attention([q], [k], [v])
-        x = x + attn["out_proj"](y.flatten(2))
-        y = self.mlp["fc1"](self.layer_norm2(x))
-        y = y * torch.sigmoid(1.702 * y) if self.quick_gelu else F.gelu(y)
-        return x + self.mlp["fc2"](y)
 
 
 class ClipVision(nn.Module):
@@ -302,11 +285,11 @@ class ClipVision(nn.Module):
         embeddings.class_embedding = nn.Parameter(0.02 * torch.randn(width))
         embeddings.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         embeddings.position_embedding = nn.Embedding(side**2 + 1, width)
-        layers = nn.ModuleList(ClipLayer(width, heads, hidden, quick_gelu) for _ in range(depth))
+        layers = [ClipLayer(width, heads, hidden, quick_gelu, causal=False) for _ in range(depth)]
         self.vision_model = nn.ModuleDict({
             "embeddings": embeddings,
             "pre_layrnorm": nn.LayerNorm(width),  # the published misspelling
-            "encoder": nn.ModuleDict({"layers": layers}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
             "post_layernorm": nn.LayerNorm(width)})
         self.visual_projection = nn.Linear(width, out, bias=False)
 
@@ -365,24 +348,65 @@ def clip_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def load_clip_vision(weights: dict[str, Tensor], path: str, quick_gelu: bool, heads: int | None = None,
-                     dtype: torch.dtype = torch.float32) -> ClipVision:
-    """The image tower from the weights of a CLIP in transformers' names (`clip_names`); `path` is for errors.
+class Clip(nn.Module):
+    """Both towers of a CLIP, and how it wants its pictures. Without a tokenizer it has no text tower."""
 
+    def __init__(self, vision: ClipVision, text: ClipText | None, tokenizer: Tokenizer | None, prep: Prep,
+                 logit_scale: Tensor):
+        super().__init__()
+        self.vision, self.text_tower, self.tokenizer, self.prep = vision, text, tokenizer, prep
+        self.register_buffer("logit_scale", logit_scale)  # ln of the factor on cosines
+
+    def image(self, picture: Picture) -> Tensor:
+        """-> [B, E] of unit length, fp32 at least."""
+        y = self.vision(prepared(picture, self.prep, self.logit_scale.device))
+        return F.normalize(y if y.dtype == torch.float64 else y.float(), dim=-1)
+
+    @torch.no_grad()
+    def text(self, captions: list[str]) -> Tensor:
+        """-> [B, E] of unit length, fp32 at least, without gradient."""
+        _, y = self.text_tower(tokenize(self.tokenizer, captions, self.logit_scale.device))
+        return F.normalize(y if y.dtype == torch.float64 else y.float(), dim=-1)
+
+
+def load_clip(path: str, tokenizer: str | None, quick_gelu: bool, prep: Prep = CLIP_PREP,
+              heads: int | None = None, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Clip:
+    """A CLIP with a ViT from its published file (all three kinds of names) or folder; sizes from the shapes.
+
+    tokenizer: a folder with CLIP's vocab.json and merges.txt, or None for the image tower alone.
     quick_gelu: True for OpenAI's weights, False for LAION's (the H/14 of PickScore and HPSv2): no weight
-    tells. heads: 16 in ViT-H, g and G (heads of 80, 88, 104), else heads of 64, unless given.
+    tells. heads: of the image tower; by default 16 in ViT-H, g and G (of 80, 88, 104), else heads of 64.
     """
     what, stem = "CLIP", "vision_model.embeddings."
-    weights = {k: v for k, v in weights.items() if k.startswith(("vision_model.", "visual_projection."))}
+    weights = clip_names(read_weights(path))
+    scale = weights.get("logit_scale", torch.tensor(math.log(100)))
+    parts = [{k: v for k, v in weights.items() if k.startswith(names)} for names in (
+        ("vision_model.", "visual_projection."), ("text_model.", "text_projection."))]
     D, _, patch, _ = shape_of(weights, stem + "patch_embedding.weight", path, what)
     side = math.isqrt(shape_of(weights, stem + "position_embedding.weight", path, what)[0] - 1)
     hidden = shape_of(weights, "vision_model.encoder.layers.0.mlp.fc1.weight", path, what)[0]
     out = shape_of(weights, "visual_projection.weight", path, what)[0]
     heads = heads or (16 if D in (1280, 1408, 1664) else D // 64)
     with torch.device("meta"):
-        net = ClipVision(side, patch, D, count(weights, "vision_model.encoder.layers."), heads, hidden, out,
-                         quick_gelu)
-    return fill(net, weights, path, what, dtype)
+        vision = ClipVision(side, patch, D, count(weights, "vision_model.encoder.layers."), heads, hidden,
+                            out, quick_gelu)
+    if vision.size != prep.size:  # ViT-L/14@336
+        prep = replace(prep, size=vision.size, short=vision.size)
+    text = reader = None
+    if tokenizer is not None:
+        rows, D = shape_of(weights, "text_model.embeddings.token_embedding.weight", path, what)
+        length = shape_of(weights, "text_model.embeddings.position_embedding.weight", path, what)[0]
+        reader = clip_tokenizer(tokenizer, length=length)
+        if (size := reader.get_vocab_size()) != rows:
+            raise SystemExit(f"error: {tokenizer}: {size} tokens, but {path} embeds {rows}: give the "
+                             "vocab.json and merges.txt of this CLIP")
+        cfg = ClipTextConfig(D, D // 64, count(weights, "text_model.encoder.layers."), quick_gelu, out, rows,
+                             length, eos=reader.token_to_id("<|endoftext|>"))
+        with torch.device("meta"):
+            text = ClipText(cfg)
+        text = fill(text, parts[1], path, "CLIP's text tower", dtype, device)
+    vision = fill(vision, parts[0], path, "CLIP's image tower", dtype, device)
+    return Clip(vision, text, reader, prep, scale.to(device, torch.promote_types(dtype, torch.float32)))
 
 
 ####################################################################################################
@@ -396,7 +420,9 @@ def bert_tokenizer(vocab: str, length: int) -> Tokenizer:
     """BLIP's tokenizer from bert-base-uncased's vocab.txt: lower case, [DEC] and [ENC] added after its words.
 
     Every caption becomes [CLS] ... [SEP], cut or padded to `length`. BLIP's matching head puts [ENC] in the
-    first place; ImageReward leaves [CLS] there.
+    first place; ImageReward leaves [CLS] there. The `tokenizers` library's table is Unicode 8's: younger
+    marks and signs, and 256 signs of CJK extension E, fall otherwise than in the Python tokenizer of its
+    training.
     """
     try:
         words = Path(vocab).read_text(encoding="utf-8").split("\n")
@@ -419,7 +445,8 @@ def bert_tokenizer(vocab: str, length: int) -> Tokenizer:
     return tokenizer
 
 
-def load_imagereward(path: str, vocab: str, dtype: torch.dtype = torch.float32) -> PreferenceReward:
+def load_imagereward(path: str, vocab: str, dtype: torch.dtype = torch.float32,
+                     device: Device = "cpu") -> PreferenceReward:
     """ImageReward.pt (or its safetensors) and bert-base-uncased's vocab.txt -> PreferenceReward, frozen.
 
     `normalised` gives the published scores. `position_ids` and the two unused projections are left out, and
@@ -445,9 +472,21 @@ def load_imagereward(path: str, vocab: str, dtype: torch.dtype = torch.float32) 
         tokenizer=tokenizer.to_str())
     with torch.device("meta"):
         net = PreferenceReward(cfg)
-    net.mean, net.std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    net.mean, net.std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     net.score_mean, net.score_std = IMAGEREWARD_MEAN, IMAGEREWARD_STD
-    return fill(net, weights, path, what, dtype)
+    return fill(net, weights, path, what, dtype, device)
+
+
+def blip_weights(path: str) -> dict[str, Tensor]:
+    """The part of BLIP's model_large.pth that ImageReward starts from, under PreferenceReward's names.
+
+    Left out: momentum copies, decoder, queues, projections and the matching head. It has no reward head.
+    """
+    weights = {f"blip.{k}": v for k, v in read_weights(path).items()
+               if k.startswith(("visual_encoder.", "text_encoder.")) and not k.endswith("position_ids")}
+    shape_of(weights, "blip.visual_encoder.pos_embed", path, "BLIP")
+    shape_of(weights, "blip.text_encoder.encoder.layer.0.crossattention.self.key.weight", path, "BLIP")
+    return weights
 
 
 ####################################################################################################
@@ -455,29 +494,11 @@ def load_imagereward(path: str, vocab: str, dtype: torch.dtype = torch.float32) 
 ####################################################################################################
 
 
-class Clip(nn.Module):
-    """A CLIP to score with: image tower, text tower, and how it wants its pictures.
-
-    encode_text: [B] captions -> [B, E], projected, of any length.
-    """
-
-    def __init__(self, vision: ClipVision, encode_text: Callable[[list[str]], Tensor], prep: Prep = CLIP_PREP,
-                 logit_scale: Tensor | None = None):
-        super().__init__()
-        self.vision, self.encode_text, self.prep = vision, encode_text, prep
-        self.logit_scale = logit_scale  # ln of the factor on cosines; None for towers without one
-
-    def image(self, picture: Picture) -> Tensor:
-        """-> [B, E] of unit length."""
-        weight = self.vision.visual_projection.weight
-        y = self.vision(prepared(picture, self.prep, weight.device))
-        return F.normalize(y if y.dtype == torch.float64 else y.float(), dim=-1)
-
-    def text(self, captions: list[str]) -> Tensor:
-        """-> [B, E] of unit length, without gradient."""
-        with torch.no_grad():
-            y = self.encode_text(captions)
-        return F.normalize(y if y.dtype == torch.float64 else y.float(), dim=-1)
+def imagereward(net: PreferenceReward, picture: Picture, captions: list[str]) -> Tensor:
+    """ImageReward's published score, about -2 to 2; `load_imagereward`'s network."""
+    S = net.cfg.image_size  # its own forward normalises
+    x = prepared(picture, Prep(S, S, mean=(0.5,) * 3, std=(0.5,) * 3), net.mean.device)
+    return net.normalised(x, *net.tokenize(captions, net.mean.device))
 
 
 def clip_cosine(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
@@ -533,23 +554,39 @@ def dino_similarity(dino: Dino, a: Picture, b: Picture) -> Tensor:
     return F.cosine_similarity(*cls, dim=-1)
 
 
-def load_clip(path: str, encode_text: Callable[[list[str]], Tensor], quick_gelu: bool, prep: Prep = CLIP_PREP,
-              dtype: torch.dtype = torch.float32) -> Clip:
-    """Any CLIP with a ViT from its published file, all names; see `load_clip_vision` for quick_gelu."""
-    weights = clip_names(read_weights(path))
-    scale = weights.get("logit_scale")
-    vision = load_clip_vision(weights, path, quick_gelu, dtype=dtype)
-    if vision.size != prep.size:  # ViT-L/14@336
-        prep = replace(prep, size=vision.size, short=vision.size)
-    return Clip(vision, encode_text, prep, None if scale is None else scale.to(dtype))
-
-
-def load_aesthetic_head(path: str, dtype: torch.dtype = torch.float32) -> RewardHead:
+def load_aesthetic_head(path: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> RewardHead:
     """sac+logos+ava1-l14-linearMSE.pth."""
     weights = read_weights(path)
     with torch.device("meta"):
         head = RewardHead(shape_of(weights, "layers.0.weight", path, "the aesthetic predictor")[1])
-    return fill(head, weights, path, "the aesthetic predictor", dtype)
+    return fill(head, weights, path, "the aesthetic predictor", dtype, device)
+
+
+REWARDS = ("imagereward", "clipscore", "pickscore", "hpsv2", "aesthetic")
+
+
+def open_reward(spec: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Callable:
+    """NAME:PATH,PATH -> score(picture, captions) -> [B], frozen and differentiable in the picture.
+
+    imagereward:ImageReward.pt,vocab.txt     clipscore:CLIP,TOKENIZER (OpenAI's; the raw cosine)
+    pickscore:PICKSCORE,TOKENIZER            hpsv2:HPS_v2.1_compressed.pt,TOKENIZER
+    aesthetic:sac+logos+ava1-l14-linearMSE.pth,CLIP (OpenAI's ViT-L/14; captions are not read)
+    """
+    name, _, rest = spec.partition(":")
+    paths = rest.split(",")
+    if name not in REWARDS or len(paths) != 2 or not all(paths):
+        raise SystemExit(f"error: reward {spec!r}: give NAME:PATH,PATH with a name of {', '.join(REWARDS)}")
+    to = {"dtype": dtype, "device": device}
+    if name == "imagereward":
+        return partial(imagereward, load_imagereward(*paths, **to))
+    if name == "aesthetic":
+        head, clip = load_aesthetic_head(paths[0], **to), load_clip(paths[1], None, quick_gelu=True, **to)
+        return lambda picture, captions: aesthetic_score(head, clip, picture)
+    if name == "clipscore":
+        return partial(clip_cosine, load_clip(*paths, quick_gelu=True, **to))
+    if name == "pickscore":
+        return partial(pickscore, load_clip(*paths, quick_gelu=False, prep=PICKSCORE_PREP, **to))
+    return partial(hpsv2, load_clip(*paths, quick_gelu=False, prep=HPS_PREP, **to))
 
 
 ####################################################################################################

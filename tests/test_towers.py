@@ -1,10 +1,12 @@
 """Public towers and rewards: equal to transformers in float64, from the names they are published under."""
 
+import json
 import math
 import random
 import re
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +17,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 
 import model
+import text_encoders
 import towers
 
 transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-11  # of the largest output; a correct float64 copy reaches 1e-14
 F64 = torch.float64
+CAPTIONS = ["a red car", "the lazy dog jumps", "two cafes"]
 
 
 def randomize(net, seed=0):
@@ -215,10 +220,28 @@ def test_dino_files(nest, tmp_path):
 ####################################################################################################
 
 
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+VOCAB = 2 * len(BYTES) + 2 + 2
+
+
+@pytest.fixture
+def clip_words(tmp_path):
+    """A folder with a small CLIP's vocab.json and merges.txt: bytes, two merges, the two special tokens."""
+    merges = [("r", "e"), ("re", "d</w>")]
+    tokens = [*BYTES, *(b + "</w>" for b in BYTES), *("".join(m) for m in merges), "<|startoftext|>",
+              "<|endoftext|>"]
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    return str(folder)
+
+
 def clip_peer(quick=True, eps=1e-5, heads=2, projection=24):
-    tower = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=heads,
+    tower = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=heads,
                  layer_norm_eps=eps, hidden_act="quick_gelu" if quick else "gelu")
-    text = dict(**tower, vocab_size=99, max_position_embeddings=16, eos_token_id=98)
+    text = dict(**tower, vocab_size=VOCAB, max_position_embeddings=48, eos_token_id=VOCAB - 1)
+    text["num_attention_heads"] = 2
     cfg = transformers.CLIPConfig(
         text_config=text, vision_config=dict(**tower, image_size=32, patch_size=8), projection_dim=projection,
         attn_implementation="sdpa")  # the eager one takes its softmax in fp32
@@ -233,8 +256,7 @@ def image_features(peer):
 def test_clip_image_tower_equals_transformers(heads, quick, tmp_path):
     theirs = clip_peer(quick, heads=heads)
     path = save(tmp_path, theirs.state_dict())
-    weights = towers.clip_names(towers.read_weights(path))
-    ours = towers.load_clip_vision(weights, path, quick, heads=heads, dtype=F64)
+    ours = towers.load_clip(path, None, quick, heads=heads, dtype=F64).vision
     kept = {k: v for k, v in theirs.state_dict().items() if k.startswith("vis")}
     assert same(ours.state_dict(), kept)  # every key once, and back by the same names
     x, peer = pixels(32), image_features(theirs)
@@ -271,7 +293,7 @@ def open_clip_tower(width, heads, hidden):
 
 
 class OpenClip(nn.Module):
-    def __init__(self, width=128, heads=2, hidden=192, out=24):
+    def __init__(self, width=128, heads=2, hidden=512, out=24):
         super().__init__()
         self.visual = v = nn.Module()
         v.class_embedding = nn.Parameter(torch.randn(width))
@@ -280,13 +302,13 @@ class OpenClip(nn.Module):
         v.ln_pre, v.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         v.transformer = open_clip_tower(width, heads, hidden)
         v.proj = nn.Parameter(torch.randn(width, out))
-        self.token_embedding = nn.Embedding(99, width)
-        self.positional_embedding = nn.Parameter(torch.randn(16, width))
+        self.token_embedding = nn.Embedding(VOCAB, width)
+        self.positional_embedding = nn.Parameter(torch.randn(48, width))
         self.transformer = open_clip_tower(width, heads, hidden)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, out))
         self.logit_scale = nn.Parameter(torch.tensor(3.0))
-        self.register_buffer("attn_mask", torch.full((16, 16), -math.inf).triu(1))
+        self.register_buffer("attn_mask", torch.full((48, 48), -math.inf).triu(1))
 
     def encode_image(self, x):
         v = self.visual
@@ -306,31 +328,26 @@ class OpenClip(nn.Module):
 
 @pytest.mark.parametrize("nest", [lambda w: w, lambda w: {
     "state_dict": {f"module.{k}": v for k, v in w.items()}}])
-def test_open_clip_names(nest, tmp_path):
+def test_open_clip_names(nest, tmp_path, clip_words):
     """Both towers under OpenAI's and open_clip's names, flat and nested as HPSv2's file is."""
     theirs = randomize(OpenClip()).double().eval()
     published = {**theirs.state_dict(), "input_resolution": torch.tensor(224)}
     torch.save(nest(published), path := str(tmp_path / "open_clip.pt"))
-    clip = towers.load_clip(path, None, quick_gelu=False, dtype=F64)
+    clip = towers.load_clip(path, clip_words, quick_gelu=False, dtype=F64)
     assert clip.logit_scale == theirs.logit_scale
     assert agree(clip.vision, theirs.encode_image, pixels(32)) < TOLERANCE
-
     weights = towers.clip_names(towers.read_weights(path))
-    text = clip_peer(quick=False)
-    assert weights.keys() == text.state_dict().keys()  # every key once
-    text.load_state_dict(weights)
-    ids = torch.randint(0, 98, (3, 16), generator=torch.Generator().manual_seed(0))
-    ids[:, 9] = 98
-    with torch.no_grad():
-        a, b = text.get_text_features(ids), theirs.encode_text(ids)
-        a = a if isinstance(a, torch.Tensor) else a.pooler_output
-    assert error(a, b) < TOLERANCE
+    assert weights.keys() == clip_peer().state_dict().keys()  # every key once
+    ids = text_encoders.tokenize(clip.tokenizer, CAPTIONS)
+    ids[:, 1:][(ids == VOCAB - 1)[:, :-1]] = 0  # open_clip pads with 0, which nothing reads
+    text = F.normalize(theirs.encode_text(ids), dim=-1)
+    assert (ids == 0).sum() > 3 and error(clip.text(CAPTIONS), text) < TOLERANCE
     # a swapped third must not pass
     swapped = dict(weights)
     q, k = (f"vision_model.encoder.layers.0.self_attn.{n}_proj.weight" for n in "qk")
     swapped[q], swapped[k] = weights[k], weights[q]
-    wrong = towers.load_clip_vision(swapped, path, False, dtype=F64)
-    assert agree(wrong, theirs.encode_image, pixels(32)) > TOLERANCE
+    wrong = towers.load_clip(save(tmp_path, swapped), None, False, dtype=F64)
+    assert agree(wrong.vision, theirs.encode_image, pixels(32)) > TOLERANCE
 
 
 ####################################################################################################
@@ -353,9 +370,12 @@ def vocab(tmp_path):
     return str(path)
 
 
-def strings(n):
-    """n captions: words, accents in both Unicode forms, scripts, emoji, control characters, long words."""
-    r = random.Random(0)
+def strings(n, young):
+    """n captions: words, accents in both Unicode forms, scripts, emoji, control characters, long words.
+
+    young: also characters that no or only a late version of Unicode has.
+    """
+    r, old = random.Random(0), unicodedata.ucd_3_2_0
     odd = ["Café", "cafe\u0301", "naïve", "İstanbul", "ﬁne", "Straße", "ÉTÉ", "中文字", "日本語テキスト",
            "한국어", "العربية", "हिन्दी", "привет", "🙂", "👩\u200d👩\u200d👧",
            "🏳\ufe0f\u200d🌈", "e\u0301\u0327", "\u200b", "\u00a0", "\t", "\n", "\r",
@@ -363,7 +383,13 @@ def strings(n):
            "it's", "--", "...", "#hash", "##s", "x" * 101, "ab" * 60, "½", "²", "∑",
            "“q”", "C++", "3.14", "$5", "a_b", "𝒳", "ǅ", "ΑΣ", "O'Neil", "[", "]", "<b>",
            "~^`|"]
-    return ["".join(r.choice([*odd, *WORDS, r.choice(WORDS).upper()]) + r.choice(["", " ", " ", "  ", ", "])
+
+    def word():
+        c = chr(r.choice([r.randrange(1, 0xd800), r.randrange(0xe000, 0x110000)]))
+        known = old.category(c) == unicodedata.category(c) != "Cn"
+        return r.choice([*odd, *WORDS, r.choice(WORDS).upper(), *([c] * 9 if known or young else [])])
+
+    return ["".join(word() + r.choice(["", " ", " ", "  ", ", "])
                     for _ in range(r.choice([0, 1, 3, 8, 20, 80]))) for _ in range(n)]
 
 
@@ -371,19 +397,19 @@ def test_bert_tokenizer_equals_transformers(vocab):
     """The Python tokenizer that ImageReward was trained with, and transformers' present one."""
     from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-    ours, texts = towers.bert_tokenizer(vocab, 35), strings(1000)
-    rows = ours.encode_batch(texts)
+    ours = towers.bert_tokenizer(vocab, 35)
     size = len(Path(vocab).read_text(encoding="utf-8").splitlines())
     assert [ours.token_to_id(t) for t in ("[DEC]", "[ENC]")] == [size, size + 1]
     present = transformers.BertTokenizer.from_pretrained(str(Path(vocab).parent))
-    for theirs in (BertTokenizerLegacy(vocab), present):
+    for theirs, texts in ((BertTokenizerLegacy(vocab), strings(1000, False)), (present, strings(1000, True))):
         theirs.add_special_tokens({"bos_token": "[DEC]"})
         theirs.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+        rows = ours.encode_batch(texts)
         batch = theirs(texts, padding="max_length", truncation=True, max_length=35)
         wrong = [t for t, row, ids in zip(texts, rows, batch["input_ids"]) if row.ids != ids]
         assert not wrong, (len(wrong), wrong[0])
         assert [row.attention_mask for row in rows] == batch["attention_mask"]
-    assert all(row.ids[0] == ours.token_to_id("[CLS]") and len(row.ids) == 35 for row in rows)
+        assert all(row.ids[0] == ours.token_to_id("[CLS]") and len(row.ids) == 35 for row in rows)
     # what must not pass: without lower case, without accents taken off
     from tokenizers import normalizers
     for wrong in (normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()):
@@ -577,39 +603,25 @@ def test_padding_and_squares():
 TINY = towers.Prep(32, 32)
 
 
-class PeerText:
-    """transformers' CLIP text tower behind the signature that Clip asks for; a caption is its ids."""
-
-    def __init__(self, peer):
-        self.peer, self.captions = peer, []
-
-    def ids(self, captions):
-        self.captions = captions
-        rows = [[ord(c) % 98 for c in caption[:15]] for caption in captions]
-        return torch.tensor([row + [98] * (16 - len(row)) for row in rows])
-
-    def __call__(self, captions):
-        out = self.peer.text_model(self.ids(captions))
-        return self.peer.text_projection(out.pooler_output)
-
-
 @pytest.fixture
-def clip_pair(tmp_path):
+def clip_pair(tmp_path, clip_words):
     theirs = clip_peer()
-    text = PeerText(theirs)
-    path = save(tmp_path, theirs.state_dict())
-    return towers.load_clip(path, text, True, TINY, F64), theirs, text
+    return towers.load_clip(save(tmp_path, theirs.state_dict()), clip_words, True, TINY, dtype=F64), theirs
 
 
-CAPTIONS = ["a red car", "the lazy dog jumps", "two cafes"]
+def peer_text(clip, theirs, captions):
+    ids = text_encoders.tokenize(clip.tokenizer, captions)
+    return theirs.text_projection(theirs.text_model(ids).pooler_output).detach()
+
 
 
 def test_scores_equal_transformers(clip_pair):
-    clip, theirs, text = clip_pair
+    clip, theirs = clip_pair
     x = torch.rand(3, 3, 32, 32, dtype=F64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
     def logits(x):
-        out = theirs(input_ids=text.ids(CAPTIONS), pixel_values=towers.prepare(x, TINY))
+        ids = text_encoders.tokenize(clip.tokenizer, CAPTIONS)
+        out = theirs(input_ids=ids, pixel_values=towers.prepare(x, TINY))
         return out.logits_per_image.diagonal()
 
     assert agree(lambda x: towers.pickscore(clip, x, CAPTIONS), logits, x) < TOLERANCE
@@ -621,7 +633,7 @@ def test_scores_equal_transformers(clip_pair):
     hessel = towers.clip_score_hessel(clip, x, CAPTIONS)
     prefixed = towers.clip_cosine(clip, x, [f"A photo depicts {c}" for c in CAPTIONS])
     assert error(hessel, 2.5 * prefixed.clamp(min=0)) < TOLERANCE
-    assert text.captions[0] == "A photo depicts a red car"
+    assert (prefixed - cosine).abs().max() > 1e-3
     # what must not pass: captions of other pictures
     assert error(towers.clip_cosine(clip, x, CAPTIONS[::-1]), logits(x) / scale) > TOLERANCE
 
@@ -637,7 +649,7 @@ def test_scores_take_pil_pictures(clip_pair):
 
 
 def test_direction_and_similarities(clip_pair, tmp_path):
-    clip, theirs, text = clip_pair
+    clip, theirs = clip_pair
     g = torch.Generator().manual_seed(1)
     source, edited = (torch.rand(3, 3, 32, 32, dtype=F64, generator=g) * 2 - 1 for _ in range(2))
 
@@ -646,7 +658,7 @@ def test_direction_and_similarities(clip_pair, tmp_path):
         return y / y.norm(dim=-1, keepdim=True)
 
     def embed_text(captions):
-        y = text(captions).detach()
+        y = peer_text(clip, theirs, captions)
         return y / y.norm(dim=-1, keepdim=True)
 
     after = ["a blue car", "the lazy dog sleeps", "two cafes"]
@@ -677,7 +689,7 @@ def test_direction_and_similarities(clip_pair, tmp_path):
 
 
 def test_aesthetic_head(clip_pair, tmp_path):
-    clip, theirs, _ = clip_pair
+    clip, theirs = clip_pair
     published = randomize(model.RewardHead(24))
     path = save(tmp_path, published.state_dict(), "head.pth")
     head = towers.load_aesthetic_head(path, dtype=F64)
@@ -729,17 +741,72 @@ def test_bad_files(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
-def test_half_precision_files_and_folders(tmp_path):
+def test_half_precision_files_and_folders(tmp_path, clip_words):
     """fp16 files are widened; a folder is transformers' with model.safetensors in it."""
     theirs = clip_peer()
     (tmp_path / "folder").mkdir()
     save(tmp_path / "folder", {k: v.half() for k, v in theirs.state_dict().items()}, "model.safetensors")
-    clip = towers.load_clip(str(tmp_path / "folder"), None, quick_gelu=True)
+    clip = towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
     assert {p.dtype for p in clip.parameters()} == {torch.float32}
     assert clip.prep.size == 32  # read from the shapes, as a ViT-L/14@336 is
-    half = towers.load_clip(str(tmp_path / "folder"), None, quick_gelu=True, dtype=torch.bfloat16)
-    a, b = (c.image(pixels(32).float().clamp(-1, 1)) for c in (clip, half))
-    assert a.dtype == b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.05
+    half = towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    a, b = (towers.pickscore(c, pixels(32).float().clamp(-1, 1), CAPTIONS[:2]) for c in (clip, half))
+    assert a.dtype == b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2
+    (Path(clip_words) / "merges.txt").write_text("#version: 0.2\n")
+    (Path(clip_words) / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
+    with pytest.raises(SystemExit, match="error: .*tokenizer: 2 tokens, but .* give"):
+        towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
+
+
+def test_rewards_by_name(tmp_path, vocab, clip_words):
+    """Each name opens its network with its own preparation, and is differentiable in pictures of any size."""
+    clip = save(tmp_path, clip_peer().state_dict(), "clip.safetensors")
+    head = save(tmp_path, randomize(model.RewardHead(24)).state_dict(), "head.pth")
+    specs = {"imagereward": f"{imagereward_file(small_imagereward(vocab), tmp_path)[0]},{vocab}",
+             "clipscore": f"{clip},{clip_words}", "pickscore": f"{clip},{clip_words}",
+             "hpsv2": f"{clip},{clip_words}", "aesthetic": f"{head},{clip}"}
+    assert tuple(specs) == towers.REWARDS
+    x, scores = torch.rand(3, 3, 41, 57) * 2 - 1, {}
+    for name, paths in specs.items():
+        score = towers.open_reward(f"{name}:{paths}")
+        image = x.clone().requires_grad_()
+        scores[name] = score(image, CAPTIONS)
+        scores[name].sum().backward()
+        assert scores[name].shape == (3,) and image.grad.abs().amax((1, 2, 3)).min() > 0
+    assert (scores["pickscore"] / scores["clipscore"]).std() > 1e-4  # GELU, not quick-GELU
+    for spec in ("", "clipscore", "clipscore:a", "nothing:a,b", "hpsv2:a,"):
+        with pytest.raises(SystemExit, match="error: reward .*give NAME:PATH,PATH"):
+            towers.open_reward(spec)
+
+
+def test_imagereward_takes_pictures_of_any_size(tmp_path, vocab):
+    """Resized as published: the long side cut, the half pixel to even."""
+    net = towers.load_imagereward(imagereward_file(small_imagereward(vocab), tmp_path)[0], vocab)
+    x = torch.rand(3, 3, 41, 59) * 2 - 1
+    side = net.cfg.image_size
+    ids, attend = net.tokenize(CAPTIONS)
+    with torch.no_grad():
+        a = towers.imagereward(net, x, CAPTIONS)
+        b = blip_peer(net)(towers.prepare(x.double(), towers.Prep(side, side)), ids, attend)
+    assert error(a, b) < 1e-4
+    assert towers.placed(towers.Prep(side, side), 41, 59) == (32, 46, 0, 7)
+
+
+def test_blip_weights(tmp_path):
+    """BLIP's model_large.pth: what ImageReward starts from, without momentum copies, decoder and queues."""
+    net = randomize(model.PreferenceReward(model.REWARD_PRESETS["test"]))
+    own = {k.removeprefix("blip."): v for k, v in net.state_dict().items() if k.startswith("blip.")}
+    rest = {"visual_encoder_m.cls_token": torch.ones(1), "text_decoder.cls.predictions.bias": torch.ones(2),
+            "text_encoder.embeddings.position_ids": torch.arange(9)[None], "temp": torch.ones(()),
+            "itm_head.weight": torch.ones(2, 2), "image_queue": torch.ones(2, 2)}
+    torch.save({"model": {**own, **rest}, "epoch": 19}, tmp_path / "model_large.pth")
+    weights = towers.blip_weights(str(tmp_path / "model_large.pth"))
+    missing, unknown = net.load_state_dict(weights, strict=False)
+    assert not unknown and all(k.startswith("mlp.") for k in missing)
+    torch.save({"model": rest}, tmp_path / "model_large.pth")
+    with pytest.raises(SystemExit, match="error: .*model_large.pth: .*give"):
+        towers.blip_weights(str(tmp_path / "model_large.pth"))
 
 
 def test_convert_command(tmp_path, vocab):
