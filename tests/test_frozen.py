@@ -116,17 +116,17 @@ def test_decode_and_its_gradient_equal_diffusers(twin, h, w, checkpointed):
         assert error(a, b) < TOLERANCE
 
 
-def test_the_encoder_has_the_same_gradients(twin):
-    """With respect to pictures and, converted, to every parameter."""
+def test_all_gradients_equal_diffusers(twin):
+    """Of a sampled latent's decoding, with respect to the picture and, converted, to every parameter."""
     ours, theirs = (net.requires_grad_(True) for net in twin)
-    image, weight = picture(16, 24), picture(2, 3, CFG.channels, seed=3)
+    image, noise, weight = picture(16, 24), picture(2, 3, CFG.channels, seed=2), picture(16, 24, seed=3)
     leaves = [image.clone().requires_grad_() for _ in range(2)]
-    (ours.encode(leaves[0]) * weight).sum().backward()
-    (their_encode(theirs, leaves[1]) * weight).sum().backward()
+    (ours.decode(ours.encode(leaves[0], noise)) * weight).sum().backward()
+    (their_decode(theirs, their_encode(theirs, leaves[1], noise)) * weight).sum().backward()
     assert error(leaves[0].grad, leaves[1].grad) < TOLERANCE
-    mine = to_diffusers({n: p.grad for n, p in ours.encoder.named_parameters(prefix="encoder")})
-    other = {n: p.grad for n, p in theirs.encoder.named_parameters(prefix="encoder")}
-    scale = max(g[g == g].abs().max() for g in other.values())
+    mine = to_diffusers({n: p.grad for n, p in ours.named_parameters()})
+    other = {n: p.grad for n, p in theirs.named_parameters()}
+    scale = max(g.abs().max() for g in other.values())
     assert set(mine) == set(other)
     for n in mine:
         assert (mine[n] - other[n]).abs().max() <= TOLERANCE * scale, n
@@ -220,7 +220,7 @@ def test_recomputation_keeps_less():
     _, plain = kept(vae, z)
     vae.checkpoint = True
     _, less = kept(vae, z)
-    assert less < plain / 4
+    assert less < plain / 5
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 1000])
