@@ -3,7 +3,7 @@
 # regions help, whether aspect ratios have to be trained, and what feedback adds.
 #   bash runs/editnet.sh                                       all of it: a day on 4 cores, an hour on a GPU
 #   PARTS=variants SEEDS=0 STEPS=600 bash runs/editnet.sh      a part of it
-#   bash runs/editnet.sh ship                                  trains assets/editnet anew, 40 minutes on 4 cores
+#   STEPS=1600 bash runs/editnet.sh ship                       trains assets/editnet anew, half an hour on 4 quiet cores
 # What is done already is not done again; a run that was cut resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -82,7 +82,8 @@ def test_commands(checkout):
 @pytest.mark.slow
 def test_demo(checkout):
     out = run(["bash", "runs/demo.sh"], checkout, OUT="out/demo", N="24", REWARD_STEPS="2", ALIGN_STEPS="2",
-              PEFL="20/15/10x1,8/6/3x1", EVAL="4")
+              PEFL="20/15/10x1,8/6/3x1", EVAL="4", EDITS="2")
+    assert "environment" in out and (checkout / "out/demo/edits/sheet.png").is_file()
     sheet = Path(re.search(r"\S+sheet\.png", out).group())
     assert (checkout / sheet).is_file() and "erase" in out
 
