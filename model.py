@@ -849,8 +849,7 @@ class PreferenceReward(nn.Module):
         img = self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)
         txt = self.blip["text_encoder"](ids, attend, img)
         with torch.autocast(image.device.type, enabled=False):  # bf16 scores tie
-            return self.mlp(txt[:, 0].float())[:, 0]
-
+            return self.mlp(txt[:, 0].to(self.mlp.layers[0].weight.dtype))[:, 0]
 
     def normalised(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
         """The score [B] in standard deviations of the held-out ones, as ImageReward's: -log sigmoid of a raw

@@ -172,7 +172,7 @@ def test_omni_base_resumes(made, tmp_path):
 
 
 def test_pefl_resumes(made, tmp_path):
-    resumes(made, tmp_path, train_pefl, PEFL_FILES, accum=2, batch_size=2)
+    resumes(made, tmp_path, train_pefl, PEFL_FILES, accum=2, batch_size=2, reward_noise=0.2, disc_first=5)
 
 
 @pytest.mark.slow
@@ -302,6 +302,38 @@ def test_coherence_learns_to_separate(made, tmp_path):
     last = found[-1]
     assert last["coherence/accuracy"] > 0.9 and last["coherence/real"] > 0 > last["coherence/fake"]
     assert last["loss/D"] < 0.7 * found[0]["loss/D"]
+
+
+def test_coherence_learns_alone_first(made, tmp_path):
+    """--disc_first: the editor stands still and needs no gradient; the coherence model learns as it would."""
+    found = call(made, tmp_path / "alone", train_pefl, phases="5/4/2x6", disc_first=4, save_every=3)
+    assert [row["grad/G"] > 0 for row in found] == [False] * 4 + [True] * 2
+    base = load_file(Path(made["base"]) / "model.safetensors")
+    early = load_file(tmp_path / "alone" / "step_00000003" / "model.safetensors")
+    assert all(torch.equal(early[k], v) for k, v in base.items())
+    still = call(made, tmp_path / "still", train_pefl, phases="5/4/2x4", lr=0.0)
+    assert [r["loss/D"] for r in found[:4]] == [r["loss/D"] for r in still]
+
+
+def test_coherence_starts_from_a_tower_or_a_run(made, tmp_path):
+    flags = dict(phases="5/4/2x1", lr=0.0, disc_lr=0.0)
+    call(made, tmp_path / "tower", train_pefl, disc_init=made["aesthetic"], **flags)
+    tower, got = load_file(Path(made["aesthetic"]) / "model.safetensors"), tensors(tmp_path / "tower")
+    names = [k for k in tower if k.startswith("blip.visual_encoder.")]
+    assert names and all(torch.equal(got[f"coherence/vit.{k.removeprefix('blip.visual_encoder.')}"], tower[k])
+                         for k in names)
+    call(made, tmp_path / "run", train_pefl, disc_init=str(tmp_path / "tower"), seed=1, **flags)
+    again = tensors(tmp_path / "run")
+    assert not [k for k in got if k.startswith("coherence/") and not torch.equal(got[k], again[k])]
+
+
+def test_rewards_look_through_noise(made, tmp_path):
+    """It changes what they see and nothing else: L_reg and the first t' are those without it."""
+    clear, veiled = (call(made, tmp_path / str(std), train_pefl, phases="5/4/2x1", reward_noise=std)[0]
+                     for std in (0.0, 0.5))
+    for key in ("reward/aesthetic", "reward/alignment", "loss/coherence", "loss/D"):
+        assert clear[key] != veiled[key]
+    assert clear["loss/reg"] == veiled["loss/reg"] and clear["t_prime"] == veiled["t_prime"]
 
 
 def test_reward_rises(made, tmp_path):
@@ -455,6 +487,8 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_pefl, "tasks", dict(p_outpaint=0.0, p_edit=0.0, p_inpaint=0.0, p_erase=0.0)),
     (train_pefl, "p_edit|edit=", dict(p_edit=-1.0)),
     (train_pefl, "--disc_width: 100", dict(disc_width=100)),
+    (train_pefl, "--disc_init: .*base: holds a 'editor'", dict(disc_init="base")),
+    (train_pefl, "--reward_noise: -1", dict(reward_noise=-1.0)),
     (train_pefl, "--lora: -1", dict(lora=-1)),
 ]
 

@@ -119,7 +119,7 @@ def test_wilson():
 
 def test_kill_and_resume(folder, tmp_path):
     """kill -9 in the middle, then the same command: model and optimizer as without the kill, bit for bit."""
-    flags = dict(steps=40, save_every=7, accum=2, batch_size=4, augment=2, workers=1)
+    flags = dict(steps=40, save_every=7, accum=2, batch_size=4, augment=2, noise=0.2, workers=1)
     run(command(folder / "captions.jsonl", tmp_path / "whole", **flags))
     argv = command(folder / "captions.jsonl", tmp_path / "killed", **flags)
     process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL,
