@@ -19,20 +19,23 @@ if [ "${1:-}" = ship ]; then
     export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=ACTIVE
     $PY -m torch.distributed.run --standalone --nproc_per_node=2 train_omni.py $RECIPE --data scenes --steps "$STEPS" \
         --sample_every 250 --save_every 250 --out "$OUT/ship"
-    exec $PY runs/ship.py assets/editnet "bash runs/editnet.sh ship" "$OUT/ship"
+    exec $PY runs/ship.py assets/editnet "STEPS=$STEPS bash runs/editnet.sh ship" "$OUT/ship"
 elif [ -n "${1:-}" ]; then
     echo "error: $1: the only word is ship" >&2; exit 2
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-train() {  # NAME FLAGS: one training per seed, JOBS at a time
+spawn() {  # COMMAND: in the background, JOBS at a time; a job that fails ends the script, at the latest in finish
+    if [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; then wait -n; fi
+    "$@" & pids+=($!)
+}
+finish() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }  # bash remembers how each one ended
+train() {  # NAME FLAGS: one training per seed
     local name=$1; shift
     for seed in $SEEDS; do
-        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 2; done
-        $PY train_omni.py $RECIPE --data scenes --steps "$STEPS" --sample_every "$STEPS" --seed "$seed" "$@" --out "$OUT/$name$seed" &
+        spawn $PY train_omni.py $RECIPE --data scenes --steps "$STEPS" --sample_every "$STEPS" --seed "$seed" "$@" --out "$OUT/$name$seed"
     done
 }
-finish() { for job in $(jobs -p); do wait "$job"; done; }  # a plain wait hides a failure
 judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same held-out edits
     local name=$1 flags=() ckpts=""; shift
     while [ "$1" != -- ]; do flags+=("$1"); shift; done; shift
@@ -42,6 +45,7 @@ judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same he
 }
 
 mkdir -p "$OUT"
+pids=()
 for part in $PARTS; do
     case $part in
         variants)  # paper Table 7, Fig. 10 and 11; and the cached form
@@ -60,12 +64,11 @@ for part in $PARTS; do
         pefl)
             train editnet; finish
             for seed in $SEEDS; do
-                while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 2; done
-                $PY train_pefl.py --base "$OUT/editnet$seed" --aesthetic "$PEFL_REWARDS/aesthetic" --alignment "$PEFL_REWARDS/alignment" \
-                    --phases 20/15/10x400 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
+                spawn $PY train_pefl.py --base "$OUT/editnet$seed" --aesthetic "$PEFL_REWARDS/aesthetic" \
+                    --alignment "$PEFL_REWARDS/alignment" --phases 20/15/10x400 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
                     --disc_init "$PEFL_REWARDS/aesthetic" --disc_first 200 --disc_lr 3e-4 --reward_noise 0.2 \
                     --eta 0.05 --w_aesthetic 0.0003 --w_alignment 0.0003 --w_coherence 0.1 \
-                    --seed "$seed" --wandb off --out "$OUT/pefl$seed" &
+                    --seed "$seed" --wandb off --out "$OUT/pefl$seed"
             done
             finish; judge pefl -- editnet pefl ;;
         *) echo "error: PARTS: $part: use variants, weights, region, aspects, pefl" >&2; exit 2 ;;

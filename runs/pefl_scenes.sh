@@ -56,10 +56,10 @@ for seed in $SEEDS; do
         --wandb off --out "$OUT/after$seed" &
 done
 for job in $(jobs -p); do wait "$job"; done
-$PY - "$OUT" <<'PYTHON'
+$PY - "$OUT" $SEEDS <<'PYTHON'
 import json, sys
 for run in ("seed", "after"):
-    for seed in range(3):
+    for seed in sys.argv[2:]:
         rows = [json.loads(line) for line in open(f"{sys.argv[1]}/{run}{seed}/metrics.jsonl")]
         seam = [r["coherence/seam"] for r in rows if "coherence/seam" in r and 200 < r["step"] <= 300]
         print(f"{run}{seed}: coherence/seam {sum(seam) / len(seam):.3f} in steps 200 to 300")
