@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # The claims about instruction editors (RESULTS.md), on scenes: which architecture, whether wrong pairs should weigh less, whether
 # regions help, whether aspect ratios have to be trained, and what feedback adds.
-#   bash runs/editnet.sh                                       all of it: a day on 4 cores, an hour on a GPU
+#   bash runs/editnet.sh                                       all of it: hours on 4 cores, less than one on a GPU
 #   PARTS=variants SEEDS=0 STEPS=600 bash runs/editnet.sh      a part of it
+#   JUDGE=0 bash runs/editnet.sh                               the trainings without the evaluations
 #   STEPS=1600 bash runs/editnet.sh ship                       trains assets/editnet anew, half an hour on 4 quiet cores
 # What is done already is not done again; a run that was cut resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=${OUT:-out/editnet}
-PARTS=${PARTS:-variants weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-2400} N=${N:-300}
+PARTS=${PARTS:-variants weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} N=${N:-300}
 PEFL_REWARDS=${PEFL_REWARDS:-out/pefl_scenes}  # aesthetic and alignment rewards of runs/pefl_scenes.sh
 JOBS=${JOBS:-4}  # trainings side by side
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
-RECIPE="--stage edit --init assets/base --lr 1e-3 --warmup 200 --shift 1.5 --text_lr 0.5 --batch_size 64 --wandb off"
+RECIPE="--stage edit --init assets/base --lr 1e-3 --shift 1.5 --text_lr 0.5 --wandb off"
+# constant rate, averaged weights: a run can go on to more steps
+SHORT="$RECIPE --batch_size 32 --warmup 100 --lr_schedule constant --ema 0.997"
 
 if [ "${1:-}" = ship ]; then
     export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=ACTIVE
-    $PY -m torch.distributed.run --standalone --nproc_per_node=2 train_omni.py $RECIPE --data scenes --steps "$STEPS" \
+    $PY -m torch.distributed.run --standalone --nproc_per_node=2 train_omni.py $RECIPE --batch_size 64 --warmup 200 --data scenes --steps "$STEPS" \
         --sample_every 250 --save_every 250 --out "$OUT/ship"
     exec $PY runs/ship.py assets/editnet "STEPS=$STEPS bash runs/editnet.sh ship" "$OUT/ship"
 elif [ -n "${1:-}" ]; then
@@ -30,11 +33,11 @@ spawn() {  # COMMAND: in the background, JOBS at a time; a job that fails ends t
     "$@" & pids+=($!)
 }
 finish() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }  # bash remembers how each one ended
-train() {  # NAME FLAGS: one training per seed
+train() {  # NAME FLAGS: of the present seed; parts share editnet
     local name=$1; shift
-    for seed in $SEEDS; do
-        spawn $PY train_omni.py $RECIPE --data scenes --steps "$STEPS" --sample_every "$STEPS" --seed "$seed" "$@" --out "$OUT/$name$seed"
-    done
+    case " $begun " in *" $name$seed "*) return ;; esac
+    begun="$begun $name$seed"
+    spawn $PY train_omni.py $SHORT --data scenes --steps "$STEPS" --sample_every "$STEPS" --seed "$seed" "$@" --out "$OUT/$name$seed"
 }
 judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same held-out edits
     local name=$1 flags=() ckpts=""; shift
@@ -45,32 +48,45 @@ judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same he
 }
 
 mkdir -p "$OUT"
-pids=()
+pids=() begun=""
 for part in $PARTS; do
     case $part in
-        variants)  # paper Table 7, Fig. 10 and 11; and the cached form
-            train editnet; train cached --cached True; train controlnet --variant controlnet
-            train textcontrol --variant textcontrol; train concat --variant concat; finish
-            judge variants --t2i True --base assets/base -- editnet cached controlnet textcontrol concat ;;
-        weights)  # paper Table 6: half of the pairs are wrong, and scored
-            train weighted --data scenes:wrong=0.5; train unweighted --data scenes:wrong=0.5 --weighting none; finish
-            judge weights -- weighted unweighted ;;
-        region)  # UltraEdit: region data helps free-form editing
-            train editnet; train freeform --p_region 0; finish
-            judge region -- editnet freeform ;;
-        aspects)  # paper Sec. 5.1
-            train editnet; train aspects --aspects True; finish
-            judge aspects --aspects 9:16,2:3,1:1,3:2,16:9 -- editnet aspects ;;
-        pefl)
-            train editnet; finish
-            for seed in $SEEDS; do
-                spawn $PY train_pefl.py --base "$OUT/editnet$seed" --aesthetic "$PEFL_REWARDS/aesthetic" \
-                    --alignment "$PEFL_REWARDS/alignment" --phases 20/15/10x400 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
-                    --disc_init "$PEFL_REWARDS/aesthetic" --disc_first 200 --disc_lr 3e-4 --reward_noise 0.2 \
-                    --eta 0.05 --w_aesthetic 0.0003 --w_alignment 0.0003 --w_coherence 0.1 \
-                    --seed "$seed" --wandb off --out "$OUT/pefl$seed"
-            done
-            finish; judge pefl -- editnet pefl ;;
+        variants | weights | region | aspects | pefl) ;;
         *) echo "error: PARTS: $part: use variants, weights, region, aspects, pefl" >&2; exit 2 ;;
+    esac
+done
+for seed in $SEEDS; do
+    for part in $PARTS; do
+        case $part in
+            variants)  # paper Table 7, Fig. 10 and 11; and the cached form
+                train editnet; train cached --cached True; train controlnet --variant controlnet
+                train textcontrol --variant textcontrol; train concat --variant concat ;;
+            weights)  # paper Table 6: half of the pairs are wrong, and scored
+                train weighted --data scenes:wrong=0.5; train unweighted --data scenes:wrong=0.5 --weighting none ;;
+            region) train editnet; train freeform --p_region 0 ;;  # UltraEdit: region data helps free-form editing
+            aspects) train editnet; train aspects --aspects True ;;  # paper Sec. 5.1
+            pefl) train editnet ;;
+        esac
+    done
+done
+finish
+for part in $PARTS; do
+    if [ "$part" = pefl ]; then
+        for seed in $SEEDS; do
+            spawn $PY train_pefl.py --base "$OUT/editnet$seed" --aesthetic "$PEFL_REWARDS/aesthetic" \
+                --alignment "$PEFL_REWARDS/alignment" --phases 20/15/10x400 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
+                --disc_init "$PEFL_REWARDS/aesthetic" --disc_first 200 --disc_lr 3e-4 --reward_noise 0.2 \
+                --eta 0.05 --w_aesthetic 0.0003 --w_alignment 0.0003 --w_coherence 0.1 \
+                --seed "$seed" --wandb off --out "$OUT/pefl$seed"
+        done
+        finish
+    fi
+    [ "${JUDGE:-1}" = 1 ] || continue
+    case $part in
+        variants) judge variants --t2i True --base assets/base -- editnet cached controlnet textcontrol concat ;;
+        weights) judge weights -- weighted unweighted ;;
+        region) judge region -- editnet freeform ;;
+        aspects) judge aspects --aspects 9:16,2:3,1:1,3:2,16:9 -- editnet aspects ;;
+        pefl) judge pefl -- editnet pefl ;;
     esac
 done
