@@ -18,6 +18,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def shrink(mask: Tensor, stride: int) -> Tensor:
+    """[B, 1, H, W] -> [B, 1, H/s, W/s]: a latent is regenerated when any of its pixels is."""
+    return mask if stride == 1 else F.max_pool2d(mask, stride)
+
+
 class PixelSpace:
     """The latent space of models that work on pixels: the picture itself, [B, 3, H, W] in [-1, 1]."""
 

@@ -13,6 +13,7 @@ Conventions (flow.py): x_t = (1 - t) x_0 + t noise, v = noise - x_0, t in [0, 1]
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -414,8 +415,12 @@ class ByteText(nn.Module):
 
 
 class Editor(nn.Module):
-    """The trained generator: an MMDiT and, when it learns from scratch, its text encoder."""
+    """The trained generator: an MMDiT and, when it learns from scratch, its text encoder.
 
+    read: captions -> txt, vec, for a model without a text encoder of its own; stack.py sets it.
+    """
+
+    read: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None
     X0_T_MIN = 0.05  # v = (x_t - x0) / t divides by at least this: errors explode at t -> 0 (default ours)
 
     def __init__(self, cfg: EditorConfig):
@@ -431,6 +436,8 @@ class Editor(nn.Module):
 
     def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """[B] captions -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's null condition."""
+        if not self.cfg.txt_bytes:
+            return self.read(captions)
         return self.text(self.text.tokenize(captions).to(self.mmdit.pos_embed.device))
 
     def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor,
@@ -547,6 +554,8 @@ class EditNet(nn.Module):
 
     def encode_text(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """[B] instructions -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's null condition."""
+        if not self.cfg.txt_bytes:
+            return self.base.read(instructions)
         return self.text(self.text.tokenize(instructions).to(self.base.mmdit.pos_embed.device))
 
     def base_only(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
     python sample.py erase --ckpt out/pefl --image photos/ --out out/erased      # masks: photos/NAME.mask.png
     python sample.py inpaint --ckpt out/pefl --jsonl edits.jsonl --num_samples 4 --seed 7
     torchrun --nproc_per_node=8 sample.py t2i --ckpt out/base --jsonl prompts.jsonl   # a share for each rank
+    python sample.py t2i --ckpt stable-diffusion-3-medium/ --prompt "a red fox" --steps 28 --guidance 7
     python sample.py edit --ckpt out/editnet --image a.png --instruction "make it snow" "remove the red star"
     python sample.py edit --ckpt out/editnet --jsonl GEdit-Bench/data --out out/gedit  # the scorer's tree
 
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -41,16 +42,21 @@ from tqdm import tqdm
 import common
 import data
 import flow
+import frozen
 import masks
 import model
 import pictures
+import stack
+import weights
 from order import bucket, shapes
 
 
 @dataclass
 class Config:
     task: tyro.conf.Positional[Literal["t2i", "inpaint", "outpaint", "erase", "edit"]]  # what to make
-    ckpt: str  # checkpoint folder: a run, one of its steps, or a shipped one such as assets/base
+    ckpt: Annotated[str, tyro.conf.arg(aliases=["--base"])]  # a run, one of its steps, or SD3 weights
+    sd3: str | None = None  # SD3's VAE and text encoders; None = those --ckpt is or came with
+    tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
     out: str = "out/samples"  # folder for the results, samples.jsonl, sheet.png; overwrites earlier ones
     image: str | None = None  # picture, or a folder of them (broken ones are then skipped and counted)
     mask: str | None = None  # white = regenerate; file or folder of NAME.png; default NAME.mask.png beside it
@@ -111,8 +117,10 @@ def main(cfg: Config) -> None:
     net, manifest = load_net(cfg)
     net.to(dist.device).eval().requires_grad_(False)
     trained = manifest.get("config", {})
-    shift = float(trained.get("shift", 1.0)) if cfg.shift is None else cfg.shift
-    size = working_size(cfg, trained, net.cfg.patch)
+    shift = float(trained.get("shift") or 1.0) if cfg.shift is None else cfg.shift
+    known = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
+    space, _ = stack.surround(net, known, dist.device, f"--ckpt: {cfg.ckpt}", cfg.tokenizers)
+    size = working_size(cfg, trained, net.cfg.patch * space.stride)
     aspects = bool(trained.get("aspects")) or cfg.task == "t2i"
     common.print0(f"{cfg.task}: {common.n_params(net) / 1e6:.1f} M parameters, step {manifest['step']}, "
                   f"{dist.device}, {len(items)} input(s), worked on at {size}x{size} or a shape of that area")
@@ -132,7 +140,7 @@ def main(cfg: Config) -> None:
         jobs = []
         for item in mine[start:start + 4 * cfg.batch_size]:
             try:
-                jobs.append(load_job(item, cfg.task, size, net.cfg, aspects))
+                jobs.append(load_job(item, cfg.task, size, net.cfg, space.stride, aspects))
             except SystemExit as e:
                 if not many:
                     bar.leave = False
@@ -146,7 +154,8 @@ def main(cfg: Config) -> None:
             later = []
             for batch in batches(todo, cfg.batch_size):
                 x0 = draw(
-                    net, [job.prompt for job, _ in batch], torch.stack([job.mask_in for job, _ in batch]),
+                    net, space, [job.prompt for job, _ in batch],
+                    torch.stack([job.mask_in for job, _ in batch]),
                     torch.stack([job.masked for job, _ in batch]),
                     [common.generators(job.seed, 0, [k])[0] for job, k in batch], **settings,
                     tick=lambda: bar.update(len(batch)))
@@ -190,53 +199,55 @@ def main(cfg: Config) -> None:
 
 
 @torch.inference_mode()
-def generate(editor: model.Editor, captions: list[str], mask: Tensor, masked: Tensor,
+def generate(editor: model.Editor, space, captions: list[str], mask: Tensor, masked: Tensor,
              gens: list[torch.Generator], steps: int = 20, guidance: float = 1.0, shift: float = 1.0,
              solver: str = "euler", keep_known: bool = False, bf16: bool = True,
              tick: Callable[[], object] = lambda: None) -> Tensor:
-    """Sample pictures at the model's own resolution -> x0 [B, C, H, W], fp32, not clamped.
+    """Sample pictures at the model's own resolution -> [B, 3, H, W], fp32, not clamped.
 
-    captions [B]; mask [B, 1, H, W], 1 = regenerate, and masked = x_0 (1 - mask) [B, C, H, W], on any device
-    (ones and zeros for text to image); gens: one CPU generator per picture, for its noise. With guidance 1
-    the null prompt "" is not evaluated. keep_known blends the known region in after every step. tick: called
-    at every evaluation.
+    space: frozen.PixelSpace or VAE; captions [B]; mask [B, 1, H, W], 1 = regenerate, and masked = the picture
+    times (1 - mask) [B, 3, H, W], on any device (ones and zeros for text to image); gens: one CPU generator
+    per picture, for its noise. With guidance 1 the null prompt "" is not evaluated. keep_known blends the
+    known region in after every step. tick: called at every evaluation.
     """
     device = editor.mmdit.pos_embed.device
-    mask, masked = mask.to(device), masked.to(device)
-    noise = common.randn(gens, masked.shape[1:], device)
+    mask = frozen.shrink(mask.to(device), space.stride)
+    known = [mask, space.encode(masked.to(device))] if editor.cfg.inpaint else []
+    noise = common.randn(gens, (space.channels, *mask.shape[2:]), device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         txt, vec = editor.encode_text(captions)
         null_txt, null_vec = (x.expand(len(captions), *x.shape[1:]) for x in editor.encode_text([""]))
-        both = [torch.cat(p) for p in ((txt, null_txt), (vec, null_vec), (mask, mask), (masked, masked))]
+        both = [torch.cat(p) for p in ((txt, null_txt), (vec, null_vec), *((y, y) for y in known))]
 
         def plain(x: Tensor, t: Tensor) -> Tensor:
             tick()
-            return editor(x, t, txt, vec, mask, masked)
+            return editor(x, t, txt, vec, *known)
 
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             tick()
             return editor(x.repeat(2, 1, 1, 1), t.repeat(2), *both).float().chunk(2)
 
         denoise = plain if guidance == 1 else flow.guide(pair, guidance)
-        known = dict(known=masked, noise=noise, mask=mask) if keep_known else {}
-        return flow.sample(denoise, noise, flow.timesteps(steps, shift), solver, **known)
+        back = dict(known=known[1], noise=noise, mask=mask) if keep_known else {}
+        x0 = flow.sample(denoise, noise, flow.timesteps(steps, shift), solver, **back)
+    return space.decode(x0)
 
 
 @torch.inference_mode()
-def edit(net: model.EditNet, instructions: list[str], region: Tensor, source: Tensor,
+def edit(net: model.EditNet, space, instructions: list[str], region: Tensor, source: Tensor,
          gens: list[torch.Generator], steps: int = 20, guidance: float = 3.0, image_guidance: float = 1.5,
          shift: float = 1.0, solver: str = "euler", keep_known: bool = False, blend: bool = False,
          bf16: bool = True, tick: Callable[[], object] = lambda: None) -> Tensor:
-    """Edit pictures at the model's own resolution -> x0 [B, C, H, W], fp32, not clamped.
+    """Edit pictures at the model's own resolution -> [B, 3, H, W], fp32, not clamped.
 
-    instructions [B]; region [B, 1, H, W] in [0, 1], 1 = may change (ones: a free-form edit), and the pictures
-    source [B, C, H, W], on any device; gens: one CPU generator per picture, for its noise. guidance is that
-    of the text, image_guidance that of the source: flow.dual_weights says which rows a step evaluates, in one
-    call. keep_known blends the source outside the region in after every step, blend after every second one
-    (flow.sample). tick: called at every evaluation.
+    space: frozen.PixelSpace or VAE; instructions [B]; region [B, 1, H, W] in [0, 1], 1 = may change (ones: a
+    free-form edit), and the pictures source [B, 3, H, W], on any device; gens: one CPU generator
+    per picture, for its noise. guidance is that of the text, image_guidance that of the source:
+    flow.dual_weights says which rows a step evaluates, in one call. keep_known blends the source outside the region in after every
+    step, blend after every second one (flow.sample). tick: called at every evaluation.
     """
     device = net.base.mmdit.pos_embed.device
-    region, source = region.to(device), source.to(device)
+    region, source = frozen.shrink(region.to(device), space.stride), space.encode(source.to(device))
     noise = common.randn(gens, source.shape[1:], device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         null = [x.expand(len(instructions), *x.shape[1:]) for x in net.encode_text([""])]
@@ -248,7 +259,8 @@ def edit(net: model.EditNet, instructions: list[str], region: Tensor, source: Te
             return velocity(x, t)
 
         known = dict(known=source, noise=noise, mask=region) if keep_known or blend else {}
-        return flow.sample(denoise, noise, flow.timesteps(steps, shift), solver, **known, alternate=blend)
+        x0 = flow.sample(denoise, noise, flow.timesteps(steps, shift), solver, **known, alternate=blend)
+    return space.decode(x0)
 
 
 def batches(pairs: list[tuple["Job", int]], batch_size: int) -> Iterator[list[tuple["Job", int]]]:
@@ -601,8 +613,12 @@ def json_rows(path: Path, root: Path | None) -> tuple[str, Path, list[tuple[str,
 
 def load_net(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
     """The model of --ckpt with the weights asked for, on the CPU, and its manifest."""
-    names = ("ema", "model") if cfg.weights == "auto" else cfg.weights
-    tensors, manifest = common.load_checkpoint(cfg.ckpt, names)
+    if weights.is_public(cfg.ckpt):
+        state, manifest = stack.open_public(cfg.ckpt)
+        tensors = {"model": state}
+    else:
+        tensors, manifest = common.load_checkpoint(cfg.ckpt, ("ema", "model") if cfg.weights == "auto"
+                                                   else cfg.weights)
     arch = manifest.get("arch", {})
     kind, wanted = arch.get("kind"), "editnet" if cfg.task == "edit" else "editor"
     if kind != wanted:
@@ -611,8 +627,6 @@ def load_net(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
         fix = fix.get(kind, f"give an {wanted}'s folder")
         raise SystemExit(f"error: {cfg.ckpt}: holds a {kind!r}, {cfg.task} needs an {wanted!r}: {fix}")
     net = (model.build_editnet if cfg.task == "edit" else model.build_editor)(arch, cfg.ckpt)
-    if not net.cfg.txt_bytes:
-        raise SystemExit(f"error: {cfg.ckpt}: needs a VAE and text encoders: give a pixel-space model")
     if cfg.task not in ("t2i", "edit") and not net.cfg.inpaint:
         raise SystemExit(f"error: {cfg.ckpt}: {cfg.task} needs a model trained with --stage inpaint")
     name = "ema" if "ema" in tensors else "model"
@@ -620,12 +634,13 @@ def load_net(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
     return net, manifest
 
 
-def working_size(cfg: Config, trained: dict, patch: int) -> int:
+def working_size(cfg: Config, trained: dict, stride: int) -> int:
     size = cfg.size or trained.get("image_size")
     if not size:
         raise SystemExit(f"error: {cfg.ckpt}/manifest.json: it has no config.image_size: give --size")
-    if size % patch:
-        raise SystemExit(f"error: --size: {size}: must be a multiple of the model's patch, {patch}")
+    if size % stride:
+        raise SystemExit(f"error: --size: {size}: must be a multiple of {stride}, the model's patch in "
+                         "pixels")
     return size
 
 
@@ -652,8 +667,9 @@ class Job:
     results: dict[tuple[int, int], Image.Image] = field(default_factory=dict)  # sample, turn -> thumbnail
 
 
-def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, aspects: bool) -> Job:
-    """Read one input. SystemExit (pictures.BadFile) with one line when it cannot be used."""
+def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, stride: int, aspects: bool) -> Job:
+    """Read one input; a token is patch * stride pixels. SystemExit (pictures.BadFile), one line, when it
+    cannot be used."""
     source, about, regions, texts = None, {}, [], item.get("instructions") or [item["prompt"]]
     if task == "t2i":
         canvas = np.zeros((item["height"] or size, item["width"] or size, 3), np.uint8)
@@ -677,14 +693,15 @@ def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, aspects
     elif task != "t2i":
         mask, path = find_mask(item, *source.shape[:2])
         about["mask"] = str(path.resolve())
-    if any(len(text.encode(errors="replace")) > arch.txt_bytes for text in texts):
+    if arch.txt_bytes and any(len(text.encode(errors="replace")) > arch.txt_bytes for text in texts):
         common.print0(f"note: {item['name']}: the model reads {arch.txt_bytes} bytes of the prompt")
-    H, W = bucket(*mask.shape, size, arch.patch, aspects)
+    token = arch.patch * stride
+    H, W = bucket(*mask.shape, size, token, aspects)
     if task == "edit" and aspects:  # an edit must not go to the margin: rather a shape between two buckets
-        H, W = shapes(size, arch.patch, (min(max(mask.shape[0] / mask.shape[1], 1 / 4), 4),))[0]
-    if max(H, W) > arch.pos_max * arch.patch:
+        H, W = shapes(size, token, (min(max(mask.shape[0] / mask.shape[1], 1 / 4), 4),))[0]
+    if max(H, W) > arch.pos_max * token:
         raise SystemExit(f"error: --size: {size}: {item['name']} needs {W}x{H}, the model takes "
-                         f"at most {arch.pos_max * arch.patch} a side: give a smaller --size")
+                         f"at most {arch.pos_max * token} a side: give a smaller --size")
     fitted = to_work(canvas, mask, H, W, hide=task != "edit")
     return Job(item["name"], texts[0], item["seed"], source, canvas, mask, *fitted, about, item, 0, regions)
 

@@ -5,12 +5,14 @@
     python train_omni.py --stage edit --init assets/base --out out/editnet    # EditNet on top of either
     torchrun --nproc_per_node=8 train_omni.py --stage inpaint --data /photos --preset small --image_size 256
 
+    python train_omni.py --stage edit --init sd3_medium.safetensors --cache out/cache --out out/sd3
+
 The same command again resumes. Data: "scenes", a folder of pictures, or parquet (see data.py); for --stage
 edit "scenes" or pairs in a published form, such as omniedit:PATH (see edits.py).
 """
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -18,7 +20,10 @@ import tyro
 import common
 import data
 import flow
+import frozen
 import model
+import stack
+import weights
 
 
 @dataclass
@@ -27,7 +32,10 @@ class Config:
     data: str = "scenes"  # "scenes", a folder of pictures, a .parquet file / folder; edit: pairs, PRESET:PATH
     stage: Literal["base", "inpaint", "edit"] = "inpaint"  # text to image; with mask; with source
     preset: str = "tiny"  # architecture, see PRESETS in model.py; ignored with --init
-    init: str | None = None  # checkpoint folder to start from (its EMA); a base is widened for inpainting
+    init: Annotated[str | None, tyro.conf.arg(aliases=["--base"])] = None  # to start from: checkpoint or SD3
+    sd3: str | None = None  # SD3's VAE and text encoders; None = those --init came with
+    tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
+    cache: str | None = None  # folder of cache.py: its text features in place of the text encoders
     variant: Literal["editnet", "controlnet", "textcontrol", "concat"] = "editnet"  # edit: see model.EditNet
     cached: bool = False  # edit: source tokens see source and text only and are computed once per edit
     tune_base: Literal["frozen", "lora", "full"] | None = None  # edit: None = frozen, but full for concat
@@ -51,7 +59,7 @@ class Config:
     t_density: Literal["logit_normal", "uniform"] = "uniform"  # distribution of training times
     t_shift: float = 3.0  # moves training times towards noise, where captions decide (SD3: 3 at 1024^2)
     t_weight: float = 1.0  # the squared error of v counts t ** t_weight: 0 is v's own error, 2 that of x_0
-    shift: float = 1.0  # of the sampler's times; the checkpoint carries it to sample.py and train_pefl.py
+    shift: float | None = None  # of the sampler's times, for sample.py, train_pefl.py; None = as --init, or 1
     text_lr: float = 0.2  # factor on lr for the text encoder, whose words otherwise collapse into one
     p_t2i: float = 0.25  # inpainting stage: share of pictures generated whole; data.TASKS divides the rest
     drop_caption: float = 0.1  # captions replaced by "", for classifier-free guidance
@@ -79,11 +87,14 @@ def main(cfg: Config) -> None:
     # 1) model: from scratch, or from a checkpoint; a base's patch embedding gets zero columns for the mask
     #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
-    editor = build(cfg)
-    if cfg.image_size % editor.cfg.patch:
-        raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of the patch, "
-                         f"{editor.cfg.patch}")
+    editor, surroundings = build(cfg)
     editor.to(device)
+    space, surroundings = stack.surround(editor, surroundings, device, f"--init: {cfg.init}", cfg.tokenizers,
+                                         cfg.cache)
+    stride = editor.cfg.patch * space.stride
+    if cfg.image_size % stride:
+        raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of {stride}, the "
+                         "model's patch in pixels")
     base = editor.base if cfg.stage == "edit" else editor
     base.mmdit.checkpoint = cfg.checkpointing
     size, trained = (common.n_params(editor, only) / 1e6 for only in (False, True))
@@ -93,7 +104,7 @@ def main(cfg: Config) -> None:
         return common.print0(budget(cfg, editor))
 
     # 2) optimiser, averaged weights
-    text = {id(p) for p in editor.text.parameters()}
+    text = {id(p) for p in editor.text.parameters()} if editor.cfg.txt_bytes else {}
     groups = [{**g, "params": [p for p in g["params"] if (id(p) in text) == words], "factor": factor}
               for words, factor in ((False, 1.0), (True, cfg.text_lr))
               for g in model.param_groups(editor, cfg.weight_decay)]
@@ -117,11 +128,12 @@ def main(cfg: Config) -> None:
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     if cfg.compile:
         editor.compile(dynamic=False)
-        editor.text.compile(dynamic=False)
+        if editor.cfg.txt_bytes:
+            editor.text.compile(dynamic=False)
 
     # 4) data: batch s is a function of (seed, s, rank, world)
     at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
-              start_step=step * cfg.accum, stride=editor.cfg.patch)
+              start_step=step * cfg.accum, stride=stride)
     if cfg.stage == "edit":
         source = data.open_edits(cfg.data, "train")
         loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region, **at)
@@ -129,7 +141,7 @@ def main(cfg: Config) -> None:
         source = data.open_source(cfg.data, "train")
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
     common.print0(loader.summary)
-    grid = sample_inputs(cfg, editor)
+    grid = sample_inputs(cfg, stride)
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
     perf = common.Perf()
     bad_steps = lost_saves = 0
@@ -142,12 +154,13 @@ def main(cfg: Config) -> None:
         for micro in range(cfg.accum):
             with perf.wait():
                 batch = next(loader)
-            x0 = batch["image"].to(device)                                                   # [B, 3, H, W]
+            with torch.no_grad():
+                x0 = space.encode(batch["image"].to(device))                                 # [B, C, h, w]
 
             # 5) everything random comes from (seed, step, global position of the sample)
             gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
             t = flow.sample_t(common.rand(gens, device), cfg.t_density, cfg.t_shift)                     # [B]
-            captions, *condition = conditions(cfg, batch, common.rand(gens), device)
+            captions, *condition = conditions(cfg, batch, common.rand(gens), space, device)
             noise = common.randn(gens, x0.shape[1:], device)
 
             # 6) flow matching: lambda t^w || v_theta(x_t, t, c, condition) - (noise - x_0) ||^2
@@ -188,13 +201,13 @@ def main(cfg: Config) -> None:
                                  **perf.read()})
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == cfg.steps) and common.is_main(dist):
             with ema.swapped(), torch.inference_mode(), autocast:
-                metrics.images(step, {"samples": sample_sheet(cfg, editor, grid, device)})
+                metrics.images(step, {"samples": sample_sheet(cfg, editor, space, grid, device)})
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             saved = common.save_checkpoint(
                 cfg.out, step,
                 {**model.trained_tensors(editor, ema), "optimizer": common.optimizer_tensors(opt)},
                 {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step,
-                 "run_id": metrics.run_id}, cfg.keep, dist)
+                 "run_id": metrics.run_id, "stack": surroundings}, cfg.keep, dist)
             lost_saves = common.count_lost(cfg.out, saved, lost_saves, step == cfg.steps or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
@@ -214,7 +227,7 @@ def check(cfg: Config) -> None:
     if not cfg.init and cfg.preset not in model.PRESETS:
         refuse("preset", f"use one of {', '.join(model.PRESETS)}")
     if not cfg.init and not model.PRESETS[cfg.preset].txt_bytes:
-        refuse("preset", "needs a VAE and text encoders: use tiny or small")
+        refuse("preset", "needs a VAE and text encoders: use tiny or small, or give --init SD3's weights")
     for flag in ("image_size", "batch_size", "accum", "steps", "log_every", "save_every"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
@@ -229,7 +242,7 @@ def check(cfg: Config) -> None:
         if not 0 <= getattr(cfg, flag) <= 1:
             refuse(flag, "must be a probability from 0 to 1")
     for flag in ("shift", "t_shift"):
-        if not getattr(cfg, flag) > 0:
+        if getattr(cfg, flag) is not None and not getattr(cfg, flag) > 0:
             refuse(flag, "must be above 0; 1 leaves the times as they are")
     if not 0 <= cfg.drop_edit <= 1 / 3:
         refuse("drop_edit", "must be from 0 to 1/3: it is the share of each of three kinds")
@@ -246,39 +259,43 @@ def check(cfg: Config) -> None:
         refuse("lora", "must be at least 1")
 
 
-def build(cfg: Config) -> model.Editor | model.EditNet:
-    """The model of the stage with its starting weights, on the CPU; what stays frozen needs no gradient."""
+def build(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
+    """The model of the stage with its starting weights, on the CPU, what stays frozen without gradient; and
+    what its manifest says of its surroundings (stack.surround). Fills in --shift."""
     if not cfg.init:
         arch = model.PRESETS[cfg.preset]
-        return model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch)
-    weights, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
-    arch, weights = manifest["arch"], weights.get("ema") or weights["model"]
+        cfg.shift = cfg.shift or 1.0
+        return model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch), {}
+    if weights.is_public(cfg.init):
+        state, manifest = stack.open_public(cfg.init)
+    else:
+        tensors, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
+        state = tensors.get("ema") or tensors["model"]
+    arch = manifest["arch"]
+    cfg.shift = cfg.shift or manifest.get("config", {}).get("shift") or 1.0
+    surroundings = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
     if cfg.stage == "edit":
-        return build_edit(cfg, arch, weights)
+        return build_edit(cfg, arch, state), surroundings
     arch = arch | {"inpaint": arch.get("inpaint", False) or cfg.stage == "inpaint"}
-    if not arch.get("txt_bytes", 1):
-        raise SystemExit(f"error: --init: {cfg.init}: needs a VAE and text encoders: name one without")
     if cfg.stage == "base" and arch.get("inpaint"):
         raise SystemExit(f"error: --stage: base: {cfg.init} is an inpainting model: use --stage inpaint")
     editor = model.build_editor(arch, f"--init: {cfg.init}")
-    weights = model.widen_input(weights, editor.cfg.in_channels, "mmdit.x_embedder.proj.weight")
-    common.load_state(editor, weights, cfg.init)
-    return editor
+    state = model.widen_input(state, editor.cfg.in_channels, "mmdit.x_embedder.proj.weight")
+    common.load_state(editor, state, cfg.init)
+    return editor, surroundings
 
 
-def build_edit(cfg: Config, arch: dict, weights: dict) -> model.EditNet:
+def build_edit(cfg: Config, arch: dict, state: dict) -> model.EditNet:
     """A new EditNet of the variant on a base, or one that was trained before; frozen as --tune_base says."""
     if arch.get("kind") == "editnet":
         net = model.build_editnet(arch, f"--init: {cfg.init}")
         if (net.variant, net.cached) != (cfg.variant, cfg.cached):
             raise SystemExit(f"error: --init: {cfg.init}: holds --variant {net.variant}"
                              f"{' --cached' * net.cached}: give the same flags, or a base")
-        common.load_state(net, weights, cfg.init)
+        common.load_state(net, state, cfg.init)
     else:
         base = model.build_editor(arch, f"--init: {cfg.init}")
-        if not base.cfg.txt_bytes:
-            raise SystemExit(f"error: --init: {cfg.init}: needs a VAE and text encoders: name one without")
-        common.load_state(base, weights, cfg.init)
+        common.load_state(base, state, cfg.init)
         net = model.EditNet(base.cfg, cfg.variant, cfg.cached)
         net.attach(base.state_dict())
     tuned = cfg.tune_base or ("full" if cfg.variant == "concat" else "frozen")
@@ -286,24 +303,27 @@ def build_edit(cfg: Config, arch: dict, weights: dict) -> model.EditNet:
         net.base.requires_grad_(False)
     elif tuned == "lora":
         model.add_lora(net.base, cfg.lora)
-    else:
+    elif net.cfg.txt_bytes:
         net.base.text.requires_grad_(False)  # instructions are read by net.text; captions stay as they are
     return net
 
 
-def conditions(cfg: Config, batch: dict, u: torch.Tensor, device: torch.device) -> tuple:
-    """Captions and the two pictures that go with them, some dropped for guidance; u [B] uniform in [0, 1).
+def conditions(cfg: Config, batch: dict, u: torch.Tensor, space, device: torch.device) -> tuple:
+    """Captions, and the latents and masks that go with them, some dropped for guidance; u [B] in [0, 1).
 
-    base, inpaint: caption; m, x_0 (1 - m). edit: instruction; source, region, dropped by one draw as in
-    InstructPix2Pix: with p = drop_edit text alone below p, both up to 2p, source alone up to 3p.
+    base: caption. inpaint: caption; m, x_0 (1 - m). edit: instruction; source, region, dropped by one draw as
+    in InstructPix2Pix: with p = drop_edit text alone below p, both up to 2p, source alone up to 3p.
     """
-    image, mask = batch["image"].to(device), batch["mask"].to(device)       # [B, 3, H, W], [B, 1, H, W]
     if cfg.stage != "edit":
         captions = [c if keep else "" for c, keep in zip(batch["caption"], (u >= cfg.drop_caption).tolist())]
-        return captions, mask, image * (1 - mask)
+        if cfg.stage == "base":
+            return captions,
+        image, mask = batch["image"].to(device), batch["mask"].to(device)   # [B, 3, H, W], [B, 1, H, W]
+        return captions, frozen.shrink(mask, space.stride), space.encode(image * (1 - mask))
     captions = [c if keep else "" for c, keep in zip(batch["caption"], (u >= 2 * cfg.drop_edit).tolist())]
     null = ((u >= cfg.drop_edit) & (u < 3 * cfg.drop_edit)).to(device)[:, None, None, None]
-    return captions, batch["source"].to(device).masked_fill(null, 0.0), mask.masked_fill(null, 1.0)
+    source, mask = space.encode(batch["source"].to(device)), batch["mask"].to(device)
+    return captions, source.masked_fill(null, 0.0), frozen.shrink(mask, space.stride).masked_fill(null, 1.0)
 
 
 def importance(cfg: Config, batch: dict) -> torch.Tensor:
@@ -350,27 +370,29 @@ def task_mixture(cfg: Config) -> dict[str, float]:
     return {"t2i": cfg.p_t2i} | {task: p * (1 - cfg.p_t2i) / sum(rest.values()) for task, p in rest.items()}
 
 
-def sample_inputs(cfg: Config, editor: model.Editor | model.EditNet) -> dict:
+def sample_inputs(cfg: Config, stride: int) -> dict:
     """The fixed held-out pictures, masks and captions of every sample sheet."""
     if cfg.stage == "edit":
         source = data.open_edits(cfg.data, "heldout")
         return next(data.make_edit_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
-                                                stride=editor.cfg.patch, p_region=cfg.p_region))
+                                                stride=stride, p_region=cfg.p_region))
     source = data.open_source(cfg.data, "heldout")
     return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
-                                       task_mixture(cfg), stride=editor.cfg.patch))
+                                       task_mixture(cfg), stride=stride))
 
 
-def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, batch: dict, device: torch.device):
+def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch: dict,
+                 device: torch.device):
     """Contact sheet at 20 steps without guidance and with it: 3; for edits text 3, source 1.5.
 
     Columns: picture, masked input; or source and target of an edit. Rows are titled by caption.
     """
-    x0 = batch["image"].to(device)
-    captions, *condition = conditions(cfg, batch, torch.ones(len(x0)), device)
+    image = batch["image"].to(device)
+    captions, *condition = conditions(cfg, batch, torch.ones(len(image)), space, device)
     txt, vec = editor.encode_text(captions)
-    null = editor.encode_text([""] * len(x0))
-    noise = common.randn(common.generators(cfg.seed, 0, range(len(x0)), stream=1), x0.shape[1:], device)
+    null = editor.encode_text([""] * len(image))
+    gens = common.generators(cfg.seed, 0, range(len(image)), stream=1)
+    noise = common.randn(gens, space.encode(image[:1]).shape[1:], device)
     ts = flow.timesteps(20, cfg.shift)
 
     def plain(x, t):
@@ -380,8 +402,9 @@ def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, batch: dict,
         guided = flow.edit_denoise(editor, (txt, vec), null, *condition, 3.0, 1.5)
     else:
         guided = flow.guide(lambda x, t: (plain(x, t), editor(x, t, *null, *condition)), 3.0)
-    columns = [batch["source"], x0] if cfg.stage == "edit" else [x0, condition[1]]
-    columns += [flow.sample(net, noise, ts) for net in (plain, guided)]
+    mask = batch["mask"].to(device)
+    columns = [batch["source"], image] if cfg.stage == "edit" else [image, image * (1 - mask)]
+    columns += [space.decode(flow.sample(net, noise, ts)) for net in (plain, guided)]
     titles = ["source", "target"] if cfg.stage == "edit" else ["picture", "input"]
     rows = [list(row) for row in zip(*(c.cpu() for c in columns))]
     return common.contact_sheet(rows, [*titles, "20 steps", "guided"], row_titles=batch["caption"])

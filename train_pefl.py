@@ -3,6 +3,7 @@
     python train_pefl.py --aesthetic out/aesthetic --alignment out/alignment --out out/pefl
     torchrun --nproc_per_node=8 train_pefl.py --base out/inpaint --aesthetic ... --alignment ... --data ...
     python train_pefl.py --base out/editnet --aesthetic ...       # an instruction editor, on pairs (Sec. 5)
+    python train_pefl.py --base sd3_medium_folder --alignment imagereward:ImageReward.pt,vocab.txt --vgg ...
 
 One step, for a picture x, a mask m, a caption c (Sec. 3.1):
     stage 1   noise the masked input x (1 - m) to the fixed step T1; the noisier steps are skipped
@@ -32,13 +33,19 @@ import data
 import flow
 import frozen
 import model
+import stack
+import towers
+import weights
 
 
 @dataclass
 class Config:
-    base: str = "assets/base"  # checkpoint folder of the inpainting model or instruction editor to tune
-    aesthetic: str | None = None  # checkpoint folder of the aesthetic reward R_alpha; None = without it
-    alignment: str | None = None  # checkpoint folder of the alignment reward R_beta; None = without it
+    base: str = "assets/base"  # to tune: an inpainting model's or instruction editor's folder, or SD3 weights
+    sd3: str | None = None  # SD3's VAE and text encoders; None = those --base came with
+    tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
+    cache: str | None = None  # folder of cache.py: its text features in place of the text encoders
+    aesthetic: str | None = None  # aesthetic reward R_alpha: a folder, or a published NAME:PATH,PATH
+    alignment: str | None = None  # alignment reward R_beta, likewise; towers.open_reward names the published
     heldout_reward: str | None = None  # a reward that is logged and never trained on: the hacking alarm
     out: str = "out/pefl"  # run folder: checkpoints, metrics.jsonl, sample sheets
     data: str = "scenes"  # "scenes", a folder of pictures, a .parquet file / folder; an editor's: PRESET:PATH
@@ -94,12 +101,17 @@ def main(cfg: Config) -> None:
 
     # 1) the editor to tune, and a frozen copy that says how far it has moved
     editor, manifest = load_editor(cfg.base)
+    surroundings = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
     image_size = cfg.image_size or manifest.get("config", {}).get("image_size", 32)
     shift = manifest.get("config", {}).get("shift", 1.0) if cfg.shift is None else cfg.shift
-    if image_size % editor.cfg.patch:
-        raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of the editor's patch, "
-                         f"{editor.cfg.patch}")
     editor.to(device)
+    space, surroundings = stack.surround(editor, surroundings, device, f"--base: {cfg.base}", cfg.tokenizers,
+                                         cfg.cache)
+    space.checkpoint = cfg.checkpointing
+    patch = editor.cfg.patch * space.stride
+    if image_size % patch:
+        raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of {patch}, the editor's "
+                         "patch in pixels")
     base = copy.deepcopy(editor).requires_grad_(False)
     instructed = isinstance(editor, model.EditNet)
     if cfg.lora:
@@ -108,16 +120,16 @@ def main(cfg: Config) -> None:
         editor.to(device)
     (editor.base if instructed else editor).mmdit.checkpoint = cfg.checkpointing
     trained = [p for p in editor.parameters() if p.requires_grad]
-    space = frozen.PixelSpace()
 
     # 2) rewards: aesthetic and alignment are frozen; coherence learns online and is the discriminator
     named = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "heldout_reward": cfg.heldout_reward}
     rewards = {flag.removesuffix("_reward"): load_reward(path, device, f"--{flag}: {path}")
                for flag, path in named.items() if path}
-    weights = {"aesthetic": cfg.w_aesthetic, "alignment": cfg.w_alignment}
+    scores = {name: score_of(net) for name, net in rewards.items()}
+    weighted = {"aesthetic": cfg.w_aesthetic, "alignment": cfg.w_alignment}
     perceptual, perceptual_name = load_perceptual(cfg, rewards, device)
     torch.manual_seed(cfg.seed)
-    disc = load_coherence(cfg, image_size, editor.cfg.patch * space.stride).to(device)
+    disc = load_coherence(cfg, image_size, patch).to(device)
     common.print0(
         f"editor {common.n_params(editor) / 1e6:.1f} M "
         f"({sum(p.numel() for p in trained) / 1e6:.2f} M trained), "
@@ -151,8 +163,8 @@ def main(cfg: Config) -> None:
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id=run_id, resumed_from=step or None)
 
     # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions
-    towers = [r.cfg.patch for r in rewards.values()] if not cfg.vgg else []  # L_vgg's features, unresized
-    stride = math.lcm(editor.cfg.patch * space.stride, disc.cfg.patch, *towers)
+    seen_by = [r.cfg.patch for r in rewards.values() if isinstance(r, model.PreferenceReward)]
+    stride = math.lcm(patch, disc.cfg.patch, *([] if cfg.vgg else seen_by))  # L_vgg's features: unresized
     tasks = {"outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint, "erase": cfg.p_erase}
     at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
               start_step=step * cfg.accum, stride=stride)
@@ -215,10 +227,9 @@ def main(cfg: Config) -> None:
                 veil = cfg.reward_noise * common.randn(gens, fake.shape[1:], device)
                 seen = fake + veil
                 losses = {}
-                for name, weight in weights.items():
-                    if name in rewards and weight:
-                        net, tokens = rewards[name], rewards[name].tokenize(told, device)
-                        score = maybe_checkpoint(cfg, net.normalised, seen, *tokens)
+                for name, weight in weighted.items():
+                    if name in scores and weight:
+                        score = maybe_checkpoint(cfg, scores[name], seen, told)
                         asked = prompted if name == "alignment" else torch.ones_like(prompted)
                         losses[name] = (weight, (asked * reward_loss(score)).mean())
                         metrics.add(**{f"reward/{name}": score.detach()})
@@ -276,7 +287,8 @@ def main(cfg: Config) -> None:
         extra = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
         if due and common.is_main(dist):
             with ema.swapped(), torch.no_grad(), autocast:
-                alarms, sheet = judge(cfg, editor, base, rewards, grid, flow.timesteps(T, shift), device)
+                ts = flow.timesteps(T, shift)
+                alarms, sheet = judge(cfg, editor, base, space, scores, grid, ts, device)
             metrics.images(step, {"samples": sheet})
             extra |= alarms
         if due or step % cfg.log_every == 0 or step == total:
@@ -289,7 +301,7 @@ def main(cfg: Config) -> None:
                 {"arch": editor.arch,
                  "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
                  "samples": step * cfg.batch_size * cfg.accum * dist.world, "coherence_arch": disc.arch,
-                 "run_id": metrics.run_id}, dist=dist)
+                 "run_id": metrics.run_id, "stack": surroundings}, dist=dist)
             lost_saves = common.count_lost(cfg.out, saved, lost_saves, step == total or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
@@ -350,23 +362,33 @@ def phase_at(phases: list[tuple[int, int, int, int]], step: int) -> tuple[int, t
 
 
 def load_editor(path: str) -> tuple[model.Editor | model.EditNet, dict]:
-    """The averaged weights of an inpainting model or of an instruction editor, and the manifest."""
+    """The averaged weights of an inpainting model or of an instruction editor, or SD3's; and the manifest.
+
+    SD3 has no mask input: it gets one whose columns are zero, and learns to read it from the feedback alone.
+    """
+    if weights.is_public(path):
+        state, manifest = stack.open_public(path)
+        editor = model.build_editor(manifest["arch"] | {"inpaint": True}, f"--base: {path}")
+        common.print0(f"note: --base: {path}: has no mask input and begins with an empty one: "
+                      "train_omni.py --stage inpaint teaches it to read masks first")
+        common.load_state(editor, model.widen_input(state, editor.cfg.in_channels,
+                                                    "mmdit.x_embedder.proj.weight"), path)
+        return editor, manifest
     tensors, manifest = common.load_checkpoint(path, ("ema", "model"))
-    arch, weights = manifest.get("arch", {}), tensors.get("ema") or tensors["model"]
-    if not arch.get("base", arch).get("txt_bytes", 1):
-        raise SystemExit(f"error: --base: {path}: needs a VAE and text encoders: name one without")
+    arch, state = manifest.get("arch", {}), tensors.get("ema") or tensors["model"]
     if arch.get("kind") == "editnet":
         net = model.build_editnet(arch, f"--base: {path}")
-        common.load_state(net, weights, path)
+        common.load_state(net, state, path)
         if net.variant != "concat":  # its base keeps what it knows, as in train_omni.py
             net.base.requires_grad_(False)
-        net.base.text.requires_grad_(False)
+        elif net.cfg.txt_bytes:
+            net.base.text.requires_grad_(False)
         return net, manifest
     editor = model.build_editor(arch, f"--base: {path}")
     if not editor.cfg.inpaint:
         raise SystemExit(f"error: --base: {path}: a text-to-image model without mask input: run "
                          "train_omni.py --stage inpaint first")
-    common.load_state(editor, weights, path)
+    common.load_state(editor, state, path)
     return editor, manifest
 
 
@@ -382,15 +404,20 @@ def prepare(batch: dict, space, device: torch.device) -> tuple:
     if "source" not in batch:
         masked = space.encode(x * (1 - mask))
         told = ["" if task == "erase" else c for c, task in zip(batch["caption"], batch["task"])]
-        return masked, (shrink(mask, space.stride), masked), told, mask, (x, torch.ones_like(mask))
+        return masked, (frozen.shrink(mask, space.stride), masked), told, mask, (x, torch.ones_like(mask))
     source = batch["source"].to(device)
     changed = ((source - x).abs().amax(1, keepdim=True) > 0.1).float()
-    src = space.encode(source)
-    return src, (src, shrink(mask, space.stride)), batch["target_caption"], changed, (source, 1 - changed)
+    src, told = space.encode(source), batch["target_caption"]
+    return src, (src, frozen.shrink(mask, space.stride)), told, changed, (source, 1 - changed)
 
 
-def load_reward(path: str, device: torch.device, what: str) -> model.PreferenceReward:
-    """A frozen reward model in evaluation mode; `what` names it in errors."""
+def load_reward(path: str, device: torch.device, what: str):
+    """A frozen reward model in evaluation mode, or a published one: a function of picture and captions.
+
+    `what` names it in errors.
+    """
+    if path.partition(":")[0] in towers.REWARDS:
+        return towers.open_reward(path, device=device)
     tensors, manifest = common.load_checkpoint(path, ("model",))
     net = model.build_reward(manifest.get("arch", {}), what)
     if net.tokenizer is None:
@@ -399,6 +426,13 @@ def load_reward(path: str, device: torch.device, what: str) -> model.PreferenceR
     scores = manifest.get("meta", {}).get("val") or {}
     net.score_mean, net.score_std = scores.get("score_mean", 0.0), max(scores.get("score_std", 1.0), 1e-3)
     return net.to(device).eval().requires_grad_(False)
+
+
+def score_of(reward):
+    """A reward as a function of pictures [B, 3, H, W] in [-1, 1] and B captions -> [B]."""
+    if not isinstance(reward, model.PreferenceReward):
+        return reward
+    return lambda image, captions: reward.normalised(image, *reward.tokenize(captions, image.device))
 
 
 def load_coherence(cfg: Config, image_size: int, stride: int) -> model.CoherenceReward:
@@ -429,9 +463,9 @@ def load_perceptual(cfg: Config, rewards: dict, device: torch.device):
     if cfg.vgg:
         return frozen.load_vgg16(cfg.vgg).to(device), f"VGG16 ({cfg.vgg})"
     for name in ("aesthetic", "alignment"):
-        if name in rewards:
+        if isinstance(rewards.get(name), model.PreferenceReward):
             return rewards[name].image_features, f"the {name} reward's image tower (no --vgg given)"
-    return (lambda image: []), "nothing (neither --vgg nor a reward given)"
+    return (lambda image: []), "nothing (neither --vgg nor a reward of ours given)"
 
 
 def feature_l1(features, x: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -445,11 +479,6 @@ def feature_l1(features, x: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 def maybe_checkpoint(cfg: Config, fn, *inputs):
     """fn(*inputs); its activations are recomputed in the backward pass with --checkpointing."""
     return checkpoint(fn, *inputs, use_reentrant=False) if cfg.checkpointing else fn(*inputs)
-
-
-def shrink(mask: torch.Tensor, stride: int) -> torch.Tensor:
-    """[B, 1, H, W] -> [B, 1, H/s, W/s]: a latent is regenerated when any of its pixels is."""
-    return mask if stride == 1 else F.max_pool2d(mask, stride)
 
 
 def seam(mask: torch.Tensor) -> torch.Tensor:
@@ -485,10 +514,10 @@ def image_stats(x: torch.Tensor) -> dict[str, float]:
             "clipped": (x.abs() > 0.99).float().mean().item()}
 
 
-def judge(cfg: Config, editor, base, rewards: dict, batch: dict, ts: list[float], device: torch.device):
+def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[float],
+          device: torch.device):
     """Held-out samples without guidance: rewards (trained and held out), statistics over the real pictures',
     change outside the mask, distance to the frozen base in velocity and in weights; and a sheet of them."""
-    space = frozen.PixelSpace()
     x, captions = batch["image"].to(device), batch["caption"]
     start, condition, told, hole, (like, _) = prepare(batch, space, device)
     noise = common.randn(common.generators(cfg.seed, 0, range(len(x)), stream=9), start.shape[1:], device)
@@ -500,9 +529,9 @@ def judge(cfg: Config, editor, base, rewards: dict, batch: dict, ts: list[float]
         half = torch.full((len(x),), 0.5, device=device)
         v[name] = net(flow.interpolate(space.encode(x), noise, half), half, txt, vec, *condition).float()
     row = {}
-    for name, net in rewards.items():
+    for name, score in scores.items():
         for who, image in out.items():
-            row[f"judge/{name}_{who}"] = net.normalised(image, *net.tokenize(told, device)).mean().item()
+            row[f"judge/{name}_{who}"] = score(image, told).mean().item()
     real = image_stats(x)
     row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in image_stats(out["tuned"]).items()}
     keep = (1 - hole).expand_as(x)
@@ -512,7 +541,8 @@ def judge(cfg: Config, editor, base, rewards: dict, batch: dict, ts: list[float]
     plain, before = model.merged_state(editor), base.state_dict()
     moved = sum((plain[k].float() - before[k].float()).square().sum() for k in before).sqrt()
     row["alarm/weight_drift"] = (moved / sum(w.float().square().sum() for w in before.values()).sqrt()).item()
-    rows = [[p.cpu() for p in four] for four in zip(x[:8], start, out["base"], out["tuned"])]
+    given = batch["source"] if "source" in batch else x * (1 - hole)
+    rows = [[p.cpu() for p in four] for four in zip(x[:8], given, out["base"], out["tuned"])]
     sheet = common.contact_sheet(rows, ["picture", "input", "base", "tuned"], row_titles=captions[:8])
     return row, sheet
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import common
 import flow
+import frozen
 import masks
 import model
 import sample
@@ -197,8 +198,8 @@ def test_guidance_is_the_formula(at, ckpt, scales, rows):
     region[1, :, :8] = 0
     texts, sizes, ticks = ["make it red", "add a cube"], [], []
     net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    got = sample.edit(net, texts, region, source, common.generators(0, 0, [0, 1]), 3, *scales, bf16=False,
-                      tick=lambda: ticks.append(0))
+    got = sample.edit(net, frozen.PixelSpace(), texts, region, source, common.generators(0, 0, [0, 1]), 3,
+                      *scales, bf16=False, tick=lambda: ticks.append(0))
     assert sizes == [2 * rows] * 3 and len(ticks) == 3
 
     cond, null, ones = net.encode_text(texts), net.encode_text(["", ""]), torch.ones_like(region)
