@@ -5,12 +5,10 @@ which is read with `weights_only=True`.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -321,18 +319,11 @@ class VGG16(nn.Module):
 
 def load_vgg16(path: str) -> VGG16:
     """VGG16 from torchvision's vgg16-397923af.pth or a safetensors copy of it, without the classifier."""
-    try:
-        is_pickle = Path(path).suffix in (".pth", ".pt")
-        weights = torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
-    except Exception as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise SystemExit(f"error: --vgg: {path}: cannot be read ({why}): give torchvision's VGG16 weights, "
-                         ".pth or .safetensors") from None
-    net = VGG16()
-    own = net.state_dict()
-    kept = {k: v for k, v in weights.items() if k in own} if isinstance(weights, dict) else {}
-    if bad := [k for k in own if k not in kept or kept[k].shape != own[k].shape]:
-        raise SystemExit(f"error: --vgg: {path}: {bad[0]} is missing or of another shape: give torchvision's "
-                         "VGG16 weights")
-    net.load_state_dict(kept)
-    return net.eval().requires_grad_(False)
+    from weights import fill, read_weights  # not above: weights.py builds the VAE of this file
+
+    weights = read_weights(path, "--vgg: ")
+    with torch.device("meta"):
+        net = VGG16()
+    net.mean, net.std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    weights = {k: v for k, v in weights.items() if k in net.state_dict()}
+    return fill(net, weights, f"--vgg: {path}", "torchvision's VGG16", torch.float32, "cpu")

@@ -1,23 +1,17 @@
 """Public image towers and the rewards built on them, loaded from the files they are published in.
 
     1. Pictures: each network's own resizing, cropping and normalising
-    2. Files: safetensors, or .pt with weights_only=True; strict
-    3. DINO and DINOv2
-    4. CLIP, from transformers', OpenAI's or open_clip's names
-    5. ImageReward as a PreferenceReward
-    6. Rewards and judges, one function each, and by name
-
-    python towers.py convert ImageReward.pt ImageReward.safetensors
+    2. DINO and DINOv2
+    3. CLIP, from transformers', OpenAI's or open_clip's names
+    4. ImageReward as a PreferenceReward
+    5. Rewards and judges, one function each, and by name
 
 Pictures are float [B, 3, H, W] in [-1, 1], as everywhere; every score is [B] and differentiable in them.
 Sizes are read from the weights. What weights cannot tell (quick-GELU or GELU, which resizing) is an argument.
 """
 
 import math
-import pickle
 import re
-import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
@@ -37,8 +30,8 @@ from frozen import IMAGENET_MEAN, IMAGENET_STD
 from kernels import joint_attention
 from model import CLIP_MEAN, CLIP_STD, PreferenceReward, RewardConfig, RewardHead, SelfBlock, ViT
 from text_encoders import ClipLayer, ClipText, ClipTextConfig, clip_tokenizer, tokenize
+from weights import Device, count, fill, read_weights, shape_of
 
-Device = torch.device | str
 Picture = Tensor | list[Image.Image]  # [B, 3, H, W] in [-1, 1], differentiable; or PIL pictures of any sizes
 
 ####################################################################################################
@@ -123,80 +116,7 @@ def prepared(picture: Picture, prep: Prep, device: torch.device) -> Tensor:
 
 
 ####################################################################################################
-# 2. Files
-####################################################################################################
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """Tensors by name, memory-mapped, from .safetensors, a folder with model.safetensors, or .pt/.pth/.bin.
-
-    The latter are read with weights_only=True and may nest the weights under `state_dict`, `model` or
-    `teacher` (open_clip, BLIP, DINO). A prefix `module.` (DDP) or `backbone.` (DINO) is taken off.
-    """
-    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    try:
-        if file.suffix == ".safetensors":
-            weights = load_file(file)
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as e:
-        # torch's own words on a pickle recommend to load it without weights_only
-        why = "not only tensors, or damaged" if isinstance(e, pickle.UnpicklingError) else \
-            (str(e).splitlines() or [type(e).__name__])[0]
-        raise SystemExit(f"error: {file}: cannot be read ({why}): give the published .safetensors or .pt "
-                         "file") from None
-    for nest in ("state_dict", "model", "teacher"):
-        if isinstance(weights, dict) and isinstance(weights.get(nest), dict):
-            weights = weights[nest]
-    tensors = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
-    if not tensors or not weights:
-        raise SystemExit(f"error: {file}: holds no table of tensors: give the published weights")
-    return {re.sub(r"^(module\.|backbone\.)+", "", k): v for k, v in weights.items()}
-
-
-def shape_of(weights: dict[str, Tensor], key: str, path: str, what: str) -> torch.Size:
-    if key not in weights:
-        raise SystemExit(f"error: {path}: {key!r} is missing: this is no {what}; give its published weights")
-    return weights[key].shape
-
-
-def count(weights: dict[str, Tensor], stem: str) -> int:
-    """How many layers `stem`N there are."""
-    found = (re.match(re.escape(stem) + r"(\d+)\.", k) for k in weights)
-    return 1 + max((int(m[1]) for m in found if m), default=-1)
-
-
-def fill(net: nn.Module, weights: dict[str, Tensor], path: str, what: str, dtype: torch.dtype,
-         device: Device) -> nn.Module:
-    """Strictly load `weights` into `net`, built on the meta device: no second copy. Frozen, in eval mode."""
-    own = net.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        raise SystemExit(f"error: {path}: {len(missing)} tensors are missing, {missing[0]!r} first: give the "
-                         f"whole file of {what}")
-    if unknown := sorted(weights.keys() - own.keys()):
-        raise SystemExit(f"error: {path}: {len(unknown)} tensors are not of {what}, {unknown[0]!r} first: "
-                         "give its published weights")
-    for k, v in weights.items():
-        if v.shape != own[k].shape:
-            raise SystemExit(f"error: {path}: {k!r} is {list(v.shape)}, {what} of this size has "
-                             f"{list(own[k].shape)}: give its published weights")
-        if not v.is_floating_point():
-            raise SystemExit(f"error: {path}: {k!r} is {v.dtype}: give weights in fp32, fp16 or bf16")
-    net.load_state_dict({k: v.to(device, dtype).contiguous() for k, v in weights.items()}, assign=True)
-    return net.eval().requires_grad_(False)
-
-
-def convert(source: str, target: str) -> None:
-    """A pickled table of tensors -> safetensors, names as `read_weights` gives them."""
-    if Path(target).suffix != ".safetensors":
-        raise SystemExit(f"error: {target}: the result is a .safetensors file: name it so")
-    # copies: safetensors refuses tensors that share memory, as tied ones do
-    save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in read_weights(source).items()},
-              target)
-
-
-####################################################################################################
-# 3. DINO and DINOv2
+# 2. DINO and DINOv2
 ####################################################################################################
 
 
@@ -270,7 +190,7 @@ def load_dino(path: str, heads: int | None = None, dtype: torch.dtype = torch.fl
 
 
 ####################################################################################################
-# 4. CLIP (Radford et al. 2021), under transformers' names; its text tower is in text_encoders.py
+# 3. CLIP (Radford et al. 2021), under transformers' names; its text tower is in text_encoders.py
 ####################################################################################################
 
 
@@ -410,7 +330,7 @@ def load_clip(path: str, tokenizer: str | None, quick_gelu: bool, prep: Prep = C
 
 
 ####################################################################################################
-# 5. ImageReward (Xu et al. 2023): BLIP and a linear head, under the names of ImageReward.pt
+# 4. ImageReward (Xu et al. 2023): BLIP and a linear head, under the names of ImageReward.pt
 ####################################################################################################
 
 IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072  # of its test set's scores
@@ -490,7 +410,7 @@ def blip_weights(path: str) -> dict[str, Tensor]:
 
 
 ####################################################################################################
-# 6. Rewards and judges: all [B]
+# 5. Rewards and judges: all [B]
 ####################################################################################################
 
 
@@ -587,13 +507,3 @@ def open_reward(spec: str, dtype: torch.dtype = torch.float32, device: Device = 
     if name == "pickscore":
         return partial(pickscore, load_clip(*paths, quick_gelu=False, prep=PICKSCORE_PREP, **to))
     return partial(hpsv2, load_clip(*paths, quick_gelu=False, prep=HPS_PREP, **to))
-
-
-####################################################################################################
-# 7. Command
-####################################################################################################
-
-if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "convert":
-        raise SystemExit("usage: python towers.py convert IN.pt OUT.safetensors")
-    convert(sys.argv[2], sys.argv[3])

@@ -29,53 +29,11 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from model import PRESETS, EditNet, Editor, EditorConfig, MMDiT  # noqa: E402
+from weights import to_diffusers  # noqa: E402
 
 ####################################################################################################
 # diffusers' SD3Transformer2DModel with our weights (also what tests/test_model.py compares with)
 ####################################################################################################
-
-# ours -> theirs, below a stream's block; qkv and the modulations need more than a new name
-IMAGE_NAMES = {"attn.proj": "attn.to_out.0", "attn.ln_q": "attn.norm_q", "attn.ln_k": "attn.norm_k",
-               "attn2.proj": "attn2.to_out.0", "attn2.ln_q": "attn2.norm_q", "attn2.ln_k": "attn2.norm_k",
-               "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2", "adaLN_modulation.1": "norm1.linear"}
-TEXT_NAMES = {"attn.proj": "attn.to_add_out", "attn.ln_q": "attn.norm_added_q",
-              "attn.ln_k": "attn.norm_added_k", "mlp.fc1": "ff_context.net.0.proj",
-              "mlp.fc2": "ff_context.net.2", "adaLN_modulation.1": "norm1_context.linear"}
-OUTER_NAMES = {"x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder",
-               "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-               "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-               "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-               "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-               "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear"}
-
-
-def to_diffusers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of our MMDiT (SD3's single-file names) -> state dict of diffusers' SD3Transformer2DModel.
-
-    [shift | scale] becomes [scale | shift] in exactly two places: the final layer and the text stream of the
-    last block.
-    """
-    last = max(int(key.split(".")[1]) for key in weights if key.startswith("joint_blocks."))
-    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1")
-    out = {}
-    for key, value in weights.items():
-        layer, _, kind = key.rpartition(".")
-        if layer in swapped:
-            value = torch.cat(value.chunk(2)[::-1])
-        if key == "pos_embed":
-            out["pos_embed.pos_embed"] = value
-        elif not key.startswith("joint_blocks."):
-            out[f"{OUTER_NAMES[layer]}.{kind}"] = value
-        else:
-            _, i, stream, rest = layer.split(".", 3)
-            image = stream == "x_block"
-            if rest.endswith(".qkv"):
-                for n, part in zip("qkv", value.chunk(3)):
-                    name = f"{rest.removesuffix('.qkv')}.{f'to_{n}' if image else f'add_{n}_proj'}"
-                    out[f"transformer_blocks.{i}.{name}.{kind}"] = part
-            else:
-                out[f"transformer_blocks.{i}.{(IMAGE_NAMES if image else TEXT_NAMES)[rest]}.{kind}"] = value
-    return out
 
 
 def diffusers_twin(cfg: EditorConfig, weights: dict[str, Tensor]) -> nn.Module:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 import model
 from kernels import joint_attention, modulate, rms_norm
-from kernels.bench import diffusers_twin, randomize, run_twin, to_diffusers
+from kernels.bench import diffusers_twin, randomize, run_twin
 from model import PRESETS, REWARD_PRESETS, Editor, EditorConfig, MMDiT
+from weights import to_diffusers
 
 SD3 = EditorConfig(depth=3, heads=4, head_dim=16, patch=2, channels=4, pos_max=24, txt_dim=48, vec_dim=40,
                    qk_norm=False, txt_bytes=0)

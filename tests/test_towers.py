@@ -22,6 +22,7 @@ from tokenizers import pre_tokenizers
 import model
 import text_encoders
 import towers
+import weights
 
 transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-11  # of the largest output; a correct float64 copy reaches 1e-14
@@ -812,7 +813,7 @@ def test_blip_weights(tmp_path):
 def test_convert_command(tmp_path, vocab):
     path, net = imagereward_file(small_imagereward(vocab), tmp_path, "module.")
     out = str(tmp_path / "ImageReward.safetensors")
-    command = [sys.executable, towers.__file__, "convert", path]
+    command = [sys.executable, weights.__file__, "convert", path]
     done = subprocess.run([*command, out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert same(towers.load_imagereward(out, vocab).state_dict(), net.state_dict())
