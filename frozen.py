@@ -33,6 +33,21 @@ class PixelSpace:
         return latents
 
 
+class Encoded:
+    """A VAE's space for pictures that are latents already, and masks of their size (cache.py)."""
+
+    stride = 1
+
+    def __init__(self, vae: "VAE"):
+        self.vae, self.channels = vae, vae.channels
+
+    def encode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents)
+
+
 ####################################################################################################
 # The latent space of SD3 (first_stage_model.* of its single-file checkpoints)
 ####################################################################################################

@@ -119,7 +119,7 @@ def main(cfg: Config) -> None:
     trained = manifest.get("config", {})
     shift = float(trained.get("shift") or 1.0) if cfg.shift is None else cfg.shift
     known = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
-    space, _ = stack.surround(net, known, dist.device, f"--ckpt: {cfg.ckpt}", cfg.tokenizers)
+    space, *_ = stack.surround(net, known, dist.device, f"--ckpt: {cfg.ckpt}", cfg.tokenizers)
     size = working_size(cfg, trained, net.cfg.patch * space.stride)
     aspects = bool(trained.get("aspects")) or cfg.task == "t2i"
     common.print0(f"{cfg.task}: {common.n_params(net) / 1e6:.1f} M parameters, step {manifest['step']}, "
@@ -243,8 +243,8 @@ def edit(net: model.EditNet, space, instructions: list[str], region: Tensor, sou
     space: frozen.PixelSpace or VAE; instructions [B]; region [B, 1, H, W] in [0, 1], 1 = may change (ones: a
     free-form edit), and the pictures source [B, 3, H, W], on any device; gens: one CPU generator
     per picture, for its noise. guidance is that of the text, image_guidance that of the source:
-    flow.dual_weights says which rows a step evaluates, in one call. keep_known blends the source outside the region in after every
-    step, blend after every second one (flow.sample). tick: called at every evaluation.
+    flow.dual_weights says which rows a step evaluates, in one call. keep_known blends the source outside the
+    region in after every step, blend after every second one (flow.sample). tick: called at every evaluation.
     """
     device = net.base.mmdit.pos_embed.device
     region, source = frozen.shrink(region.to(device), space.stride), space.encode(source.to(device))

@@ -4,10 +4,11 @@ A pixel model needs none of it. One on SD3's weights remembers in its manifest w
 """
 
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-import cache as cached
+import cache
 import frozen
 import model
 import weights
@@ -20,18 +21,21 @@ def open_public(path: str) -> tuple[dict[str, torch.Tensor], dict]:
     cfg, state = weights.load_mmdit(path, torch.float32, "cpu")
     arch = {"kind": "editor", **asdict(cfg)}
     return ({f"mmdit.{k}": v for k, v in state.items()},
-            {"arch": arch, "step": 0, "config": SD3, "meta": {"stack": {"sd3": path}}})
+            {"arch": arch, "step": 0, "config": SD3, "meta": {"stack": {"sd3": str(Path(path).absolute())}}})
 
 
 def surround(net: model.Editor | model.EditNet, known: dict, device: torch.device, what: str,
-             tokenizers: str | None = None, cache: str | None = None) -> tuple[object, dict]:
-    """The space `net` works in, and what the next manifest says of it; `net` learns to read captions.
+             tokenizers: str | None = None, folder: str | None = None) -> tuple:
+    """-> the space `net` works in, what the next manifest says of it, the opened cache or None; and `net`
+    learns to read captions.
 
-    known: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers and t5_length. cache: a
-    folder of cache.py, in place of the text encoders. what: the flag and path that errors name.
+    known: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers and t5_length. folder:
+    one of cache.py, in place of the text encoders. what: the flag and path that errors name.
     """
     if net.cfg.txt_bytes:
-        return frozen.PixelSpace(), {}
+        if folder:
+            raise SystemExit(f"error: --cache: {folder}: {what} reads captions itself: leave it out")
+        return frozen.PixelSpace(), {}, None
     if not known.get("sd3"):
         raise SystemExit(f"error: {what}: its manifest does not say where VAE and text encoders are: give "
                          "--sd3")
@@ -41,20 +45,29 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
         raise SystemExit(f"error: {what}: works on {net.cfg.channels} latent channels, the VAE of {path} has "
                          f"{vae.channels}: give the weights that belong together")
     known = known | ({"tokenizers": tokenizers} if tokenizers else {})
-    if cache:
-        words = cached.open_cache(cache)
-        known = known | {"t5_length": words.t5_length}
-
-        def read(captions):
-            return words.text(captions, device)
+    words = None
+    if folder:
+        words = cache.open_cache(folder, base=path)
+        known = known | {"t5_length": words.made["t5_length"]}
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         text = weights.load_text(path, known.get("tokenizers"), dtype, device,
                                  t5_length=known.get("t5_length", 77))
 
-        def read(captions):
-            return text.encode_text(captions)
+    def read(captions):  # a function: deepcopy of the net does not copy what it holds
+        features = words.text(captions, device) if words else text.encode_text(captions)
+        return tuple(x.float() for x in features)
 
-    (net.base if isinstance(net, model.EditNet) else net).read = lambda captions: [
-        x.float() for x in read(captions)]  # a function: deepcopy does not copy what it holds
-    return vae, known
+    (net.base if isinstance(net, model.EditNet) else net).read = read
+    return vae, known, words
+
+
+def latents(cached: cache.Cache, source, vae: frozen.VAE, cfg, stride: int) -> tuple:
+    """A source of pictures -> the same of latents, and their space. cfg: a train script's; stage inpaint
+    makes its masks in pixels, and reads pictures."""
+    if cfg.stage == "inpaint":
+        raise SystemExit(f"error: --cache: {cfg.cache}: --stage inpaint masks pictures, not latents: make a "
+                         "cache with --latents False")
+    cache.open_cache(cfg.cache, source, image_size=cfg.image_size, aspects=cfg.aspects, stride=stride,
+                     edits=cfg.stage == "edit")
+    return cached.source(source), frozen.Encoded(vae)

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+import cache
 import common
 import data
 import flow
@@ -35,7 +36,7 @@ class Config:
     init: Annotated[str | None, tyro.conf.arg(aliases=["--base"])] = None  # to start from: checkpoint or SD3
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --init came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
-    cache: str | None = None  # folder of cache.py: its text features in place of the text encoders
+    cache: str | None = None  # folder of cache.py: text features in place of encoders, latents of pictures
     variant: Literal["editnet", "controlnet", "textcontrol", "concat"] = "editnet"  # edit: see model.EditNet
     cached: bool = False  # edit: source tokens see source and text only and are computed once per edit
     tune_base: Literal["frozen", "lora", "full"] | None = None  # edit: None = frozen, but full for concat
@@ -89,8 +90,8 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     editor, surroundings = build(cfg)
     editor.to(device)
-    space, surroundings = stack.surround(editor, surroundings, device, f"--init: {cfg.init}", cfg.tokenizers,
-                                         cfg.cache)
+    space, surroundings, cached = stack.surround(editor, surroundings, device, f"--init: {cfg.init}",
+                                                 cfg.tokenizers, cfg.cache)
     stride = editor.cfg.patch * space.stride
     if cfg.image_size % stride:
         raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of {stride}, the "
@@ -134,14 +135,15 @@ def main(cfg: Config) -> None:
     # 4) data: batch s is a function of (seed, s, rank, world)
     at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
               start_step=step * cfg.accum, stride=stride)
+    source = (data.open_edits if cfg.stage == "edit" else data.open_source)(cfg.data, "train")
+    if cached and cached.made["latents"]:
+        source, space = stack.latents(cached, source, space, cfg, stride)
     if cfg.stage == "edit":
-        source = data.open_edits(cfg.data, "train")
         loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region, **at)
     else:
-        source = data.open_source(cfg.data, "train")
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
     common.print0(loader.summary)
-    grid = sample_inputs(cfg, stride)
+    grid = sample_inputs(cfg, stride, source)
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
     perf = common.Perf()
     bad_steps = lost_saves = 0
@@ -370,13 +372,14 @@ def task_mixture(cfg: Config) -> dict[str, float]:
     return {"t2i": cfg.p_t2i} | {task: p * (1 - cfg.p_t2i) / sum(rest.values()) for task, p in rest.items()}
 
 
-def sample_inputs(cfg: Config, stride: int) -> dict:
-    """The fixed held-out pictures, masks and captions of every sample sheet."""
+def sample_inputs(cfg: Config, stride: int, source) -> dict:
+    """The fixed pictures, masks and captions of every sample sheet: held out, or the first cached ones."""
+    known = isinstance(source, cache.Latents)
     if cfg.stage == "edit":
-        source = data.open_edits(cfg.data, "heldout")
+        source = source if known else data.open_edits(cfg.data, "heldout")
         return next(data.make_edit_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
                                                 stride=stride, p_region=cfg.p_region))
-    source = data.open_source(cfg.data, "heldout")
+    source = source if known else data.open_source(cfg.data, "heldout")
     return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
                                        task_mixture(cfg), stride=stride))
 
@@ -385,7 +388,7 @@ def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch
                  device: torch.device):
     """Contact sheet at 20 steps without guidance and with it: 3; for edits text 3, source 1.5.
 
-    Columns: picture, masked input; or source and target of an edit. Rows are titled by caption.
+    Columns: picture, and its masked input; or source and target of an edit. Rows are titled by caption.
     """
     image = batch["image"].to(device)
     captions, *condition = conditions(cfg, batch, torch.ones(len(image)), space, device)
@@ -402,10 +405,11 @@ def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch
         guided = flow.edit_denoise(editor, (txt, vec), null, *condition, 3.0, 1.5)
     else:
         guided = flow.guide(lambda x, t: (plain(x, t), editor(x, t, *null, *condition)), 3.0)
-    mask = batch["mask"].to(device)
-    columns = [batch["source"], image] if cfg.stage == "edit" else [image, image * (1 - mask)]
+    columns = [batch["source"].to(device), image] if cfg.stage == "edit" else [image]
+    columns += [image * (1 - batch["mask"].to(device))] * (cfg.stage == "inpaint")
+    columns = [space.decode(x) for x in columns] if isinstance(space, frozen.Encoded) else columns
     columns += [space.decode(flow.sample(net, noise, ts)) for net in (plain, guided)]
-    titles = ["source", "target"] if cfg.stage == "edit" else ["picture", "input"]
+    titles = {"base": ["picture"], "inpaint": ["picture", "input"], "edit": ["source", "target"]}[cfg.stage]
     rows = [list(row) for row in zip(*(c.cpu() for c in columns))]
     return common.contact_sheet(rows, [*titles, "20 steps", "guided"], row_titles=batch["caption"])
 

@@ -43,7 +43,7 @@ class Config:
     base: str = "assets/base"  # to tune: an inpainting model's or instruction editor's folder, or SD3 weights
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --base came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
-    cache: str | None = None  # folder of cache.py: its text features in place of the text encoders
+    cache: str | None = None  # folder of cache.py --split all: text features in place of the encoders
     aesthetic: str | None = None  # aesthetic reward R_alpha: a folder, or a published NAME:PATH,PATH
     alignment: str | None = None  # alignment reward R_beta, likewise; towers.open_reward names the published
     heldout_reward: str | None = None  # a reward that is logged and never trained on: the hacking alarm
@@ -105,8 +105,8 @@ def main(cfg: Config) -> None:
     image_size = cfg.image_size or manifest.get("config", {}).get("image_size", 32)
     shift = manifest.get("config", {}).get("shift", 1.0) if cfg.shift is None else cfg.shift
     editor.to(device)
-    space, surroundings = stack.surround(editor, surroundings, device, f"--base: {cfg.base}", cfg.tokenizers,
-                                         cfg.cache)
+    space, surroundings, _ = stack.surround(editor, surroundings, device, f"--base: {cfg.base}",
+                                            cfg.tokenizers, cfg.cache)
     space.checkpoint = cfg.checkpointing
     patch = editor.cfg.patch * space.stride
     if image_size % patch:

@@ -21,6 +21,7 @@ from test_train import (
 )
 
 import common
+import frozen
 import model
 import train_omni
 import train_pefl
@@ -94,7 +95,7 @@ def test_what_trains(made, tmp_path, flags, moves, stays):
     for k, v in start.items():
         if k.startswith(stays):
             assert torch.equal(got[f"model/{k}"], v), k
-    fresh = train_omni.build(train_omni.Config(**edit(made, **flags))).state_dict()
+    fresh = train_omni.build(train_omni.Config(**edit(made, **flags)))[0].state_dict()
     for prefix in moves:
         keys = [k for k in fresh if k.startswith(prefix) and not k.startswith(stays)]
         assert keys and any(not torch.equal(got[f"model/{k}"], fresh[k]) for k in keys), prefix
@@ -110,7 +111,7 @@ def test_condition_dropout():
     u = torch.tensor([0.05, 0.15, 0.25, 0.35])
     ones = torch.ones(4, 3, 8, 8)
     batch = {"image": ones, "source": ones, "mask": torch.full((4, 1, 8, 8), 0.5), "caption": list("abcd")}
-    text, src, region = train_omni.conditions(cfg, batch, u, torch.device("cpu"))
+    text, src, region = train_omni.conditions(cfg, batch, u, frozen.PixelSpace(), torch.device("cpu"))
     assert text == ["", "", "c", "d"]
     assert src.flatten(1).sum(1).tolist() == [192, 0, 0, 192]
     assert region.flatten(1).mean(1).tolist() == [0.5, 1, 1, 0.5]  # a null picture may change everywhere
@@ -177,7 +178,7 @@ def test_dry_run_says_what_it_needs(made, tmp_path, capsys):
     ("--lora: 0", dict(tune_base="lora", lora=0)),
     ("holds --variant concat: give the same", dict(init="concat")),
     ("--init: .*aesthetic: holds a 'reward'", dict(init="aesthetic")),
-    ("--init: .*latent: needs a VAE", dict(init="latent")),
+    ("--init: .*latent: .*give --sd3", dict(init="latent")),
     ("wrong=2", dict(data="scenes:wrong=2")),
     ("pictures: not a set of edit pairs", dict(data="pictures")),
     ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, cached=True)),

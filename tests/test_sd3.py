@@ -1,0 +1,189 @@
+"""The scripts on SD3's weights: a shrunken transformer with the real VAE, three text encoders and rewards."""
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_text_encoders import CLIPS, SMALL_T5, files  # noqa: F401  (a fixture)
+from test_train import rows, tensors
+
+import cache
+import common
+import frozen
+import model
+import sample
+import text_encoders
+import train_omni
+import train_pefl
+
+PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
+TINY = model.EditorConfig(depth=2, heads=2, patch=2, channels=16, pos_max=24, learn_pos=False, txt_dim=192,
+                          vec_dim=160, qk_norm=False, txt_bytes=0)
+VAE = frozen.VAEConfig(width=32)
+
+
+@torch.no_grad()
+def random_state(net, seed):
+    """A state dict of a trained network's scale, from `seed` alone; tied weights stay equal."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in net.named_parameters():
+        r = torch.randn(p.shape, generator=g)
+        norm = p.ndim == 1 and name.endswith("weight")
+        p.copy_(1 + 0.1 * r if norm else 0.1 * r if p.ndim == 1 else r * p[0].numel() ** -0.5)
+    return net.state_dict()
+
+
+def write_sd3(path, files, vae=VAE):  # noqa: F811
+    """A single-file SD3 with everything in it, random and small -> its path, and its tokenizers beside it."""
+    vocab = len(json.loads((files / "vocab.json").read_text()))
+    t5 = replace(SMALL_T5, width=TINY.txt_dim, vocab=384)
+    clips = {k: replace(c, vocab=vocab, eos=vocab - 1) for k, c in CLIPS.items()}
+    parts = {"model.diffusion_model.": model.MMDiT(TINY), "first_stage_model.": frozen.VAE(vae),
+             "text_encoders.clip_l.transformer.": text_encoders.ClipText(clips["clip_l"]),
+             "text_encoders.clip_g.transformer.": text_encoders.ClipText(clips["clip_g"]),
+             "text_encoders.t5xxl.transformer.": text_encoders.T5Encoder(t5)}
+    state = {prefix + k: v for seed, (prefix, net) in enumerate(parts.items())
+             for k, v in random_state(net, seed).items()}
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        folder = Path(path).parent / "tokenizers" / name
+        folder.mkdir(parents=True)
+        for file in ("tokenizer.json",) if name[-1] == "3" else ("vocab.json", "merges.txt"):
+            (folder / file).write_bytes((files / file).read_bytes())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory, files):  # noqa: F811
+    root = tmp_path_factory.mktemp("sd3")
+    return {"sd3": write_sd3(root / "sd3.safetensors", files), "tokenizers": str(root / "tokenizers")}
+
+
+def flags_of(sd3, out, **flags):
+    return dict(tokenizers=sd3["tokenizers"], out=str(out), device="cpu", wandb="off", workers=0, log_every=1,
+                sample_every=0, bf16=False) | flags
+
+
+def omni(sd3, out, **flags):
+    own = dict(init=sd3["sd3"], stage="edit", image_size=32, batch_size=2, lr=1e-3, warmup=2, ema=0.9,
+               steps=4, save_every=4, lr_schedule="constant")
+    train_omni.main(train_omni.Config(**flags_of(sd3, out, **own | flags)))
+    return rows(out)
+
+
+def imagereward(tmp_path):
+    """NAME:PATH,PATH of a small ImageReward in its published form."""
+    towers = pytest.importorskip("test_towers")
+    vocab = tmp_path / "vocab.txt"
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]) + "\n")
+    path, _ = towers.imagereward_file(towers.small_imagereward(str(vocab)), tmp_path)
+    return f"imagereward:{path},{vocab}"
+
+
+def vgg(tmp_path):
+    net = frozen.VGG16()
+    save_file(random_state(net, 9), tmp_path / "vgg16.safetensors")
+    return str(tmp_path / "vgg16.safetensors")
+
+
+def picture(folder):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 40, 3), np.uint8)).save(folder / "a.png")
+    return str(folder / "a.png")
+
+
+def pefl(sd3, tmp_path, out="pefl", **flags):
+    own = dict(base=sd3["sd3"], image_size=32, phases="6/5/3x20", batch_size=1, lr=1e-4, warmup=2, ema=0.9,
+               disc_width=32, disc_depth=1, alignment=imagereward(tmp_path), vgg=vgg(tmp_path), save_every=20)
+    train_pefl.main(train_pefl.Config(**flags_of(sd3, tmp_path / out, **own | flags)))
+    return rows(tmp_path / out)
+
+
+def check_pefl(found, out, sd3):
+    """Finite losses, a gradient in every step, a transformer that moves, memory that does not grow."""
+    names = ("loss/G", "loss/D", "loss/reg", "loss/vgg", "loss/alignment", "loss/coherence", "grad/G")
+    assert len(found) == 20 and all(math.isfinite(row[k]) for row in found for k in names)
+    assert all(row["grad/G"] > 0 for row in found)
+    assert found[-1]["perf/host_rss_gib"] < 1.1 * found[9]["perf/host_rss_gib"]
+    got, before = tensors(out), load_file(sd3["sd3"])
+    own = {k.removeprefix("model.diffusion_model."): v for k, v in before.items() if "diffusion_model" in k}
+    own.pop("x_embedder.proj.weight")
+    moved = [k for k, v in own.items() if not torch.equal(v, got[f"model/mmdit.{k}"])]
+    assert any("joint_blocks.0.x_block.attn.qkv.weight" in k for k in moved) and len(moved) > 20
+    assert not any("pos_embed" in k for k in moved)
+    wide = got["model/mmdit.x_embedder.proj.weight"]
+    assert wide.shape[1] == 33 and wide[:, 16:].abs().max() > 0  # the mask's columns begin to be used
+
+
+def test_pefl_on_sd3(sd3, tmp_path, capsys):
+    check_pefl(pefl(sd3, tmp_path, sample_every=10), tmp_path / "pefl", sd3)
+    assert "has no mask input" in capsys.readouterr().out
+    assert len(list((tmp_path / "pefl" / "images").glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="no photos here")
+def test_pefl_on_photos_with_the_real_vae(tmp_path, files):  # noqa: F811
+    """The published VAE's size (84 M parameters, random), on real photos, a recomputed decoder."""
+    stack_files = {"sd3": write_sd3(tmp_path / "sd3.safetensors", files, frozen.VAEConfig()),
+                   "tokenizers": str(tmp_path / "tokenizers")}
+    found = pefl(stack_files, tmp_path, data=str(PHOTOS), image_size=64, checkpointing=True)
+    check_pefl(found, tmp_path / "pefl", stack_files)
+
+
+def test_editnet_on_sd3(sd3, tmp_path):
+    """It begins as SD3, trains, remembers where its surroundings are, and sample.py edits with it."""
+    found = omni(sd3, tmp_path / "net", sample_every=4)
+    assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in found)
+    meta = common.load_checkpoint(tmp_path / "net", ("ema",))[1]
+    assert meta["meta"]["stack"] == {"sd3": sd3["sd3"], "tokenizers": sd3["tokenizers"]}
+    assert meta["config"]["shift"] == 3.0
+    sample.main(sample.Config("edit", str(tmp_path / "net"), out=str(tmp_path / "made"),
+                              image=picture(tmp_path), instruction=("make it night", "add a cat"), steps=2, device="cpu"))
+    assert len(list((tmp_path / "made").glob("a*.png"))) == 2
+
+
+def test_inpainting_on_sd3(sd3, tmp_path):
+    """Text to image first; then a mask input, which PeFL and sample.py take without a word."""
+    omni(sd3, tmp_path / "base", stage="base", steps=2)
+    omni(sd3, tmp_path / "inpaint", stage="inpaint", init=str(tmp_path / "base"), steps=2, sample_every=2)
+    pefl(sd3, tmp_path, base=str(tmp_path / "inpaint"), phases="3/2/1x1")
+    sample.main(sample.Config("outpaint", str(tmp_path / "pefl"), out=str(tmp_path / "made"), aspect="2:1",
+                              image=picture(tmp_path), prompt="a cat", steps=2, device="cpu", sd3=sd3["sd3"]))
+
+
+def test_text_to_image_from_the_public_file(sd3, tmp_path):
+    sample.main(sample.Config("t2i", sd3["sd3"], out=str(tmp_path), prompt="a cat", size=64, height=64,
+                              width=96, steps=2, guidance=5.0, tokenizers=sd3["tokenizers"], device="cpu"))
+    (made,) = (p for p in tmp_path.glob("*.png") if p.name != "sheet.png")
+    assert Image.open(made).size == (96, 64)
+
+
+def test_training_from_the_cache(sd3, tmp_path, capsys):
+    """Text features and latents from cache.py train as the encoders and the VAE do."""
+    made = dict(base=sd3["sd3"], data="scenes", edits=True, tokenizers=sd3["tokenizers"], limit=32,
+                dtype="fp32", image_size=32, out=str(tmp_path / "cache"), workers=0, device="cpu")
+    cache.main(cache.Config(**made))
+    found = omni(sd3, tmp_path / "cached", cache=str(tmp_path / "cache"), sample_every=4)
+    assert all(math.isfinite(r["loss"]) for r in found)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="^error: .*cache: a cache of .*image_size"):
+        omni(sd3, tmp_path / "other", cache=str(tmp_path / "cache"), image_size=48)
+    with pytest.raises(SystemExit, match="^error: --cache: .*--latents False"):
+        omni(sd3, tmp_path / "other", cache=str(tmp_path / "cache"), stage="inpaint")
+
+
+@pytest.mark.parametrize("text, change", [
+    ("tokenizers", {"tokenizers": None}),
+    ("no_such", {"init": "no_such.safetensors"}),
+    ("--image_size: 40: must be a multiple of 16", {"image_size": 40}),
+])
+def test_bad_values(sd3, tmp_path, text, change):
+    with pytest.raises(SystemExit, match=f"^error: .*{text}") as e:
+        omni(sd3, tmp_path, **change)
+    assert "\n" not in str(e.value)
