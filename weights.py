@@ -31,8 +31,8 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import common
@@ -50,7 +50,11 @@ from text_encoders import (
 )
 
 Device = torch.device | str
-Weights = dict[str, Tensor]  # of a file: memory-mapped, so a tensor costs nothing until its values are read
+Weights = dict[str, Tensor]
+# safetensors' names
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 ####################################################################################################
 # 1. Files
@@ -61,13 +65,28 @@ def first_line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0]
 
 
-def read_safetensors(file: str | Path) -> Weights:
-    """Tensors by name, memory-mapped."""
+@dataclass(frozen=True)
+class Stored:
+    """Tensors in files: what the headers say, as meta tensors, and how to get at values, memory-mapped.
+
+    Even a mapped tensor that nobody looks at has its first pages read ahead, which adds up to gigabytes of a
+    bundle: `read` is for those that are wanted.
+    """
+
+    headers: Weights
+    read: Callable[[str], Tensor]
+
+
+def open_safetensors(file: str | Path) -> Stored:
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as e:
+        handle = safe_open(file, "pt")
+        views = {k: handle.get_slice(k) for k in handle.keys()}
+        headers = {k: torch.empty(v.get_shape(), dtype=DTYPES[v.get_dtype()], device="meta")
+                   for k, v in views.items()}
+    except (OSError, SafetensorError, KeyError) as e:
         raise SystemExit(f"error: {file}: cannot be read ({first_line(e)}): give the published .safetensors "
                          "file, whole") from None
+    return Stored(headers, handle.get_tensor)
 
 
 def read_json(file: Path) -> dict:
@@ -80,7 +99,7 @@ def read_json(file: Path) -> dict:
     return found
 
 
-def read_folder(folder: Path, stem: str) -> Weights:
+def open_folder(folder: Path, stem: str) -> Stored:
     """FOLDER/STEM.safetensors, or the shards that STEM.safetensors.index.json names; else their fp16 copies.
 
     Every shard must be there and hold the very tensors that the index says.
@@ -89,7 +108,7 @@ def read_folder(folder: Path, stem: str) -> Weights:
              (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")]
     for whole, index in files:
         if (folder / whole).is_file():
-            return read_safetensors(folder / whole)
+            return open_safetensors(folder / whole)
         if (folder / index).is_file():
             break
     else:
@@ -102,14 +121,14 @@ def read_folder(folder: Path, stem: str) -> Weights:
     if missing := [n for n in shards if not (folder / n).is_file()]:
         raise SystemExit(f"error: {folder}: {len(missing)} of {len(shards)} shards are missing "
                          f"({', '.join(missing)}): download the rest")
-    weights = {}
-    for shard in shards:
-        held, listed = read_safetensors(folder / shard), {k for k, n in table.items() if n == shard}
-        if wrong := sorted(held.keys() ^ listed):
+    stored = {shard: open_safetensors(folder / shard) for shard in shards}
+    headers = {}
+    for shard, part in stored.items():
+        if wrong := sorted(part.headers.keys() ^ {k for k, n in table.items() if n == shard}):
             raise SystemExit(f"error: {folder / shard}: {wrong[0]!r} is in the shard or in {index}, not in "
                              "both: download the folder again")
-        weights |= held
-    return weights
+        headers |= part.headers
+    return Stored(headers, lambda name: stored[table[name]].read(name))
 
 
 def read_weights(path: str, flag: str = "") -> Weights:
@@ -119,10 +138,9 @@ def read_weights(path: str, flag: str = "") -> Weights:
     `teacher` (open_clip, BLIP, DINO); SD3's stack is never read from them. A prefix `module.` (DDP) or
     `backbone.` (DINO) is taken off. flag: "--vgg: ", what to name before the file in an error line.
     """
-    if Path(path).is_dir():
-        weights = read_folder(Path(path), "model")
-    elif Path(path).suffix == ".safetensors":
-        weights = read_safetensors(path)
+    if Path(path).is_dir() or Path(path).suffix == ".safetensors":
+        stored = open_folder(Path(path), "model") if Path(path).is_dir() else open_safetensors(path)
+        weights = {k: stored.read(k) for k in stored.headers}
     else:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -194,9 +212,12 @@ def check_fit(weights: Weights, expected: dict[str, tuple[int, ...]], path: str,
 
 
 def fetch(own: Weights, weights: Weights, path: str, what: str, dtype: torch.dtype, device: Device,
-          place: Callable[[str], Place] = same_name) -> Weights:
+          place: Callable[[str], Place] = same_name, read: Callable[[str], Tensor] | None = None) -> Weights:
     """The values of `own`, a state dict of which only names and shapes count: strictly, every tensor of the
-    file once, one at a time straight to its dtype and device, nothing shared with the mapped file."""
+    file once, one at a time straight to its dtype and device, nothing shared with the mapped file.
+
+    read: name -> values, where `weights` holds headers only.
+    """
     expected = {}
     for key, like in own.items():
         at = place(key)
@@ -206,7 +227,7 @@ def fetch(own: Weights, weights: Weights, path: str, what: str, dtype: torch.dty
     out = {}
     for key, like in own.items():
         at = place(key)
-        parts = [weights[name] for name in at.names]
+        parts = [(read or weights.__getitem__)(name) for name in at.names]
         parts = parts[0].chunk(2)[::-1] if at.swap else parts
         value = torch.empty(like.shape, dtype=dtype, device=device)
         for target, part in zip(value.chunk(len(parts)) if len(parts) > 1 else (value,), parts):
@@ -221,9 +242,10 @@ def fetch(own: Weights, weights: Weights, path: str, what: str, dtype: torch.dty
 
 
 def fill(net: nn.Module, weights: Weights, path: str, what: str, dtype: torch.dtype, device: Device,
-         place: Callable[[str], Place] = same_name) -> nn.Module:
+         place: Callable[[str], Place] = same_name,
+         read: Callable[[str], Tensor] | None = None) -> nn.Module:
     """Strictly load `weights` into `net`, built on the meta device: no second copy. Frozen, in eval mode."""
-    net.load_state_dict(fetch(net.state_dict(), weights, path, what, dtype, device, place), assign=True)
+    net.load_state_dict(fetch(net.state_dict(), weights, path, what, dtype, device, place, read), assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -323,26 +345,28 @@ def is_public(path: str) -> bool:
     return path.suffix == ".safetensors"
 
 
-def read_part(path: str, name: str) -> tuple[Weights, dict]:
-    """A part's tensors without prefix ({}: not in there) and the config.json of its folder ({}: none)."""
+def open_part(path: str, name: str) -> tuple[Stored, dict]:
+    """A part's tensors without prefix (none: not in there) and the config.json of its folder ({}: none)."""
     part, folder = PARTS[name], Path(path)
     if not folder.is_dir():
         if folder.suffix != ".safetensors":
             raise SystemExit(f"error: {path}: is neither a .safetensors file nor a folder: give SD3's "
                              "file or a diffusers folder")
-        weights = read_safetensors(path)
+        stored = open_safetensors(path)
         prefixes = tuple(p.prefix for p in PARTS.values())
-        if unknown := sorted(k for k in weights if not k.startswith(prefixes)):
+        if unknown := sorted(k for k in stored.headers if not k.startswith(prefixes)):
             raise SystemExit(f"error: {path}: {len(unknown)} tensors are not of SD3, {unknown[0]!r} first: "
                              "give a published SD3 or SD3.5 file")
-        return {k.removeprefix(part.prefix): v for k, v in weights.items() if k.startswith(part.prefix)}, {}
+        headers = {k.removeprefix(part.prefix): v for k, v in stored.headers.items()
+                   if k.startswith(part.prefix)}
+        return Stored(headers, lambda name: stored.read(part.prefix + name)), {}
     if part.alone and (files := sorted(folder.glob(part.alone))):
-        return read_safetensors(files[0]), {}  # of several T5s the first by name: fp16 before fp8
+        return open_safetensors(files[0]), {}  # of several T5s the first by name: fp16 before fp8
     folder = folder / part.folder
     if not folder.is_dir():
-        return {}, {}
+        return Stored({}, {}.__getitem__), {}
     config = folder / "config.json"
-    return read_folder(folder, part.stem), read_json(config) if config.is_file() else {}
+    return open_folder(folder, part.stem), read_json(config) if config.is_file() else {}
 
 
 def setting(config: dict, key: str, default: float, path: str) -> float:
@@ -394,13 +418,13 @@ def load_mmdit(path: str, dtype: torch.dtype = torch.float32,
     The bundled autoencoder and encoders are not touched. 2 c + 1 input channels are read as an inpainting
     model's (`export_diffusers` writes them); no public SD3 has them.
     """
-    weights, config = read_part(path, "mmdit")
-    cfg = editor_config(weights, config, path)
+    stored, config = open_part(path, "mmdit")
+    cfg = editor_config(stored.headers, config, path)
     with torch.device("meta"):
         own = MMDiT(cfg).state_dict()
-    theirs = "pos_embed.pos_embed" in weights
-    return cfg, fetch(own, weights, path, "an SD3 transformer", dtype, device,
-                      (lambda key: mmdit_place(key, cfg.depth)) if theirs else same_name)
+    theirs = "pos_embed.pos_embed" in stored.headers
+    place = (lambda key: mmdit_place(key, cfg.depth)) if theirs else same_name
+    return cfg, fetch(own, stored.headers, path, "an SD3 transformer", dtype, device, place, stored.read)
 
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> VAE:
@@ -408,8 +432,8 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: Device = "cp
 
     Scale and shift of the latents: SD3's, or as the folder's vae/config.json says.
     """
-    weights, config = read_part(path, "vae")
-    if not weights:
+    stored, config = open_part(path, "vae")
+    if not (weights := stored.headers):
         raise SystemExit(f"error: {path}: holds no autoencoder: give a file with {VAE.PREFIX}* or a folder "
                          "with vae/")
     theirs, what = "decoder.conv_norm_out.weight" in weights, "SD3 autoencoder"
@@ -435,7 +459,7 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: Device = "cp
     with torch.device("meta"):
         net = VAE(cfg)
     return fill(net, weights, path, "an " + what, dtype, device,
-                (lambda key: vae_place(key, levels)) if theirs else same_name)
+                (lambda key: vae_place(key, levels)) if theirs else same_name, stored.read)
 
 
 def load_text(path: str, tokenizers: str | None = None, dtype: torch.dtype = torch.float32,
@@ -453,20 +477,20 @@ def load_text(path: str, tokenizers: str | None = None, dtype: torch.dtype = tor
                          "folder of tokenizers that does, as diffusers' folders of SD3 do")
     clips, readers = [], []
     for name, quick, sub, pad in (("clip_l", True, "tokenizer", None), ("clip_g", False, "tokenizer_2", 0)):
-        weights, config = read_part(path, name)
-        cfg = clip_config(weights, config, quick, path, name)
+        stored, config = open_part(path, name)
+        cfg = clip_config(stored, config, quick, path, name)
         reader = clip_tokenizer(str(folder / sub), pad, cfg.length)
         check_tokens(reader.get_vocab_size(), cfg.vocab, 0, folder / sub, path)
-        clips.append((replace(cfg, eos=reader.token_to_id(CLIP_EOS)), weights, name))
+        clips.append((replace(cfg, eos=reader.token_to_id(CLIP_EOS)), stored, name))
         readers.append(reader)
-    weights, reader = read_part(path, "t5xxl")[0] if t5 else {}, None
-    if weights:
-        t5_cfg = t5_config(weights, path)
+    stored, reader = open_part(path, "t5xxl")[0], None
+    if t5 and stored.headers:
+        t5_cfg = t5_config(stored, path)
         width = t5_cfg.width
         reader = t5_tokenizer(str(folder / "tokenizer_3"), t5_length)
         check_tokens(reader.get_vocab_size(), t5_cfg.vocab, 127, folder / "tokenizer_3", path)
     else:
-        text_in = read_part(path, "mmdit")[0].get("context_embedder.weight")
+        text_in = open_part(path, "mmdit")[0].headers.get("context_embedder.weight")
         width = T5Config.width if text_in is None else text_in.shape[-1]
         if t5:
             common.print0(f"{path}: holds no T5, its {t5_length} tokens will be zeros")
@@ -475,14 +499,14 @@ def load_text(path: str, tokenizers: str | None = None, dtype: torch.dtype = tor
                          "encoders are not of one SD3")
     with torch.device("meta"):
         nets = [ClipText(cfg) for cfg, *_ in clips]
-        encoder = T5Encoder(t5_cfg) if weights else None
+        encoder = T5Encoder(t5_cfg) if reader else None
     for net, (_, held, name) in zip(nets, clips):
-        fill(net, held, path, name, dtype, device)
-    if weights:
-        twin = "encoder.embed_tokens.weight"  # the embedding's second name
-        own = {k: v for k, v in encoder.state_dict().items() if k != twin}
-        state = fetch(own, weights, path, "t5xxl", dtype, device)
-        encoder.load_state_dict({**state, twin: state["shared.weight"]}, assign=True)
+        fill(net, held.headers, path, name, dtype, device, read=held.read)
+    if encoder:
+        own = {k: v for k, v in encoder.state_dict().items() if k not in T5_TABLES or k in stored.headers}
+        state = fetch(own, stored.headers, path, "t5xxl", dtype, device, read=stored.read)
+        table = next(state[k] for k in T5_TABLES if k in state)
+        encoder.load_state_dict({**state, **dict.fromkeys(T5_TABLES, table)}, assign=True)
     return SD3Text(*nets, encoder, (*readers, reader), t5_length, width).eval().requires_grad_(False)
 
 
@@ -493,24 +517,24 @@ def check_tokens(size: int, rows: int, spare: int, tokenizer: Path, path: str) -
                          "of this model")
 
 
-def clip_config(weights: Weights, config: dict, quick_gelu: bool, path: str, name: str) -> ClipTextConfig:
+def clip_config(stored: Stored, config: dict, quick_gelu: bool, path: str, name: str) -> ClipTextConfig:
     """Sizes of a text tower from its shapes; heads of 64 unless its config.json says else.
 
-    An identity as projection (CLIP-L's in diffusers' folders) is none, and is taken out of `weights`. CLIP-G
-    must have one.
+    An identity as projection (CLIP-L's in diffusers' folders) is none, and is taken out of the headers.
+    CLIP-G must have one.
     """
-    if not weights:
+    if not (weights := stored.headers):
         raise SystemExit(f"error: {path}: holds no {name}: give a file that bundles the text encoders, a "
                          "diffusers folder, or a folder with clip_l.safetensors, clip_g.safetensors")
     weights.pop("text_model.embeddings.position_ids", None)  # a buffer that older files carry
     rows, D = shape_of(weights, "text_model.embeddings.token_embedding.weight", path, name, 2)
     length = shape_of(weights, "text_model.embeddings.position_embedding.weight", path, name, 2)[0]
-    matrix = weights.get("text_projection.weight")
-    if matrix is None and name == "clip_g":
-        raise SystemExit(f"error: {path}: clip_g has no text_projection.weight: give the published weights")
-    if matrix is not None and matrix.shape == (D, D) and torch.equal(matrix.float(), torch.eye(D)):
-        del weights["text_projection.weight"]
-    project = len(weights["text_projection.weight"]) if "text_projection.weight" in weights else 0
+    matrix = "text_projection.weight"
+    if matrix not in weights and name == "clip_g":
+        raise SystemExit(f"error: {path}: clip_g has no {matrix}: give the published weights")
+    if matrix in weights and torch.equal(stored.read(matrix).float(), torch.eye(D)):
+        del weights[matrix]
+    project = shape_of(weights, matrix, path, name, 2)[0] if matrix in weights else 0
     heads = int(setting(config, "num_attention_heads", D // 64, path))
     act = config.get("hidden_act", "quick_gelu" if quick_gelu else "gelu")
     if act not in ("quick_gelu", "gelu") or heads < 1 or D % heads:
@@ -520,17 +544,21 @@ def clip_config(weights: Weights, config: dict, quick_gelu: bool, path: str, nam
                           project, rows, length)
 
 
-def t5_config(weights: Weights, path: str) -> T5Config:
-    """Sizes of a T5 encoder from its shapes. Files have the embedding once or twice; `weights` keeps one."""
-    copies = [v for k in ("shared.weight", "encoder.embed_tokens.weight")
-              if (v := weights.pop(k, None)) is not None]
-    if len(copies) == 2 and not torch.equal(*(v.flatten().view(torch.uint8) for v in copies)):
-        raise SystemExit(f"error: {path}: T5's shared.weight and encoder.embed_tokens.weight differ: the "
-                         "file is damaged, copy it again")
-    if copies:
-        weights["shared.weight"] = copies[0]
+T5_TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # one embedding: files have either name or both
+
+
+def t5_config(stored: Stored, path: str) -> T5Config:
+    """Sizes of a T5 encoder from its shapes. A second copy of the embedding is taken out of the headers."""
+    weights = stored.headers
+    held = [k for k in T5_TABLES if k in weights]
+    if len(held) == 2:
+        a, b = (stored.read(k).flatten().view(torch.uint8) for k in held)  # torch does not compare fp8
+        if not torch.equal(a, b):
+            raise SystemExit(f"error: {path}: T5's {' and '.join(held)} differ: the file is damaged, copy it "
+                             "again")
+        del weights[held.pop()]
     block, what = "encoder.block.0.layer.", "T5 encoder"
-    rows, width = shape_of(weights, "shared.weight", path, what, 2)
+    rows, width = shape_of(weights, held[0] if held else T5_TABLES[0], path, what, 2)
     heads = shape_of(weights, block + "0.SelfAttention.relative_attention_bias.weight", path, what, 2)[1]
     inner = shape_of(weights, block + "0.SelfAttention.q.weight", path, what, 2)[0]
     hidden = shape_of(weights, block + "1.DenseReluDense.wi_0.weight", path, what, 2)[0]
@@ -569,7 +597,7 @@ def header_hash(path: str) -> str:
         if file.suffix != ".safetensors":
             digest.update(file.read_bytes())
             continue
-        read_safetensors(file)  # says what is wrong with it
+        open_safetensors(file)  # says what is wrong with it
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
             header = f.read(size)
@@ -592,21 +620,20 @@ def describe(weights: Weights) -> str:
 
 
 def show(path: str) -> None:
-    """Print what a public file or folder holds; no values are read."""
-    root = Path(path)
-    single = not root.is_dir()
-    stack = single and root.suffix == ".safetensors" and any(
-        k.startswith(tuple(p.prefix for p in PARTS.values())) for k in read_safetensors(root))
-    parts = {name: read_part(path, name) for name in PARTS} if stack or not single else {}
-    parts = {name: found for name, found in parts.items() if found[0]}
+    """Print what a public file or folder holds, from its headers."""
+    single, prefixes = Path(path).suffix == ".safetensors", tuple(p.prefix for p in PARTS.values())
+    headers = open_safetensors(path).headers if single else {}
+    parts = {}
+    if Path(path).is_dir() or any(k.startswith(prefixes) for k in headers):
+        parts = {name: open_part(path, name) for name in PARTS}
+        parts = {name: (stored.headers, config) for name, (stored, config) in parts.items() if stored.headers}
     if not parts:
-        for name, part in sorted(by_first_name(read_weights(path)).items()):
+        for name, part in sorted(by_first_name(headers or read_weights(path)).items()):
             print(f"{name:<24} {describe(part)}")
-        return
-    for name, (weights, config) in parts.items():
-        print(f"{name:<7} {describe(weights)}")
+    for name, (part, config) in parts.items():
+        print(f"{name:<7} {describe(part)}")
         if name == "mmdit":
-            cfg = editor_config(weights, config, path)
+            cfg = editor_config(part, config, path)
             known = [k for k, v in PRESETS.items() if v == cfg]
             print(f"        {known[0] if known else 'of another size'}: {cfg.depth} blocks, {cfg.heads} "
                   f"heads of {cfg.head_dim}, patch {cfg.patch}, channels {cfg.in_channels} in, "
@@ -626,13 +653,25 @@ def by_first_name(weights: Weights) -> dict[str, Weights]:
 ####################################################################################################
 
 
+def write(weights: Weights, file: Path) -> None:
+    """Copies: safetensors refuses tensors that share memory, as tied ones and the thirds of qkv do."""
+    save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in weights.items()},
+              file, metadata={"format": "pt"})  # which transformers insists on
+    file.chmod(0o644)  # safetensors makes it 0600, which a shared folder does not want
+
+
 def convert(source: str, target: str) -> None:
     """A pickled table of tensors -> safetensors, names as `read_weights` gives them."""
     if Path(target).suffix != ".safetensors":
         raise SystemExit(f"error: {target}: the result is a .safetensors file: name it so")
-    # copies: safetensors refuses tensors that share memory, as tied ones do
-    save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in read_weights(source).items()},
-              target)
+    weights, tmp = read_weights(source), Path(target + ".tmp")
+    try:
+        write(weights, tmp)
+        tmp.rename(target)
+    except (OSError, SafetensorError) as e:
+        tmp.unlink(missing_ok=True)
+        raise SystemExit(f"error: {target}: cannot be written ({first_line(e)}): free some space, or name "
+                         "another file") from None
 
 
 def export_diffusers(cfg: EditorConfig, state: Weights, out: str, shard: int = 5 * 10**9) -> Path:
@@ -676,9 +715,7 @@ def export_diffusers(cfg: EditorConfig, state: Weights, out: str, shard: int = 5
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         for file, names in zip(files, groups):
-            # copies, a file's worth at a time: q, k and v share memory, which safetensors refuses
-            part = {n: weights[n].detach().cpu().clone(memory_format=torch.contiguous_format) for n in names}
-            save_file(part, tmp / file, metadata={"format": "pt"})
+            write({n: weights[n] for n in names}, tmp / file)
         if len(groups) > 1:
             index = {"metadata": {"total_size": sum(v.nbytes for v in weights.values())},
                      "weight_map": {n: file for file, names in zip(files, groups) for n in names}}
