@@ -59,6 +59,7 @@ PROMPT_FREE = {"t2i": 0.0, "inpaint": 0.1, "edit": 0.0, "outpaint": 0.5, "erase"
 # A source has len(), .name, .size(i) -> (h, w) or None when it draws at any size, and .load(i, h, w) ->
 # dict(image uint8 [h', w', 3] covering (h, w) if it can, caption str, segments int [h'', w''] or None).
 # Optional: .runs and .window, rows that are read together (see `shuffled`).
+CAPTION_COLUMNS = ("caption", "text", "prompt")  # of parquet files
 Row = namedtuple("Row", "file caption segments mask")  # caption None: look for NAME.txt
 
 
@@ -95,20 +96,22 @@ class Folder:
     def size(self, i):
         return image_size(inside(self.root, self.rows[i].file))
 
+    def caption(self, i):
+        row = self.rows[i]
+        text = os.path.splitext(row.file)[0] + ".txt"
+        if row.caption is not None or not os.path.isfile(os.path.join(self.root, text)):
+            return row.caption or ""
+        with open(inside(self.root, text), "rb") as f:
+            return f.read(16 * MAX_CAPTION).decode("utf-8", "replace")
+
     def load(self, i, h, w):
         row = self.rows[i]
-        image, caption, segments = read_image(inside(self.root, row.file), cover=(h, w)), row.caption, None
-        if caption is None:
-            text = os.path.splitext(row.file)[0] + ".txt"
-            caption = ""
-            if os.path.isfile(os.path.join(self.root, text)):
-                with open(inside(self.root, text), "rb") as f:
-                    caption = f.read(16 * MAX_CAPTION).decode("utf-8", "replace")
+        image, segments = read_image(inside(self.root, row.file), cover=(h, w)), None
         if row.segments:
             segments = read_labels(inside(self.root, row.segments), None)
         elif row.mask:
             segments = (read_mask(inside(self.root, row.mask)) > 0.5).astype(np.int32)
-        return dict(image=image, caption=caption, segments=segments)
+        return dict(image=image, caption=self.caption(i), segments=segments)
 
 
 class Parquet:
@@ -127,7 +130,7 @@ class Parquet:
     def _columns(file, kinds):
         structs = [n for n, t in kinds.items() if t.startswith("struct<bytes")]
         found = [n for n in ("image", "img", "jpg", "png", "image_path") if n in kinds] + structs
-        captions = [n for n in ("caption", "text", "prompt") if n in kinds]
+        captions = [n for n in CAPTION_COLUMNS if n in kinds]
         if not found:
             raise BadFile(file, f"no picture column among {', '.join(kinds) or 'its none'}",
                           "name it image: a struct {bytes, path}, bytes or a path")
@@ -265,7 +268,10 @@ def make_sample(source, tasks, prompt_free, hflip, train, index, h, w, rng, note
     """One picture with its task and mask; all randomness is from `rng`, in a fixed order. Raises BadFile."""
     item = source.load(index, h, w)
     y, x, flip, pick, drop = rng.random(5)
-    image, segments = fit(item["image"], h, w, *((y, x) if train else (0.5, 0.5)), item.get("segments"))
+    if item["image"].dtype == np.float32:  # latents (cache.py), cropped and never flipped
+        image, segments, (h, w) = item["image"], None, item["image"].shape[1:]
+    else:
+        image, segments = fit(item["image"], h, w, *((y, x) if train else (0.5, 0.5)), item.get("segments"))
     if hflip and flip < 0.5:
         image, segments = image[:, ::-1], None if segments is None else segments[:, ::-1]
     edges = np.cumsum(list(tasks.values()))[:-1]
@@ -294,12 +300,17 @@ def make_edit_sample(source, p_region, train, index, h, w, rng, notes):
     described = clean_caption(item.get("target_caption") or "")[0]
     notes["captions cut"] += cut
     at = (y, x) if train else (0.5, 0.5)
-    before, image, mask = fit_pair(item["source"], item["image"], item["mask"], h, w, *at)
+    before, image, mask = item["source"], item["image"], item["mask"]
+    latents = image.dtype == np.float32  # cache.py: cropped and never flipped
+    if latents:
+        h, w = image.shape[1:]
+    else:
+        before, image, mask = fit_pair(before, image, mask, h, w, *at)
     if mask is None or shown >= p_region:
         mask = np.ones((h, w), np.float32)
     else:
         notes["regions shown"] += 1
-    if train and flip < 0.5 and not SIDES.search(f"{caption} {described}"):
+    if train and not latents and flip < 0.5 and not SIDES.search(f"{caption} {described}"):
         before, image, mask = (np.ascontiguousarray(a[:, ::-1]) for a in (before, image, mask))
     score = np.float32(math.nan if item["score"] is None else item["score"])
     return dict(image=image, source=before, mask=mask[None], caption=caption, task=item["task"] or "",
@@ -395,7 +406,11 @@ def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, wor
     index int64 [B]; segments int32 [B, H, W] or None; step, epoch; position, places in the global batch.
     tasks: task -> weight. prompt_free: chance that a caption becomes "", one number or per task; erasing says
     ERASE_PROMPT. hflip is off by default: captions say left and right. A bad file is named, counted and
-    replaced by the next of its bucket; SystemExit beyond `max_bad` or a tenth of what was read."""
+    replaced by the next of its bucket; SystemExit beyond `max_bad` or a tenth of what was read.
+    A source of latents (cache.py): image [B, C, h, w], mask of its size, centre crops, only the task t2i."""
+    if getattr(source, "latents", False) and (hflip or list(mixture(tasks)) != ["t2i"]):
+        raise SystemExit(f"error: tasks: {', '.join(mixture(tasks))}{', hflip' * hflip}: latents cannot be "
+                         "masked or flipped: use t2i alone, or pictures and the cache's text only")
     order = Sampler(source, image_size, batch_size, seed, rank, world, aspects, stride)
     make = partial(make_sample, source, mixture(tasks), prompt_free, hflip, True)
     return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad)
@@ -431,6 +446,7 @@ def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, wo
     free-form edits; caption (the instruction), target_caption and task, lists of str ("" without one); score
     float32 [B] in 0..10, NaN for none; index int64 [B], position, step, epoch.
     p_region: chance that a pair with a mask is shown it (default ours; UltraEdit's second stage mixes them).
+    A source of latents (cache.py): image, source [B, C, h, w], mask [B, 1, h, w], centre crops, no flips.
     balance: see `edit_weights`; a task that is not named in a dict is left out. min_score: pairs with a lower
     score, or none, are left out. A procedural source is taken to hold its tasks equally often."""
     args = source, image_size, batch_size, seed, rank, world, aspects, stride

@@ -1,0 +1,712 @@
+"""Text features and latents on disk: made once, so that training need not encode anything.
+
+    python cache.py --base sd3_medium --data omniedit:DIR --edits True --image_size 512 --out CACHE
+    torchrun --nproc_per_node=8 cache.py ...     # the ranks share out the shards
+
+The same command goes on after any kind of stop, and makes damaged shards anew. In CACHE:
+
+    text_NNNNN.safetensors     CLIP's tokens without their zero half, T5's tokens and the pooled vector of
+                               every wording that a loader can draw, of "" and, for pictures, of the erase
+                               prompt
+    latents_NNNNN.safetensors  every item at its bucket, cropped as the loaders do for evaluation: at the
+                               centre, or so that the region of the edit is in it, and never flipped. The
+                               mean of the VAE's posterior, encoded in fp32, kept in fp16 (default ours). Of
+                               an edit source, target and, where it has one, the mask: the largest value in
+                               each square of the VAE's stride. With them captions, and what was wrong with
+                               a bad picture
+    NAME.json                  bytes and SHA-256 of a shard
+    plan.json, manifest.json   what the shards are made of; written last: a folder without it is no cache yet
+
+Train scripts read it through `open_cache`. Every entry has a CRC-32, which is checked whenever it is read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import common
+import data
+import weights
+from edits import PRESETS
+from order import bucket, shapes, size_of
+from pictures import MAX_BAD, MAX_CAPTION, BadFile, clean_caption, printable, too_many
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CLIP_TOKENS = 77
+
+
+@dataclass
+class Config:
+    base: str  # SD3 weights: a .safetensors file or a diffusers folder
+    data: str  # "scenes", a folder of pictures, a .parquet file / folder; with --edits pairs, PRESET:PATH
+    out: str  # folder of the cache
+    edits: bool = False  # the data are edit pairs
+    split: Literal["train", "heldout", "all"] = "train"  # of the data; each split has a cache of its own
+    limit: int = 0  # procedural data only: cache the first so many
+    text: str | None = None  # text encoders that are not in --base: a file or folder (see weights.load_text)
+    tokenizers: str | None = None  # folder of the tokenizers, where they do not come with the text encoders
+    t5: bool = True  # False: zeros in place of T5's tokens, which are not stored
+    t5_length: int = 77  # T5's tokens: part of what the model is trained on
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the text encoders and of what they put out
+    latents: bool = True  # False: text only, for training on pictures (PeFL)
+    image_size: int = 512  # side of the square (or of the square of equal area, with --aspects)
+    aspects: bool = False  # buckets from 1:4 to 4:1 instead of squares
+    stride: int = 16  # sides are multiples of it: the VAE's stride times the transformer's patch
+    text_batch: int = 32  # captions encoded at once
+    batch_size: int = 8  # pictures encoded at once
+    text_shard: int = 256  # captions in a file, 0.95 MB each for SD3
+    shard: int = 1024  # items in a file, 0.13 MB for 512x512, twice that for an edit
+    workers: int = 4  # processes that read pictures, per rank
+    device: str = "auto"  # auto, cpu, cuda
+
+
+def main(cfg: Config) -> None:
+    check(cfg)
+    dist = common.setup(cfg.device)
+    for s in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(s, signal.SIG_DFL)  # what is on disk is all the state there is: nothing to save
+
+    # 1) what there is to do: the same lists on every rank
+    source = (data.open_edits if cfg.edits else data.open_source)(cfg.data, cfg.split)
+    n = items_of(cfg, source)
+    captions = all_captions(source, n, cfg.edits)
+    plan = make_plan(cfg, source, n, captions)
+    out = Path(cfg.out)
+    keep_plan(out, plan, dist.rank)
+    texts, parts = shards("text", len(captions), cfg.text_shard), shards("latents", n, cfg.shard)
+    every = {**texts, **(parts if cfg.latents else {})}
+    mine = list(every)[dist.rank::dist.world]
+    missing = [name for name in mine if not verified(out / name)]
+    common.print0(f"{source.name}: {n:,} items, {len(captions):,} texts; {len(every):,} shards, "
+                  f"rank 0 makes {len(missing):,} of its {len(mine):,}")
+
+    # 2) text, then its encoders are freed
+    todo = [name for name in missing if name in texts]
+    text = None
+    if todo:
+        text = weights.load_text(cfg.text or cfg.base, cfg.tokenizers, DTYPES[cfg.dtype], dist.device, cfg.t5,
+                                 cfg.t5_length)
+        if cfg.t5 and text.t5xxl is None:
+            raise SystemExit(f"error: {cfg.text or cfg.base}: holds no T5: name encoders with --text, or say "
+                             "--t5 False for zeros in its place")
+    vae = weights.load_vae(cfg.base, torch.float32, "cpu") if cfg.latents else None
+    room(cfg, out, every, texts, text, vae)
+    bar = common.progress(sum(len(texts[name]) for name in todo), 0, "text", dist)
+    for name in todo:
+        write(out / name, text_shard(text, [captions[k] for k in texts[name]], cfg.text_batch, bar))
+    bar.close()
+    del text
+    if dist.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    # 3) latents
+    todo = [name for name in missing if name in parts]
+    if todo:
+        make_latents(cfg, source, {name: parts[name] for name in todo}, vae.to(dist.device), dist)
+    finish(out, plan, every, captions, dist.rank)
+    common.print0(common.peak_memory())
+    common.cleanup()
+
+
+def check(cfg: Config) -> None:
+    """Refuse values that cannot work, before anything is opened."""
+    def refuse(flag, text):
+        raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
+
+    for flag in ("image_size", "stride", "t5_length", "text_batch", "batch_size", "text_shard", "shard"):
+        if getattr(cfg, flag) < 1:
+            refuse(flag, "must be at least 1")
+    for flag in ("limit", "workers"):
+        if getattr(cfg, flag) < 0:
+            refuse(flag, "must not be negative")
+    if cfg.image_size % cfg.stride:
+        refuse("image_size", f"use a multiple of --stride, {cfg.stride}")
+
+
+def items_of(cfg: Config, source) -> int:
+    """How many items of the source are cached; SystemExit where the flags do not suit it."""
+    if size_of(source, 0) is not None:
+        if cfg.limit:
+            raise SystemExit(f"error: --limit: {cfg.limit}: {cfg.data} is cached whole: leave it out")
+        return len(source)
+    if not 0 < cfg.limit <= len(source):
+        raise SystemExit(f"error: --limit: {cfg.limit}: {cfg.data} is drawn as it is read: say how many to "
+                         f"cache, at most {len(source):,}")
+    if cfg.aspects and cfg.latents:
+        raise SystemExit(f"error: --aspects: {cfg.data} is drawn at another shape for every batch: cache "
+                         "squares, or text only (--latents False)")
+    return cfg.limit
+
+
+####################################################################################################
+# What is to be made
+####################################################################################################
+
+
+def wordings(source, n: int):
+    """Yields, for each item, the texts that a loader may draw with it, read without the pictures.
+
+    Items whose texts cannot be read give none: a loader finds them bad, too."""
+    if hasattr(source, "groups"):
+        preset = getattr(source, "preset", None)
+        names = PRESETS[preset].instruction if preset else data.CAPTION_COLUMNS
+        cells = source.groups.light(lambda there: [next((c for c in names if c in there), None)])
+        rows = iter(source.rows.tolist())
+        row = next(rows, None)
+        for k, (_, (cell,)) in enumerate(cells):
+            if k == row:
+                texts = [c for c in (cell if isinstance(cell, list) else [cell]) if isinstance(c, str)]
+                yield texts if preset else texts[:1] or [""]
+                row = next(rows, None)
+        return
+    for i in range(n):
+        try:
+            if hasattr(source, "caption"):
+                yield [source.caption(i)]
+            elif hasattr(source, "edit"):
+                yield [source.edit(i)[1].instruction]
+            elif hasattr(source, "_row"):
+                yield source._row(i)[3]
+            else:
+                yield [source.load(i, 16, 16)["caption"]]
+        except BadFile:
+            yield []
+
+
+def all_captions(source, n: int, edits: bool) -> list[str]:
+    """The distinct texts, cleaned as the loaders do, in the order of their keys."""
+    found = {""} if edits else {"", data.ERASE_PROMPT}
+    for texts in wordings(source, n):
+        found.update(clean_caption(text)[0] for text in texts)
+    return sorted(found, key=key_of)
+
+
+def key_of(caption: str) -> int:
+    """int64 by which a text is found; the whole of it goes into its entry's CRC, so a clash is noticed."""
+    return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "little", signed=True)
+
+
+def fingerprint(source, n: int) -> str:
+    """Hash over what the source names: files, their sizes, rows, captions; not over what pictures show."""
+    digest = hashlib.sha256()
+
+    def add(*values):
+        digest.update(json.dumps(values, default=str).encode("utf-8", "surrogatepass") + b"\n")
+
+    def size(file):
+        try:
+            return os.path.getsize(file)
+        except OSError:
+            return -1
+
+    add(type(source).__name__, n)
+    if hasattr(source, "groups"):
+        for file in source.groups.files:
+            add(os.path.basename(file), size(file))
+        add([(start, group) for _, start, group, _ in source.groups.groups])
+        digest.update(np.asarray(source.rows, np.int64).tobytes())
+    elif size_of(source, 0) is None:
+        add(source.name, source.seed, getattr(source, "wrong", None))
+    elif hasattr(source, "root") and hasattr(source, "caption"):
+        for row in source.rows:
+            add(row, size(os.path.join(source.root, row.file)))
+            if row.caption is None:
+                add(size(os.path.join(source.root, os.path.splitext(row.file)[0] + ".txt")))
+    else:
+        for i in range(n):
+            try:
+                *pictures, captions, _, _ = source._row(i)
+                add(captions, *((os.path.basename(p[0]), size(p[0])) for p in pictures if p))
+            except BadFile:
+                add(i, "bad")
+    return digest.hexdigest()
+
+
+def make_plan(cfg: Config, source, n: int, captions: list[str]) -> dict:
+    """All that decides what the shards hold, as it is kept in plan.json and asked for by `open_cache`."""
+    made = {"data": cfg.data, "source": source.name, "split": cfg.split, "edits": cfg.edits, "items": n,
+            "fingerprint": fingerprint(source, n), "base": cfg.base, "weights": weights.header_hash(cfg.base),
+            "t5": cfg.t5, "t5_length": cfg.t5_length, "dtype": cfg.dtype, "latents": cfg.latents,
+            "text_shard": cfg.text_shard}
+    if cfg.text:
+        made |= {"text": cfg.text, "text_hash": weights.header_hash(cfg.text)}
+    if cfg.tokenizers:
+        made |= {"tokenizers": cfg.tokenizers, "tokenizers_hash": tokenizers_hash(cfg.tokenizers)}
+    if cfg.latents:
+        made |= {key: getattr(cfg, key) for key in ("image_size", "aspects", "stride", "shard")}
+    if cfg.limit:
+        made["limit"] = cfg.limit
+    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
+    return {"format": 1, "made": made, "texts": len(captions), "texts_hash": digest}
+
+
+def tokenizers_hash(folder: str) -> str:
+    """Hash over the contents of the tokenizers' files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(p for name in ("vocab.json", "merges.txt", "tokenizer.json")
+                       for p in Path(folder).rglob(name)):
+        digest.update(f"{file.relative_to(folder)} {common._sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def keep_plan(out: Path, plan: dict, rank: int) -> None:
+    """Write plan.json, or refuse a folder that was begun with another plan."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = json.loads((out / "plan.json").read_bytes())
+    except FileNotFoundError:
+        return write_json(out / "plan.json", plan, rank)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"error: {out}: plan.json cannot be read ({printable(str(e))[:80]}): delete the "
+                         "folder, or give another --out") from None
+    changed = differences(found.get("made", {}), plan["made"])
+    if changed or found.get("texts_hash") != plan["texts_hash"]:
+        raise SystemExit(f"error: {out}: holds a cache of {changed or 'other texts'}: give another --out, or "
+                         "delete the folder")
+
+
+HASHED = {"source": "fingerprint", "base": "weights", "text": "text_hash",
+          "tokenizers": "tokenizers_hash"}  # a path may move
+
+
+def differences(made: dict, asked: dict) -> str:
+    """What differs, in words."""
+    told = []
+    for key in dict.fromkeys((*made, *asked)):
+        by = HASHED.get(key, key)
+        if key in ("data", *HASHED.values()) or made.get(by) == asked.get(by):
+            continue
+        has, wants = made.get(key), asked.get(key)
+        told.append(f"{key} {has} with other contents" if has == wants else f"{key} {has}, not {wants}")
+    return "; ".join(told)
+
+
+def shards(kind: str, n: int, size: int) -> dict[str, range]:
+    return {f"{kind}_{k:05d}.safetensors": range(at, min(at + size, n))
+            for k, at in enumerate(range(0, n, size))}
+
+
+def room(cfg: Config, out: Path, every: dict, texts: dict, text, vae) -> None:
+    """Print what all ranks have still to write, and refuse what does not fit."""
+    left = [name for name in every if not (out / name).with_suffix(".json").exists()]
+    n_texts, n_items = (sum(len(every[name]) for name in left if (name in texts) == is_text)
+                        for is_text in (True, False))
+    need, words = 0, []
+    if n_texts and text is not None:
+        values = CLIP_TOKENS * (text.clip_l.cfg.width + text.clip_g.cfg.width)
+        values += sum(c.project or c.width for c in (text.clip_l.cfg, text.clip_g.cfg))
+        values += 0 if text.t5xxl is None else cfg.t5_length * text.t5xxl.shared.weight.shape[1]
+        each = values * DTYPES[cfg.dtype].itemsize + 16
+        need += n_texts * each
+        words.append(f"{n_texts:,} texts of {each / 1e6:.3f} MB")
+    if n_items:
+        every_shape = shapes(cfg.image_size, cfg.stride, *([] if cfg.aspects else [(1,)]))
+        area = max(h * w for h, w in every_shape) // vae.stride**2
+        each = 2 * area * (2 * vae.channels + 1 if cfg.edits else vae.channels) + 512
+        need += n_items * each
+        words.append(f"{n_items:,} items of {each / 1e6:.3f} MB")
+    free = shutil.disk_usage(out).free
+    common.print0(f"needs {need / 2**30:.3f} GiB in {out}, {free / 2**30:.3f} GiB free"
+                  + (f" ({', '.join(words)})" if words else ""))
+    if 1.02 * need > free:
+        raise SystemExit(f"error: {out}: needs {need / 2**30:.3f} GiB, {free / 2**30:.3f} GiB are free: free "
+                         "some space, or give --out on another disk")
+
+
+####################################################################################################
+# Making shards
+####################################################################################################
+
+
+def text_shard(text, captions: list[str], batch: int, bar) -> dict[str, Tensor]:
+    """clip [n, 77, Dl + Dg], t5 [n, T, D] (none without T5), pooled [n, El + Eg], in the encoders' dtype, and
+    crc [n]. width: of the context, as a scalar."""
+    wide, parts = text.clip_l.cfg.width + text.clip_g.cfg.width, []
+    for k in range(0, len(captions), batch):
+        txt, vec = (t.cpu() for t in text.encode_text(captions[k:k + batch]))
+        if not (torch.isfinite(txt).all() and torch.isfinite(vec).all()):
+            raise SystemExit("error: --dtype: the text encoders put out numbers that are not finite: use "
+                             "bf16 or fp32, or check the weights")
+        part = {"clip": txt[:, :CLIP_TOKENS, :wide], "pooled": vec}
+        parts.append(part | ({} if text.t5xxl is None else {"t5": txt[:, CLIP_TOKENS:]}))
+        bar.update(len(txt))
+    out = {key: torch.cat([p[key] for p in parts]).contiguous() for key in parts[0]}
+    sums = [text_crc(c, {key: t[i] for key, t in out.items()}) for i, c in enumerate(captions)]
+    return out | {"crc": torch.tensor(sums), "width": torch.tensor(txt.shape[-1])}
+
+
+def text_crc(caption: str, row: dict[str, Tensor]) -> int:
+    return crc(caption.encode(), row["clip"], row["pooled"], *([row["t5"]] if "t5" in row else []))
+
+
+def crc(start: bytes, *tensors: Tensor) -> int:
+    value = zlib.crc32(start)
+    for t in tensors:
+        value = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), value)
+    return value
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Item -> dict(size, shape, record, image, perhaps source and mask), or record["bad"]: what is wrong."""
+
+    def __init__(self, cfg: Config, source):
+        self.cfg, self.source = cfg, source
+
+    def __getitem__(self, i):
+        if torch.utils.data.get_worker_info():
+            torch.set_num_threads(1)
+        cfg, size = self.cfg, (0, 0)
+        try:
+            size = self.source.size(i) or (1, 1)
+            h, w = bucket(*size, cfg.image_size, cfg.stride, cfg.aspects)
+            item = self.source.load(i, h, w)
+            # longer texts are cut by the loaders, which must still see that they are
+            texts = [t[:4 * MAX_CAPTION + 1] for t in item.get("captions") or [item["caption"]]]
+            told = {"captions": texts}
+            if cfg.edits:
+                told["target_caption"] = (item.get("target_caption") or "")[:4 * MAX_CAPTION + 1]
+                pictures = data.fit_pair(item["source"], item["image"], item["mask"], h, w)
+                pictures = dict(zip(("source", "image", "mask"), pictures))
+            else:
+                pictures = {"image": data.fit(item["image"], h, w)[0]}
+            pictures = {k: torch.tensor(v) for k, v in pictures.items() if v is not None}
+            return dict(i=i, size=size, shape=(h, w), record=told, **pictures)
+        except BadFile as e:
+            return dict(i=i, size=size, shape=(0, 0), record={"bad": str(e)})
+
+
+def make_latents(cfg: Config, source, todo: dict[str, range], vae, dist) -> None:
+    """Write the shards of `todo`. Batches are of one shard and one shape, so that neither a restart nor the
+    number of ranks changes what is encoded together: what differs is rounding that the kernels may do."""
+    order = [i for indices in todo.values() for i in indices]
+    loader = iter(torch.utils.data.DataLoader(
+        Pictures(cfg, source), batch_size=None, sampler=order, num_workers=cfg.workers,
+        prefetch_factor=4 if cfg.workers else None, collate_fn=dict, generator=torch.Generator()))
+    bar = common.progress(len(order), 0, "latents", dist)
+    bad = read = 0
+    for name, indices in todo.items():
+        rows, waiting = {}, {}
+        for _ in indices:
+            row = next(loader)
+            rows[row["i"]] = row
+            same = waiting.setdefault(row["shape"], [])
+            if "bad" not in row["record"]:
+                same.append(row)
+            if len(same) == cfg.batch_size:
+                encode(vae, waiting.pop(row["shape"]), source, dist.device)
+        for same in waiting.values():
+            encode(vae, same, source, dist.device)
+        for problem in (row["record"].get("bad") for row in rows.values()):
+            read += 1
+            if problem:
+                bad += 1
+                print(f"skipped: {problem.removeprefix('error: ')}", file=sys.stderr)
+                if too_many(bad, read, MAX_BAD):
+                    raise SystemExit(f"{problem} (the last of {bad} bad files among {read} read, too many "
+                                     f"to go on: repair {source.name})")
+        write(Path(cfg.out) / name, latent_shard([rows[i] for i in indices]))
+        bar.update(len(indices))
+    bar.close()
+
+
+@torch.no_grad()
+def encode(vae, rows: list[dict], source, device) -> None:
+    """Pictures of rows of one shape -> latents fp16 [C, h, w] in their place; masks to the latents' size."""
+    if not rows:
+        return
+    for key in ("image", "source"):
+        if key in rows[0]:
+            images = torch.stack([row[key] for row in rows]).to(device).permute(0, 3, 1, 2).contiguous()
+            for row, z in zip(rows, vae.encode(images.float().div_(127.5).sub_(1)).half().cpu()):
+                row[key] = z
+                if not torch.isfinite(z).all():
+                    problem = BadFile(f"{source.name} item {row['i']}", "its latents are not finite",
+                                      "look at it, and at the VAE's weights")
+                    row["record"] = {"bad": str(problem)}
+    for row in rows:
+        if "mask" in row:
+            row["mask"] = F.max_pool2d(row["mask"][None], vae.stride)[0].half()
+
+
+def latent_shard(rows: list[dict]) -> dict[str, Tensor]:
+    """HxW.image, .source [k, C, h, w] and .mask [k, h, w] of the k items of a bucket; of each item at [n, 3]
+    = H, W and row there (0 for a bad one), size [n, 2], crc [n], and record, JSON that ends at `end`."""
+    groups, at, sums, records = {}, [], [], []
+    for row in rows:
+        record, (h, w) = row["record"], row["shape"]
+        parts = []
+        if "bad" in record:
+            h = w = place = 0
+        else:
+            record["mask"] = "mask" in row
+            parts = [row[key] for key in ("image", "source", "mask") if key in row]
+            group = groups.setdefault((h, w), {key: [] for key in ("image", "source", "mask")})
+            place = len(group["image"])
+            empty = torch.zeros(row["image"].shape[-2:], dtype=torch.float16)
+            for key, kept in group.items():
+                if key in row or key == "mask" and "source" in row:
+                    kept.append(row.get(key, empty))
+        records.append(json.dumps(record).encode())
+        at.append((h, w, place))
+        sums.append(latent_crc(row["i"], records[-1], at[-1], row["size"], *parts))
+    out = {f"{h}x{w}.{key}": torch.stack(kept) for (h, w), group in groups.items()
+           for key, kept in group.items() if kept}
+    return out | {"at": torch.tensor(at, dtype=torch.int32), "crc": torch.tensor(sums),
+                  "size": torch.tensor([row["size"] for row in rows], dtype=torch.int32),
+                  "end": torch.tensor(np.cumsum([len(r) for r in records])),
+                  "record": torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)}
+
+
+def latent_crc(i: int, record: bytes, at, size, *tensors: Tensor) -> int:
+    return crc(np.array([i, *at, *size], np.int64).tobytes() + record, *tensors)
+
+
+####################################################################################################
+# Files
+####################################################################################################
+
+
+def put(path: Path, save, end: str = ".tmp") -> None:
+    """save(temporary path), fsync, rename; SystemExit with one line when the disk is full or failing."""
+    tmp = path.with_name(path.name + end)
+    try:
+        save(tmp)
+        tmp.chmod(0o644)  # safetensors makes it 0600
+        common._fsync(tmp)
+        tmp.rename(path)
+        common._fsync(path.parent)
+    except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
+        tmp.unlink(missing_ok=True)
+        raise SystemExit(f"error: {path}: cannot be written ({printable(str(e))[:120]}): free some space, "
+                         "then the same command goes on") from None
+
+
+def write_json(path: Path, value: dict, rank: int = 0) -> None:
+    put(path, lambda tmp: tmp.write_text(json.dumps(value, indent=1)), f".{rank}.tmp")
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A shard, then the file that says it is whole."""
+    path.with_suffix(".json").unlink(missing_ok=True)  # of a damaged shard
+    put(path, lambda tmp: save_file(tensors, tmp))
+    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": common._sha256(path)})
+
+
+def verified(path: Path) -> bool:
+    """Whether a shard is there and every byte is as it was written; what is damaged is named."""
+    try:
+        told = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    try:
+        if path.stat().st_size == told["bytes"] and common._sha256(path) == told["sha256"]:
+            return True
+    except (OSError, KeyError, TypeError):
+        pass
+    print(f"damaged: {path}: it is made anew", file=sys.stderr)
+    path.with_suffix(".json").unlink(missing_ok=True)
+    return False
+
+
+def finish(out: Path, plan: dict, every: dict, captions: list[str], rank: int) -> None:
+    """Once all shards are there, whoever finds them writes index.safetensors (keys of the texts, sizes of the
+    items) and manifest.json. No rank waits for another: a collective would time out."""
+    try:
+        files = {name: json.loads((out / name).with_suffix(".json").read_bytes()) for name in every}
+    except FileNotFoundError:
+        return
+    parts = [load_file(out / name) for name in every if name.startswith("latents")]
+    index = {"keys": torch.tensor([key_of(c) for c in captions])}
+    bad = 0
+    if parts:
+        index["sizes"] = torch.cat([p["size"] for p in parts])
+        bad = sum(int((p["at"][:, 0] == 0).sum()) for p in parts)
+    put(out / "index.safetensors", lambda tmp: save_file(index, tmp), f".{rank}.tmp")
+    files["index.safetensors"] = {"bytes": (out / "index.safetensors").stat().st_size,
+                                  "sha256": common._sha256(out / "index.safetensors")}
+    write_json(out / "manifest.json", plan | {"bad": bad, "files": files}, rank)
+    size = sum(f["bytes"] for f in files.values()) / 2**30
+    print(f"{out}: {len(captions):,} texts, {plan['made']['items']:,} items, {bad:,} skipped, {size:.3f} GiB",
+          flush=True)
+
+
+####################################################################################################
+# Reading
+####################################################################################################
+
+
+def command(made: dict) -> str:
+    """The command that made, or repairs, a cache, but for --out."""
+    fields = Config.__dataclass_fields__
+    return "python cache.py " + " ".join(f"--{k} {v}" for k, v in made.items()
+                                         if k in fields and v != fields[k].default)
+
+
+def open_cache(path: str, source=None, base: str | None = None, **asked) -> "Cache":
+    """A finished cache, checked against what training asks for -> Cache. SystemExit with what differs.
+
+    source: the opened data source it must be of; base: the weights; asked: any of image_size, aspects,
+    stride, t5_length, dtype, edits, split, latents. Sizes of files are checked here, contents when read.
+    """
+    root = Path(path)
+    try:
+        manifest = json.loads((root / "manifest.json").read_bytes())
+        made, files = manifest["made"], manifest["files"]
+    except FileNotFoundError:
+        raise SystemExit(f"error: {path}: no manifest.json: no cache, or not a finished one: run "
+                         "cache.py with this --out until it ends") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f"error: {path}/manifest.json: damaged ({printable(str(e))[:80]}): run cache.py "
+                         "with this --out again") from None
+    again = f"run again: {command(made)} --out {path}"
+    for name, told in files.items():
+        try:
+            size = (root / name).stat().st_size
+        except OSError:
+            size = None
+        if size != told["bytes"]:
+            what = "missing" if size is None else f"{size} bytes instead of {told['bytes']}"
+            raise SystemExit(f"error: {path}/{name}: {what}: {again}")
+    if common._sha256(root / "index.safetensors") != files["index.safetensors"]["sha256"]:
+        raise SystemExit(f"error: {path}/index.safetensors: SHA-256 differs from the manifest's: {again}")
+    if base is not None:
+        asked |= {"base": base, "weights": weights.header_hash(base)}
+    if source is not None:
+        asked |= {"source": source.name, "fingerprint": fingerprint(source, made.get("limit", len(source)))}
+    if told := differences({k: made.get(k) for k in asked}, asked):
+        raise SystemExit(f"error: {path}: a cache of {told}: give the same flags, or make another cache")
+    return Cache(path, manifest)
+
+
+class Cache:
+    """Text features by caption, and latents in place of a source's pictures; shards are mapped, not read."""
+
+    def __init__(self, path: str, manifest: dict):
+        self.path, self.made, self.open = str(path), manifest["made"], {}
+        index = load_file(Path(path) / "index.safetensors")
+        self.keys = index["keys"].numpy()
+        self.sizes = index["sizes"].numpy() if "sizes" in index else None
+
+    def __getstate__(self):
+        return self.__dict__ | {"open": {}}  # a worker maps its own
+
+    def shard(self, kind: str, k: int) -> dict[str, Tensor]:
+        name = f"{kind}_{k:05d}.safetensors"
+        if name not in self.open:
+            try:
+                self.open[name] = load_file(Path(self.path) / name)
+            except (OSError, SafetensorError) as e:
+                raise self.damaged(name, printable(str(e))[:80]) from None
+        return self.open[name]
+
+    def damaged(self, name: str, what: str) -> BadFile:
+        return BadFile(f"{self.path}/{name}", f"damaged ({what})",
+                       f"run again: {command(self.made)} --out {self.path}")
+
+    def _text(self, caption: str) -> tuple[Tensor, ...]:
+        key, made = key_of(caption), self.made
+        place = int(np.searchsorted(self.keys, key))
+        if place == len(self.keys) or self.keys[place] != key:
+            raise SystemExit(f"error: {self.path}: has no text features of {caption[:200]!r}: cache the data "
+                             f"and split that it comes from; this one was made by: {command(made)}")
+        k, i = divmod(place, made["text_shard"])
+        shard = self.shard("text", k)
+        row = {key: shard[key][i] for key in ("clip", "pooled", "t5") if key in shard}
+        if text_crc(caption, row) != shard["crc"][i]:
+            raise self.damaged(f"text_{k:05d}.safetensors", f"the entry of {caption[:80]!r}")
+        return tuple(row.values())
+
+    def text(self, captions: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """[B] captions -> txt [B, 77 + T, D], vec [B, Dv] as SD3Text.encode_text gave them, in its dtype.
+
+        SystemExit naming a caption that was not cached. The target captions of edits are not."""
+        rows = zip(*[self._text(c) for c in captions])
+        clip, vec, *t5 = (torch.stack(part).to(device, non_blocking=True) for part in rows)
+        width = int(self.shard("text", 0)["width"])
+        t5 = t5[0] if t5 else clip.new_zeros(len(clip), self.made["t5_length"], width)
+        return torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], dim=1), vec
+
+    def null(self, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Features of "" for guidance: txt [n, 77 + T, D], vec [n, Dv], one row expanded."""
+        return tuple(t.expand(n, *t.shape[1:]) for t in self.text([""], device))
+
+    def source(self, source) -> "Latents":
+        """The data source with latents in place of its pictures, for the loaders of data.py."""
+        if not self.made["latents"]:
+            raise SystemExit(f"error: {self.path}: holds text only: make a cache with --latents True")
+        return Latents(self, source)
+
+
+class Latents:
+    """A source of pictures or edit pairs whose .load gives float32 latents, [C, h, w] for pictures and [h, w]
+    for masks. Everything else is the source's, so the loaders keep their order; bad pictures stay bad."""
+
+    latents = True
+
+    def __init__(self, cache: Cache, source):
+        self.cache, self.inner, self.drawn = cache, source, size_of(source, 0) is None
+        self.name, self.sizes = source.name, cache.sizes
+
+    def __getattr__(self, name):
+        if name in ("runs", "window", "tasks", "task", "task_of", "score", "scores", "bad_lines", "missing"):
+            return getattr(self.inner, name)
+        raise AttributeError(name)
+
+    def __len__(self):
+        return self.cache.made["items"]
+
+    def size(self, i):
+        if not self.drawn and not self.sizes[i].any():
+            self.load(i, 0, 0)  # says what is wrong with it
+        return None if self.drawn else tuple(self.sizes[i].tolist())
+
+    def load(self, i, h, w):
+        cache, (k, n) = self.cache, divmod(i, self.cache.made["shard"])
+        shard = cache.shard("latents", k)
+        raw = shard["record"][int(shard["end"][n - 1]) if n else 0:int(shard["end"][n])].numpy().tobytes()
+        *shape, row = at = shard["at"][n].tolist()
+        try:
+            record = json.loads(raw)
+            names = [] if "bad" in record else ["image", "source"] if cache.made["edits"] else ["image"]
+            names += ["mask"] * bool(record.get("mask"))
+            parts = {name: shard[f"{shape[0]}x{shape[1]}.{name}"][row] for name in names}
+            good = latent_crc(i, raw, at, shard["size"][n].tolist(), *parts.values()) == shard["crc"][n]
+        except (ValueError, TypeError, AttributeError, LookupError):
+            good = False
+        if not good:
+            raise cache.damaged(f"latents_{k:05d}.safetensors", f"the entry of item {i}")
+        if "bad" in record:
+            raise BadFile(*record["bad"].removeprefix("error: ").split(": ", 2))
+        if [h, w] != shape:
+            raise BadFile(f"{cache.path} item {i}", f"cached at {shape[1]}x{shape[0]}, asked for {w}x{h}",
+                          "give the loader the cache's image_size, aspects and stride")
+        item = {name: part.float().numpy() for name, part in parts.items()}
+        texts = record["captions"]
+        item |= dict(caption=texts[0], captions=texts)
+        if cache.made["edits"]:
+            item |= dict(mask=item.get("mask"), target_caption=record["target_caption"], task=self.task(i),
+                         score=self.score(i))
+        return item
+
+
+if __name__ == "__main__":
+    try:
+        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
+        main(tyro.cli(Config, description=__doc__, config=cli))
+    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
+        raise SystemExit("interrupted: the same command goes on") from None
