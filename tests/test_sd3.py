@@ -144,7 +144,8 @@ def test_editnet_on_sd3(sd3, tmp_path):
     assert meta["meta"]["stack"] == {"sd3": sd3["sd3"], "tokenizers": sd3["tokenizers"]}
     assert meta["config"]["shift"] == 3.0
     sample.main(sample.Config("edit", str(tmp_path / "net"), out=str(tmp_path / "made"),
-                              image=picture(tmp_path), instruction=("make it night", "add a cat"), steps=2, device="cpu"))
+                              image=picture(tmp_path), instruction=("make it night", "add a cat"), steps=2,
+                              device="cpu"))
     assert len(list((tmp_path / "made").glob("a*.png"))) == 2
 
 
