@@ -483,8 +483,8 @@ def load_text(path: str, tokenizers: str | None = None, dtype: torch.dtype = tor
         check_tokens(reader.get_vocab_size(), cfg.vocab, 0, folder / sub, path)
         clips.append((replace(cfg, eos=reader.token_to_id(CLIP_EOS)), stored, name))
         readers.append(reader)
-    stored, reader = open_part(path, "t5xxl")[0], None
-    if t5 and stored.headers:
+    stored, reader = open_part(path, "t5xxl")[0] if t5 else None, None
+    if stored and stored.headers:
         t5_cfg = t5_config(stored, path)
         width = t5_cfg.width
         reader = t5_tokenizer(str(folder / "tokenizer_3"), t5_length)

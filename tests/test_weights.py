@@ -489,7 +489,7 @@ def command(*arguments):
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def test_commands(tmp_path):
+def test_commands(tmp_path, capsys):
     """export takes the averaged weights; show, usage and errors are short."""
     nets = {name: randomize(Editor(SD3), seed) for seed, name in enumerate(("model", "ema"))}
     common.write_checkpoint(tmp_path / "run/step_00000001", 1, {k: v.state_dict() for k, v in nets.items()},
@@ -499,15 +499,17 @@ def test_commands(tmp_path):
     _, state = weights.load_mmdit(str(tmp_path / "out"))
     assert all(torch.equal(state[k], v) for k, v in nets["ema"].mmdit.state_dict().items())
     assert not weights.is_public(str(tmp_path / "run")) and weights.is_public(str(tmp_path / "out"))
-    shown = command("show", tmp_path / "out").stdout
+    weights.show(str(tmp_path / "out"))
+    shown = capsys.readouterr().out
     assert "float32" in shown and "of another size: 2 blocks, 2 heads of 64" in shown
     bad = command("show", tmp_path / "run")
     assert bad.returncode == 1 and re.fullmatch(r"error: [^\n]+\n", bad.stderr)
     assert "usage: python weights.py show PATH" in command("show").stderr
     path = tmp_path / "other.safetensors"
     save_file({"a.b": torch.ones(3), "a.c": torch.ones(2, dtype=torch.int8), "d": torch.ones(1)}, path)
-    weights_of_a = [line for line in command("show", path).stdout.splitlines() if line.startswith("a ")]
-    assert len(weights_of_a) == 1 and "2 tensors, 5 values: float32 0.000 GB, int8" in weights_of_a[0]
+    weights.show(str(path))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("a "))
+    assert "2 tensors, 5 values: float32 0.000 GB, int8" in line
 
 
 def test_export_wants_an_editor(tmp_path):
@@ -632,6 +634,7 @@ def test_folders_that_lack_something(folders, tmp_path):
         (half / "text_encoder_3" / name).unlink()
     line = one_line(weights.load_text, str(half), why=f"{len(gone)} of {len(shards)} shards are missing")
     assert gone[0] in line and shards[0].name not in line
+    assert weights.load_text(str(half), t5=False).t5xxl is None
     index = "diffusion_pytorch_model.safetensors.index.json"
     for text, why in (("{", "cannot be read"), ("[]", "no table"), ("{}", "no table of shards"),
                       ('{"weight_map": {"a": "../x"}}', "no table of shards"),
