@@ -561,7 +561,9 @@ def test_command_line(made, tmp_path, script):
 
 
 def plain_type(annotation):
-    """T of T and of T | None."""
+    """T of T, of T | None and of what tyro is told beside it."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
     inner = [a for a in typing.get_args(annotation) if a is not type(None)]
     return inner[0] if type(None) in typing.get_args(annotation) else annotation
 
