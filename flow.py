@@ -162,9 +162,9 @@ def sample(denoise: Denoise, x: Tensor, ts: list[float], solver: str = "euler",
     """
     if solver not in ("euler", "heun"):
         raise SystemExit(f"error: unknown solver {solver!r}: use 'euler' or 'heun'")
-    x = x.float()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
-        v = denoise(x, x.new_full((len(x),), t)).float()
+        v = denoise(x, x.new_full((len(x),), t)).to(x.dtype)
         x_next = euler_step(x, v, t, t_next)
         if solver == "heun" and t_next > 0:
             v = (v + denoise(x_next, x.new_full((len(x),), t_next)).float()) / 2

@@ -58,6 +58,10 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
         features = words.text(captions, device) if words else text.encode_text(captions)
         return tuple(x.float() for x in features)
 
+    txt, vec = read([""])
+    if (got := (txt.shape[2], vec.shape[1])) != (net.cfg.txt_dim, net.cfg.vec_dim):
+        raise SystemExit(f"error: {what}: reads text of widths {net.cfg.txt_dim} and {net.cfg.vec_dim}, the "
+                         f"encoders of {folder or path} give {got[0]} and {got[1]}: give those that belong to it")
     (net.base if isinstance(net, model.EditNet) else net).read = read
     return vae, known, words
 
