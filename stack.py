@@ -60,8 +60,8 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
 
     txt, vec = read([""])
     if (got := (txt.shape[2], vec.shape[1])) != (net.cfg.txt_dim, net.cfg.vec_dim):
-        raise SystemExit(f"error: {what}: reads text of widths {net.cfg.txt_dim} and {net.cfg.vec_dim}, the "
-                         f"encoders of {folder or path} give {got[0]} and {got[1]}: give those that belong to it")
+        raise SystemExit(f"error: {what}: reads text of widths {net.cfg.txt_dim} and {net.cfg.vec_dim}, "
+                         f"{folder or path} gives {got[0]} and {got[1]}: give what belongs together")
     (net.base if isinstance(net, model.EditNet) else net).read = read
     return vae, known, words
 

@@ -166,7 +166,7 @@ def test_without_t5_its_tokens_are_zeros_and_never_silently(base, tmp_path):
     right = weights.load_text(*base, torch.bfloat16, t5=False, t5_length=20).encode_text(captions)
     got = open_cache(path).text(captions)
     assert all(torch.equal(a, b) for a, b in zip(got, right)) and (got[0][:, 77:] == 0).all()
-    bare = {k: v for k, v in weights.read_safetensors(base[0]).items() if "t5xxl" not in k}
+    bare = {k: v for k, v in weights.read_weights(base[0]).items() if "t5xxl" not in k}
     save_file(bare, tmp_path / "bare.safetensors")
     with pytest.raises(SystemExit) as error:
         make((str(tmp_path / "bare.safetensors"), base[1]), tmp_path / "d", spec, split="all", latents=False)
@@ -343,7 +343,7 @@ def test_a_cache_of_something_else_is_refused_by_name(base, edits, tmp_path):
     other = tmp_path / "other.safetensors"
     shutil.copy(base[0], other)
     open_cache(path, source, str(other))                                         # the name may change
-    tensors = weights.read_safetensors(base[0])
+    tensors = weights.read_weights(base[0])
     save_file({k: v * 2 if "conv_in" in k else v.clone() for k, v in tensors.items()}, other)
     with pytest.raises(SystemExit) as error:
         open_cache(path, source, str(other))

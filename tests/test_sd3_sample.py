@@ -17,7 +17,7 @@ from model import Editor
 
 diffusers = pytest.importorskip("diffusers")
 PROMPTS, STEPS, GUIDANCE = ["a photo of the red cat", "two dogs"], 4, 5.0
-# Of N steps ours are shift(k / N). diffusers shifts twice by default, so that its last step begins at t = 0.009:
+# Of N steps ours are shift(k / N). diffusers shifts twice by default, so that its last step begins at 0.009:
 # here it is told the times. Tests in float64 take its scheduler's casts to fp32 away.
 SIGMAS = [1.0, 0.75, 0.5, 0.25]
 
