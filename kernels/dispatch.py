@@ -1,0 +1,150 @@
+"""Which implementation of an operation runs: decided once per device, architecture, dtype and head dim.
+
+    KERNELS=auto       (default) Triton on a GPU whose self-test agrees with the reference, else plain torch
+    KERNELS=reference  plain torch everywhere
+    KERNELS=triton     Triton wherever it can run; a failed self-test is an error instead of a fall-back
+
+What was chosen is printed once per operation and kind of input. On a CPU it is always plain torch, unless
+`force("triton")`: Triton's interpreter then runs the kernels, if TRITON_INTERPRET=1 stood before the import.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no Triton for macOS and Windows; plain torch needs none
+    triton = tl = None
+
+MODES = ("auto", "reference", "triton")
+SAFE_PTXAS = (13, 3)  # older: may overwrite registers that a running WGMMA still reads (fixed in CUDA 13.3)
+_forced: str | None = None
+
+
+def jit(fn):
+    """triton.jit; without Triton the function stays as it is and is never called."""
+    return triton.jit(fn) if triton else fn
+
+
+def interpreted() -> bool:
+    """Whether the kernels were decorated for Triton's interpreter, which runs on CPU tensors."""
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+@contextlib.contextmanager
+def force(mode: str):
+    """For tests: "triton" (on a CPU: the interpreter) or "reference", whatever the device and KERNELS say."""
+    global _forced
+    before, _forced = _forced, mode
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def use_triton(op: str, x: torch.Tensor, head_dim: int = 0, check: Callable[..., float] | None = None,
+               fits: bool = True) -> bool:
+    """Whether operation `op` on inputs like x runs its Triton kernels.
+
+    check(device, dtype, head_dim): the operation's self-test, the largest error relative to what the dtype
+    allows (<= 1 passes); fits: whether the kernels exist for this kind of input at all.
+    """
+    if _forced:
+        return _forced == "triton" and fits
+    if x.device.type == "cpu" or not fits:
+        return False
+    return _decide(op, x.device, x.dtype, head_dim, check)
+
+
+def mode() -> str:
+    chosen = os.environ.get("KERNELS", "auto")
+    if chosen not in MODES:
+        raise SystemExit(f"error: KERNELS: {chosen!r}: use one of {', '.join(MODES)}")
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, check) -> bool:
+    what = f"{op} ({str(dtype).removeprefix('torch.')}{f', heads of {head_dim}' if head_dim else ''})"
+    if mode() == "reference":
+        return _say(f"{what}: plain torch (KERNELS=reference)", False)
+    if triton is None or interpreted() or device.type != "cuda":
+        why = "no Triton" if triton is None else "TRITON_INTERPRET is set" if interpreted() else device.type
+        return _say(f"{what}: plain torch ({why})", False)
+    arch = architecture(device)
+    ptxas = newer_ptxas(arch)
+    error = float("inf")
+    try:
+        error = check(device, dtype, head_dim) if check else 0.0
+        failed = "" if error <= 1 else f"self-test is off by {error:.3g} times what {dtype} allows"
+    except Exception as e:  # what a broken compiler or driver raises is anyone's guess
+        failed = f"self-test ended with {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    remedy = ""
+    if arch == "sm_90" and ptxas < SAFE_PTXAS:
+        remedy = (f"; ptxas {'.'.join(map(str, ptxas))} is known to miscompile some Hopper kernels: "
+                  "`pip install 'nvidia-cuda-nvcc>=13.3'`, or set TRITON_PTXAS_PATH to a ptxas of CUDA 13.3")
+    if failed and mode() == "triton":
+        raise SystemExit(f"error: KERNELS=triton: {what} on {arch}: {failed}{remedy}")
+    if failed:
+        return _say(f"{what}: plain torch on {arch}, since the {failed}{remedy}", False)
+    return _say(f"{what}: Triton on {arch}, self-test at {error:.2g} of its bound{remedy}", True)
+
+
+def _say(text: str, answer: bool) -> bool:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"kernels: {text}", file=sys.stderr, flush=True)
+    return answer
+
+
+def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942", ... of a GPU."""
+    props = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return props.gcnArchName.split(":")[0]
+    return f"sm_{props.major}{props.minor}"
+
+
+@functools.cache
+def newer_ptxas(arch: str) -> tuple[int, ...]:
+    """The version of ptxas that Triton uses for `arch`, (0,) on AMD.
+
+    On Hopper a ptxas >= SAFE_PTXAS of the wheel nvidia-cuda-nvcc, if installed, is made the one it uses.
+    """
+    if not arch.startswith("sm_"):
+        return (0,)
+    tools = triton.knobs.nvidia
+    tool = tools.ptxas_blackwell if int(arch[3:]) >= 100 else tools.ptxas
+    version = _version(tool.version)
+    if arch == "sm_90" and version < SAFE_PTXAS and "TRITON_PTXAS_PATH" not in os.environ:
+        found = _wheel_ptxas()
+        if found and found[1] >= SAFE_PTXAS:
+            from triton.backends.nvidia.compiler import CUDABackend, get_ptxas_version
+
+            os.environ["TRITON_PTXAS_PATH"], version = found
+            # part of the key of Triton's disk cache: it would return what the old ptxas made
+            get_ptxas_version.cache_clear()
+            CUDABackend.hash.cache_clear()
+    return version
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _wheel_ptxas() -> tuple[str, tuple[int, ...]] | None:
+    """Path and version of the ptxas that the wheel nvidia-cuda-nvcc brought."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvcc") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = next((str(f.locate()) for f in files if f.name in ("ptxas", "ptxas.exe")), None)
+    tool = path and triton.knobs.NvidiaTool.from_path(path)
+    return (path, _version(tool.version)) if tool else None
