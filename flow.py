@@ -4,19 +4,29 @@
     v   = noise - x_0                  what the network predicts, so x_0 = x_t - t v
 
 A *paper step* k of T (ByteEdit counts T = 20 down to 1) is the time shift(k / T). Networks enter as callables
-`denoise(x, t) -> v` with t [B]. Nothing here touches gradients or autocast: sample.py wraps its calls in
-inference mode, train_pefl.py runs some of them without gradient and one with.
+`denoise(x, t) -> v` with t [B]; under guidance v is left as a weighted sum, `Guided`. Nothing here touches
+gradients or autocast: sample.py wraps its calls in inference mode, train_pefl.py runs some of them without
+gradient and one with.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import blend_known
+from kernels import masked_step
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+
+class Guided(NamedTuple):
+    """v = sum of weights * predictions (one to three, [B, C, H, W]), which euler_step adds up as it goes."""
+
+    predictions: list[Tensor]
+    weights: list[float]
+
+
+Denoise = Callable[[Tensor, Tensor], Tensor | Guided]
 
 
 def bcast(t: Tensor) -> Tensor:
@@ -87,9 +97,8 @@ def x0_from_v(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
 def guide(denoise_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], guidance: float) -> Denoise:
     """Classifier-free guidance: v_null + g (v_cond - v_null); `denoise_pair` returns (v_cond, v_null)."""
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        cond, null = denoise_pair(x, t)
-        return null + guidance * (cond - null)
+    def denoise(x: Tensor, t: Tensor) -> Guided:
+        return Guided(list(denoise_pair(x, t)), [guidance, 1 - guidance])
 
     return denoise
 
@@ -107,7 +116,7 @@ def dual_weights(guidance: float, image_guidance: float) -> dict[str, float]:
     return {name: float(weight) for name, weight in rows.items() if weight}
 
 
-def dual_guide(denoise_rows: Denoise, weights: dict[str, float]) -> Denoise:
+def dual_guide(denoise_rows: Callable[[Tensor, Tensor], Tensor], weights: dict[str, float]) -> Denoise:
     """Dual classifier-free guidance, one evaluation a step.
 
     `denoise_rows` gets x and t of B pictures once for each of `weights` (from dual_weights), [n B, ...] in
@@ -115,9 +124,8 @@ def dual_guide(denoise_rows: Denoise, weights: dict[str, float]) -> Denoise:
     """
     n = len(weights)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        rows = denoise_rows(x.repeat(n, 1, 1, 1), t.repeat(n)).float().chunk(n)
-        return sum(weight * v for weight, v in zip(weights.values(), rows))
+    def denoise(x: Tensor, t: Tensor) -> Guided:
+        return Guided(list(denoise_rows(x.repeat(n, 1, 1, 1), t.repeat(n)).chunk(n)), list(weights.values()))
 
     return denoise
 
@@ -141,8 +149,16 @@ def edit_denoise(net, text: tuple[Tensor, Tensor], null: tuple[Tensor, Tensor], 
 # ---- samplers ------------------------------------------------------------------------------------
 
 
-def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
-    return x + (t_next - t) * v
+def euler_step(x: Tensor, v: Tensor | Guided, t: Tensor | float, t_next: Tensor | float,
+               start: Tensor | None = None, known: Tensor | None = None, noise: Tensor | None = None,
+               mask: Tensor | None = None) -> Tensor:
+    """x + (t_next - t) v [B, C, H, W], in x's dtype; t, t_next numbers or [B].
+
+    start: the mean of this and start, which makes it Heun's second half. With known, noise, mask the known
+    region is then put back at t_next. All of it is one operation, kernels.masked_step.
+    """
+    predictions, weights = v if isinstance(v, Guided) else ([v], [1.0])
+    return masked_step(x, predictions, t, t_next, weights, start, known, noise, mask)
 
 
 def sample(denoise: Denoise, x: Tensor, ts: list[float], solver: str = "euler",
@@ -164,11 +180,14 @@ def sample(denoise: Denoise, x: Tensor, ts: list[float], solver: str = "euler",
         raise SystemExit(f"error: unknown solver {solver!r}: use 'euler' or 'heun'")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
-        v = denoise(x, x.new_full((len(x),), t)).to(x.dtype)
-        x_next = euler_step(x, v, t, t_next)
-        if solver == "heun" and t_next > 0:
-            v = (v + denoise(x_next, x.new_full((len(x),), t_next)).float()) / 2
-            x_next = euler_step(x, v, t, t_next)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
+        here, there = (x.new_full((len(x),), s) for s in (t, t_next))
         keep = mask is not None and not (alternate and i % 2 == 0)
-        x = blend_known(x_next, known, noise, mask, t_next) if keep else x_next
+        region = dict(known=known, noise=noise, mask=mask) if keep else {}
+        if solver == "euler" or t_next == 0:
+            x = euler_step(x, denoise(x, here), t, t_next, **region)
+        else:
+            y = euler_step(x, denoise(x, here), t, t_next)
+            x = euler_step(y, denoise(y, there), t, t_next, start=x, **region)
     return x

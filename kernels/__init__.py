@@ -4,8 +4,8 @@
 """
 
 from kernels.attention import joint_attention
-from kernels.blend import blend_known
+from kernels.blend import masked_step
 from kernels.modulate import modulate
 from kernels.rms_norm import rms_norm
 
-__all__ = ["blend_known", "joint_attention", "modulate", "rms_norm"]
+__all__ = ["joint_attention", "masked_step", "modulate", "rms_norm"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import flow
+from kernels import masked_step
 
 
 def pictures(n=4, seed=0):
@@ -189,12 +190,15 @@ def test_known_region_stands_at_its_noise_level_on_the_way():
 def test_soft_masks_interpolate():
     known, noise, t = pictures()
     x, mask = torch.randn(4, 3, 8, 8), torch.rand(4, 1, 8, 8)
-    out = flow.blend_known(x, known, noise, mask, t)
-    assert torch.allclose(out, mask * x + (1 - mask) * flow.interpolate(known, noise, t), atol=1e-6)
-    assert torch.equal(flow.blend_known(x, known, noise, torch.ones_like(mask), t), x)
-    same = flow.blend_known(x, known, noise, mask, 0.3)
-    assert torch.allclose(same, flow.blend_known(x, known, noise, mask, torch.full((4,), 0.3)), atol=1e-6)
-    assert flow.blend_known(x.bfloat16(), known, noise, mask, t).dtype == torch.bfloat16
+
+    def blend(x, mask, t):
+        return masked_step(x, [torch.zeros_like(x)], t, t, known=known, noise=noise, mask=mask)
+
+    expected = mask * x + (1 - mask) * flow.interpolate(known, noise, t)
+    assert torch.allclose(blend(x, mask, t), expected, atol=1e-6)
+    assert torch.equal(blend(x, torch.ones_like(mask), t), x)
+    assert torch.allclose(blend(x, mask, 0.3), blend(x, mask, torch.full((4,), 0.3)), atol=1e-6)
+    assert blend(x.bfloat16(), mask, t).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -227,13 +231,18 @@ def test_alternating_blend(solver, n):
 # ---- guidance ------------------------------------------------------------------------------------
 
 
+def added_up(v):
+    """What a sampler makes of guidance's weighted predictions."""
+    return flow.euler_step(torch.zeros_like(v.predictions[0]), v, 0.0, 1.0)
+
+
 def test_guidance_algebra():
     cond, null, t = pictures()
     for g, expected in ((0.0, null), (1.0, cond), (3.0, 3 * cond - 2 * null)):
-        assert torch.allclose(flow.guide(lambda x, t: (cond, null), g)(cond, t), expected, atol=1e-5)
+        assert torch.allclose(added_up(flow.guide(lambda x, t: (cond, null), g)(cond, t)), expected, atol=1e-5)
     # guiding v and guiding the x0 it implies are the same
     x = torch.randn_like(cond)
-    guided = flow.x0_from_v(x, flow.guide(lambda x, t: (cond, null), 3.0)(x, t), t)
+    guided = flow.x0_from_v(x, added_up(flow.guide(lambda x, t: (cond, null), 3.0)(x, t)), t)
     a, b = flow.x0_from_v(x, cond, t), flow.x0_from_v(x, null, t)
     assert torch.allclose(guided, b + 3 * (a - b), atol=1e-5)
 
@@ -254,7 +263,7 @@ def test_dual_guidance(text, image, rows):
         return torch.cat([v[name] for name in weights])
 
     naive = v["none"] + image * (v["image"] - v["none"]) + text * (v["both"] - v["image"])
-    got = flow.dual_guide(denoise_rows, weights)(x, t)
+    got = added_up(flow.dual_guide(denoise_rows, weights)(x, t))
     assert list(weights) == rows and calls == [4 * len(rows)]
     assert torch.allclose(got, naive, atol=1e-5)
     assert len(rows) > 1 or torch.equal(got, v[rows[0]])
