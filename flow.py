@@ -152,7 +152,8 @@ def edit_denoise(net, text: tuple[Tensor, Tensor], null: tuple[Tensor, Tensor], 
 def euler_step(x: Tensor, v: Tensor | Guided, t: Tensor | float, t_next: Tensor | float,
                start: Tensor | None = None, known: Tensor | None = None, noise: Tensor | None = None,
                mask: Tensor | None = None) -> Tensor:
-    """x + (t_next - t) v [B, C, H, W], in x's dtype; t, t_next numbers or [B].
+    """x + (t_next - t) v [B, C, H, W], in x's dtype; t, t_next numbers or [B] (torch.compile: numbers become
+    part of the graph).
 
     start: the mean of this and start, which makes it Heun's second half. With known, noise, mask the known
     region is then put back at t_next. All of it is one operation, kernels.masked_step.

@@ -239,7 +239,8 @@ def added_up(v):
 def test_guidance_algebra():
     cond, null, t = pictures()
     for g, expected in ((0.0, null), (1.0, cond), (3.0, 3 * cond - 2 * null)):
-        assert torch.allclose(added_up(flow.guide(lambda x, t: (cond, null), g)(cond, t)), expected, atol=1e-5)
+        guided = added_up(flow.guide(lambda x, t: (cond, null), g)(cond, t))
+        assert torch.allclose(guided, expected, atol=1e-5)
     # guiding v and guiding the x0 it implies are the same
     x = torch.randn_like(cond)
     guided = flow.x0_from_v(x, added_up(flow.guide(lambda x, t: (cond, null), 3.0)(x, t)), t)
