@@ -1,11 +1,20 @@
-"""Speed of a training step, side by side with a public implementation of the same network.
+"""Speed of the operations in kernels/, beside what else computes the same.
 
-    python kernels/bench.py                       # both cases, forward + backward, eager
-    python kernels/bench.py --case tiny --adamw --compile
-    python kernels/bench.py --editnet             # EditNet and its variants over their base and a ControlNet
+    python kernels/bench.py                     # GPU: all shapes in bf16; CPU: the smallest in fp32
+    python kernels/bench.py --ops attention --shapes sd3-1024,editnet-1024 --only ours,cudnn
+    python kernels/bench.py --shapes all --dtype bf16 --json out/bench.json
 
-One process holds both networks with the same weights and runs them in turn, so that a busy machine slows both
-alike; what counts is the ratio within each pair of steps. Needs `diffusers`, which nothing else here does.
+Rows: `ours` is the public function, whatever it chooses to run; `triton` its kernels in any case (on a GPU);
+`eager` the plain formulas; `compile` torch.compile of those; for attention also SDPA with one backend each
+(`flash`, `cudnn`, `efficient`) and FlexAttention (`flex`), which get the same separate streams and so pay for
+joining them, for the norms and for splitting.
+
+forward is without autograd; backward starts from a finished forward pass; both is a training step's share.
+Time is the median, with the 20th and 80th percentile. The rate counts what the formulas need, whatever an
+implementation does: for attention 4 FLOP per score and channel forward, 10 backward; for the others every
+tensor once. Next to it its share of what the device reaches in a large copy or matrix product, measured here
+first. Memory is the peak of a forward and backward pass over what was there before. Who disagrees with
+`eager` is not timed.
 """
 
 import os
@@ -13,100 +22,272 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning costs a shared CPU up to 10x
 
 import argparse
+import contextlib
+import functools
+import importlib.metadata
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python kernels/bench.py` puts kernels/, not the repository, on the path
 
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from model import PRESETS, EditNet, Editor, EditorConfig, MMDiT  # noqa: E402
-from weights import to_diffusers  # noqa: E402
+from kernels import dispatch, joint_attention, masked_step, modulate, rms_norm  # noqa: E402
+from kernels.attention import attention_ref  # noqa: E402
+from kernels.blend import masked_step_ref  # noqa: E402
+from kernels.rms_norm import rms_norm_ref  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AGREE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # largest error over largest value
+MODES = ("forward", "backward", "both")
+WHO = ("eager", "compile", "ours", "triton", "flash", "cudnn", "efficient", "flex")
+
+
+@dataclass
+class Problem:
+    """One operation at one shape: tensors that get a gradient, and who computes it from them."""
+
+    leaves: list[Tensor]
+    calls: dict[str, Callable[[], list[Tensor]]]  # by name; "eager" is what the others must agree with
+    work: tuple[float, float]  # FLOP or bytes, forward and backward
+    unit: str  # "TFLOP/s" or "GB/s"
+    context: dict[str, Callable] = field(default_factory=dict)  # name -> what a call runs in
+
+
+def triton_forced():
+    return dispatch.force("triton")
+
+
+def compiled(f: Callable) -> Callable:
+    return torch.compile(f, dynamic=False)
+
+
+def nbytes(*x: Tensor | None) -> int:
+    return sum(z.numel() * z.element_size() for z in x if z is not None)
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
 
 ####################################################################################################
-# diffusers' SD3Transformer2DModel with our weights (also what tests/test_model.py compares with)
-####################################################################################################
-
-
-def diffusers_twin(cfg: EditorConfig, weights: dict[str, Tensor]) -> nn.Module:
-    """diffusers' SD3Transformer2DModel of the same shape with the same weights; every key is used, once."""
-    from diffusers import SD3Transformer2DModel
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # it warns about .to(dtype) even when there is nothing to keep in fp32
-    twin = SD3Transformer2DModel(
-        sample_size=cfg.pos_max * cfg.patch, patch_size=cfg.patch, in_channels=cfg.in_channels,
-        num_layers=cfg.depth, attention_head_dim=cfg.head_dim, num_attention_heads=cfg.heads,
-        joint_attention_dim=cfg.txt_dim, caption_projection_dim=cfg.width, pooled_projection_dim=cfg.vec_dim,
-        out_channels=cfg.channels, pos_embed_max_size=cfg.pos_max,
-        dual_attention_layers=tuple(range(cfg.dual)), qk_norm="rms_norm" if cfg.qk_norm else None)
-    twin.to(next(iter(weights.values())).dtype).load_state_dict(to_diffusers(weights), strict=True)
-    return twin
-
-
-def run_twin(twin: nn.Module, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-    """The twin under our signature: t [B] in [0, 1]."""
-    return twin(x, txt, vec, timestep=1000 * t.float(), return_dict=False)[0]
-
-
-####################################################################################################
-# Timing
+# Joint attention
 ####################################################################################################
 
 
 @dataclass(frozen=True)
-class Case:
-    cfg: EditorConfig
+class Attention:
     batch: int
-    latent: int  # side of the square latent
-    txt_len: int
-    goal: float  # ours / theirs must stay below
+    streams: tuple[int, ...]  # tokens: text, noisy image, source image
+    heads: int
+    head_dim: int = 64
+    norm: bool = False  # RMS norm of queries and keys
+    bias: bool = False  # a number per key, a quarter of the image's keys -inf
+    attends: tuple[tuple[bool, ...], ...] | None = None  # which stream sees which
 
 
-CASES = {
-    "tiny": Case(PRESETS["tiny"], batch=64, latent=32, txt_len=32, goal=0.85),
-    "12x768": Case(replace(PRESETS["sd3-medium"], depth=12, heads=12, pos_max=64), batch=1, latent=64,
-                   txt_len=154, goal=1.05),
+CACHED = ((True,) * 3, (True,) * 3, (True, False, True))  # EditNet's source does not look at the noisy image
+ATTENTION = {
+    "test": Attention(2, (5, 16, 16), 2, 16, norm=True, bias=True, attends=CACHED),
+    "tiny": Attention(64, (32, 64), 3),
+    "tiny-editnet": Attention(64, (32, 64, 64), 3, norm=True),
+    "sd3-512": Attention(2, (333, 1024), 24),
+    "sd3-1024": Attention(2, (333, 4096), 24),
+    "sd3.5-1024": Attention(2, (333, 4096), 24, norm=True),
+    "editnet-512": Attention(2, (333, 1024, 1024), 24, norm=True),
+    "editnet-1024": Attention(2, (333, 4096, 4096), 24, norm=True),
+    "editnet-1024-bias": Attention(2, (333, 4096, 4096), 24, norm=True, bias=True),
+    "editnet-1024-cached": Attention(2, (333, 4096, 4096), 24, norm=True, attends=CACHED),
+    "4k": Attention(4, (4096,), 24),
+    "8k": Attention(2, (8192,), 24),
+    "4k-d128": Attention(4, (4096,), 12, 128),
 }
 
 
-def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights of a trained network's scale: zero-initialised modulations would hide every mistake."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            r = torch.randn(p.shape, generator=g, dtype=torch.float32).to(p)
-            if name.endswith((".ln_q.weight", ".ln_k.weight")):
-                p.copy_(1 + 0.3 * r)
-            else:
-                p.copy_(r * (0.2 if p.ndim == 1 else 1.0 if name == "pos_embed" else p[0].numel() ** -0.5))
-    return net
+def joined(attend: Callable, q: list[Tensor], k: list[Tensor], v: list[Tensor], norm, bias, attends) -> list:
+    """Joint attention as others write it: norms, one sequence, attend(q, k, v, bias), split."""
+    if norm:
+        q, k = ([F.rms_norm(x, x.shape[-1:], w.to(x.dtype), 1e-6) for x, w in zip(xs, ws)]
+                for xs, ws in zip((q, k), zip(*norm)))
+    out = [None] * len(q)
+    rows = attends or [[True] * len(k)] * len(q)
+    for seen in dict.fromkeys(map(tuple, rows)):
+        asking = [i for i, row in enumerate(rows) if tuple(row) == seen]
+        keys = [j for j, yes in enumerate(seen) if yes]
+        qs, ks, vs = (torch.cat([x[i] for i in which], 1).transpose(1, 2)
+                      for x, which in ((q, asking), (k, keys), (v, keys)))
+        b = torch.cat([bias[j] for j in keys], 1) if bias else None
+        parts = attend(qs, ks, vs, b).transpose(1, 2).split([q[i].shape[1] for i in asking], 1)
+        for i, part in zip(asking, parts):
+            out[i] = part
+    return out
 
 
-def stepper(net: nn.Module, call, inputs: tuple[Tensor, ...], adamw: bool, dtype: torch.dtype):
-    """-> a function that runs a training step (forward, backward, AdamW if asked) and returns its seconds."""
-    opt = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True) if adamw else None
-    target = torch.randn_like(inputs[0])
+def attend_eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return attention_ref(q, k, v, bias)
 
-    def step() -> float:
-        net.zero_grad(set_to_none=True)
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            v = call(*inputs)
-        (v.float() - target).square().mean().backward()
-        if opt:
-            opt.step()
-        return time.perf_counter() - start
 
-    return step
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    mask = None if bias is None else bias[:, None, None].to(q.dtype).expand(-1, -1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def score(s, b, h, i, j):
+        return s + bias[b, j]
+
+    return flex_attention(q, k, v, score_mod=None if bias is None else score)
+
+
+def attention_problem(shape: Attention, dtype: torch.dtype, device: torch.device) -> Problem:
+    g = torch.Generator().manual_seed(0)
+    B, H, D = shape.batch, shape.heads, shape.head_dim
+    qkv = [torch.randn(B, n, 3, H, D, generator=g).to(device, dtype) for n in shape.streams]
+    weights = [(1 + 0.3 * torch.randn(2, D, generator=g)).to(device) for _ in qkv] if shape.norm else []
+    leaves = [x.requires_grad_() for x in (*qkv, *weights)]
+    bias = None
+    if shape.bias:
+        bias = [torch.randn(B, n, generator=g).to(device) for n in shape.streams]
+        for b in bias[1:]:
+            b[:, : b.shape[1] // 4] = -torch.inf
+
+    def inputs():
+        q, k, v = ([x[:, :, i] for x in qkv] for i in range(3))
+        return q, k, v, [tuple(w) for w in weights] or None, bias, shape.attends
+
+    def ours():
+        q, k, v, norm, bias, attends = inputs()
+        return joint_attention(q, k, v, norm, bias=bias, attends=attends)
+
+    one_graph = compiled(lambda *x: joined(attend_eager, *x))
+    flex = compiled(lambda *x: joined(attend_flex, *x))
+    calls = {"eager": lambda: joined(attend_eager, *inputs()), "compile": lambda: one_graph(*inputs()),
+             "ours": ours, "triton": ours, **dict.fromkeys(SDPA, lambda: joined(attend_sdpa, *inputs())),
+             "flex": lambda: flex(*inputs())}
+    if not on_gpu(device):
+        del calls["triton"]
+    L = shape.streams
+    seen = shape.attends or [[True] * len(L)] * len(L)
+    pairs = sum(a * b for a, row in zip(L, seen) for b, yes in zip(L, row) if yes)
+    context = {"triton": triton_forced} | {name: lambda b=b: sdpa_kernel([b]) for name, b in SDPA.items()}
+    return Problem(leaves, calls, (4 * B * H * D * pairs, 10 * B * H * D * pairs), "TFLOP/s", context)
+
+
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION}
+
+####################################################################################################
+# The others: memory is what they cost
+####################################################################################################
+
+
+@dataclass(frozen=True)
+class Step:
+    shape: tuple[int, int, int, int]  # latents
+    predictions: int
+    heun: bool = False
+
+
+STEP = {
+    "test": Step((2, 3, 5, 7), 3, heun=True),
+    "tiny": Step((64, 3, 32, 32), 2),
+    "sd3-512": Step((1, 16, 64, 64), 2),
+    "sd3-1024": Step((1, 16, 128, 128), 2),
+    "editnet-1024": Step((1, 16, 128, 128), 3),
+    "editnet-1024-x64": Step((64, 16, 128, 128), 3),
+    "editnet-1024-x64-heun": Step((64, 16, 128, 128), 3, heun=True),
+}
+
+
+def step_problem(shape: Step, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The latents stay in fp32, as flow.sample keeps them; the predictions come in dtype."""
+    g = torch.Generator().manual_seed(0)
+
+    def random(dtype=torch.float32):
+        return torch.randn(shape.shape, generator=g).to(device, dtype)
+
+    x, known, noise, start = (random() for _ in range(4))
+    v = [random(dtype).requires_grad_() for _ in range(shape.predictions)]
+    mask = torch.rand(shape.shape[0], 1, *shape.shape[2:], generator=g).to(device)
+    weights, t, t_next = [1.5, -0.3, -0.2][:shape.predictions], 0.7, 0.65
+    start = start if shape.heun else None
+    x.requires_grad_()
+
+    def eager(x, v):
+        return [masked_step_ref(x, v, weights, t_next - t, 1 - t_next, t_next, start, known, noise, mask)]
+
+    def ours():
+        return [masked_step(x, v, t, t_next, weights, start, known, noise, mask)]
+
+    one_graph = compiled(eager)
+    calls = {"eager": lambda: eager(x, v), "compile": lambda: one_graph(x, v), "ours": ours}
+    if on_gpu(device):
+        calls["triton"] = ours
+    work = nbytes(x, x, *v, start, known, noise, mask), nbytes(x, x, *v, mask)
+    return Problem([x, *v], calls, work, "GB/s", {"triton": triton_forced})
+
+
+@dataclass(frozen=True)
+class Rows:
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int = 64
+
+
+ROWS = {"test": Rows(2, 5, 2, 16), "tiny": Rows(64, 64, 3), "sd3-512": Rows(2, 1024, 24),
+        "sd3-1024": Rows(2, 4096, 24), "sd3-1024-x8": Rows(8, 4096, 24)}
+
+
+def norm_problem(shape: Rows, dtype: torch.dtype, device: torch.device) -> Problem:
+    """RMS norm of queries, a strided view of what the projection made."""
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim, generator=g)
+    x = qkv.to(device, dtype)[:, :, 0].requires_grad_()
+    w = (1 + 0.3 * torch.randn(shape.head_dim, generator=g)).to(device).requires_grad_()
+    one_graph = compiled(rms_norm_ref)
+    calls = {"eager": lambda: [rms_norm_ref(x, w, 1e-6)], "compile": lambda: [one_graph(x, w, 1e-6)],
+             "ours": lambda: [rms_norm(x, w, 1e-6)]}
+    return Problem([x, w], calls, (nbytes(x, x), nbytes(x, x, x)), "GB/s")
+
+
+def block_problem(shape: Rows, dtype: torch.dtype, device: torch.device) -> Problem:
+    """What stands between two layers of a block: x + gate y, then modulate. There is no kernel for it: the
+    rows say how far torch.compile is from a copy, which is all that a kernel could win."""
+    g = torch.Generator().manual_seed(0)
+    D = shape.heads * shape.head_dim
+    x, y = torch.randn(2, shape.batch, shape.tokens, D, generator=g).to(device, dtype)
+    gate, shift, scale = torch.randn(3, shape.batch, D, generator=g).to(device, dtype)
+    leaves = [z.requires_grad_() for z in (x, y, gate, shift, scale)]
+
+    def eager(x, y, gate, shift, scale):
+        x = torch.addcmul(x, gate[:, None], y)
+        return [x, modulate(x, shift, scale)]
+
+    one_graph = compiled(eager)
+    calls = {"eager": lambda: eager(*leaves), "compile": lambda: one_graph(*leaves)}
+    return Problem(leaves, calls, (nbytes(x, y, x, x), nbytes(x, x, x, y, x, y)), "GB/s")
+
+
+OPS = {"attention": (attention_problem, ATTENTION), "masked_step": (step_problem, STEP),
+       "rms_norm": (norm_problem, ROWS), "gate+modulate": (block_problem, ROWS)}
+
+####################################################################################################
+# Timing
+####################################################################################################
 
 
 def quantiles(x: list[float]) -> tuple[float, float, float]:
@@ -114,150 +295,200 @@ def quantiles(x: list[float]) -> tuple[float, float, float]:
     return q[1], statistics.median(x), q[7]
 
 
-def build_pair(case: Case, args: argparse.Namespace):
-    """-> (our stepper, their stepper), equal weights and inputs; checks that the outputs agree first."""
-    cfg = case.cfg
-    ours = randomize(MMDiT(cfg))
-    theirs = diffusers_twin(cfg, ours.state_dict())
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(case.batch, cfg.in_channels, case.latent, case.latent, generator=g)
-    t = torch.rand(case.batch, generator=g)
-    txt = torch.randn(case.batch, case.txt_len, cfg.txt_dim, generator=g)
-    vec = torch.randn(case.batch, cfg.vec_dim, generator=g)
+def clock(f: Callable, device: torch.device, ms: float) -> tuple[float, float, float]:
+    """20th, 50th, 80th percentile of milliseconds, measured for about `ms` and at least 5 times. On a GPU the
+    cache is emptied before every call."""
+    if on_gpu(device):
+        from triton.testing import do_bench
+
+        return tuple(do_bench(f, warmup=ms / 4, rep=ms, quantiles=[0.2, 0.5, 0.8]))
+    f()
+    times, end = [], time.perf_counter() + ms / 1e3
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        f()
+        times.append(1e3 * (time.perf_counter() - start))
+    return quantiles(times)
+
+
+def limits(device: torch.device, dtype: torch.dtype, ms: float) -> dict[str, float]:
+    """What the device reaches in a large copy (bytes read and written) and a large matrix product."""
+    n, side = (2**30, 8192) if on_gpu(device) else (2**26, 1024)
+    a = torch.ones(n, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    m = torch.randn(side, side, device=device).to(dtype)
+    copy, product = clock(lambda: b.copy_(a), device, ms)[1], clock(lambda: m @ m, device, ms)[1]
+    return {"GB/s": 2 * n / copy / 1e6, "TFLOP/s": 2 * side**3 / product / 1e9}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the largest value; NaN is infinitely far."""
+    error = ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+    return error if error == error else float("inf")
+
+
+def with_gradients(problem: Problem, name: str, towards: list[Tensor]) -> list[Tensor]:
+    with problem.context.get(name, contextlib.nullcontext)():
+        out = problem.calls[name]()
+        return [*(z.detach() for z in out), *torch.autograd.grad(out, problem.leaves, towards)]
+
+
+def reference(problem: Problem) -> tuple[list[Tensor], list[Tensor] | None]:
+    """A fixed gradient of every output; what `eager` makes of the problem, None if that does not fit."""
     with torch.no_grad():
-        a, b = ours(x, t, txt, vec), run_twin(theirs, x, t, txt, vec)
-    assert (a - b).abs().max() < 1e-4 * b.abs().max(), "the two networks disagree: their times mean nothing"
-    call_ours, call_theirs = ours, lambda *z: run_twin(theirs, *z)
-    if args.compile:
-        call_ours, call_theirs = torch.compile(call_ours), torch.compile(call_theirs)
-    dtype = torch.float32 if args.fp32 else torch.bfloat16
-    return (stepper(ours, call_ours, (x, t, txt, vec), args.adamw, dtype),
-            stepper(theirs, call_theirs, (x, t, txt, vec), args.adamw, dtype))
+        out = problem.calls["ours" if "ours" in problem.calls else "eager"]()
+    torch.manual_seed(0)
+    towards = [torch.randn_like(z) for z in out]
+    try:
+        return towards, with_gradients(problem, "eager", towards)
+    except torch.OutOfMemoryError:
+        return towards, None
 
 
-def bench(case: Case, args: argparse.Namespace) -> dict:
-    ours, theirs = build_pair(case, args)
-    for _ in range(args.warmup):
-        ours(), theirs()
-    pairs = []
-    for i in range(args.pairs):  # the order alternates: whoever runs second finds warmer caches
-        a, b = (ours(), theirs()) if i % 2 == 0 else (theirs(), ours())[::-1]
-        pairs.append((a, b))
-    return {"ours_ms": quantiles([1e3 * a for a, _ in pairs]),
-            "diffusers_ms": quantiles([1e3 * b for _, b in pairs]),
-            "ratio": quantiles([a / b for a, b in pairs]), "goal": case.goal, "pairs": len(pairs)}
+def backward_only(problem: Problem, name: str, towards: list[Tensor], device: torch.device, ms: float):
+    out = problem.calls[name]()
+    return clock(lambda: torch.autograd.grad(out, problem.leaves, towards, retain_graph=True), device, ms)
 
 
-def edit_steppers(case: Case, args: argparse.Namespace) -> dict:
-    """Name -> stepper: the base, trained; every variant on a frozen base; diffusers' SD3 ControlNet on its
-    frozen transformer. Random weights, one set of inputs."""
-    from diffusers import SD3ControlNetModel
-
-    cfg = replace(case.cfg, txt_bytes=0)  # text features come from outside, as the twin's do
-    base = randomize(Editor(cfg))
-    g = torch.Generator().manual_seed(1)
-    x, src = (torch.randn(case.batch, cfg.channels, case.latent, case.latent, generator=g) for _ in range(2))
-    t, region = torch.rand(case.batch, generator=g), torch.ones_like(x[:, :1])
-    txt = torch.randn(case.batch, case.txt_len, cfg.txt_dim, generator=g)
-    vec = torch.randn(case.batch, cfg.vec_dim, generator=g)
-    dtype = torch.float32 if args.fp32 else torch.bfloat16
-    steppers = {"base": stepper(base, base, (x, t, txt, vec), args.adamw, dtype)}
-    for name in ("editnet", "cached", "controlnet", "textcontrol", "concat"):
-        net = EditNet(cfg, "editnet" if name == "cached" else name, name == "cached")
-        net.attach(base.state_dict())
-        net.base.requires_grad_(name == "concat")
-        steppers[name] = stepper(net, net, (x, t, txt, vec, src, region), args.adamw, dtype)
-    twin = diffusers_twin(cfg, base.mmdit.state_dict()).requires_grad_(False)
-    control = SD3ControlNetModel.from_transformer(  # its last block differs, so weights cannot be copied
-        twin, num_layers=cfg.depth, num_extra_conditioning_channels=1, load_weights_from_transformer=False)
-    control.requires_grad_(True)
-
-    def theirs(x, t, txt, vec, src, region):
-        cond = torch.cat([src, region], 1)
-        parts = control(x, cond, 1.0, txt, vec, timestep=1000 * t, return_dict=False)[0]
-        return twin(x, txt, vec, 1000 * t, block_controlnet_hidden_states=parts, return_dict=False)[0]
-
-    inputs = (x, t, txt, vec, src, region)
-    steppers["diffusers ControlNet"] = stepper(control, theirs, inputs, args.adamw, dtype)
-    return steppers
+def peak(f: Callable) -> float:
+    """MB that f needs on the GPU beyond what is there."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    f()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def bench_editnet(case: Case, args: argparse.Namespace) -> dict:
-    """Every network in turn, round after round: its time over the base's and ControlNet's of that round."""
-    steppers = edit_steppers(case, args)
-    rounds = []
-    for i in range(args.warmup + args.pairs):
-        order = list(steppers) if i % 2 == 0 else list(steppers)[::-1]
-        ms = {name: 1e3 * steppers[name]() for name in order}
-        rounds += [ms] * (i >= args.warmup)
-    return {name: {"ms": quantiles([r[name] for r in rounds]),
-                   "over_base": quantiles([r[name] / r["base"] for r in rounds]),
-                   "over_controlnet": quantiles([r[name] / r["diffusers ControlNet"] for r in rounds])}
-            for name in steppers}
+def measure(problem: Problem, name: str, towards: list[Tensor], expected: list[Tensor] | None,
+            device: torch.device, ms: float, top: dict[str, float]) -> dict:
+    """-> forward, backward, both, memory_mb; "note" says why something is missing."""
+    row, call = {}, problem.calls[name]
+    tolerance = AGREE[min((z.dtype for z in problem.leaves), key=lambda d: d.itemsize)]
+    both = functools.partial(with_gradients, problem, name, towards)
+    try:
+        with problem.context.get(name, contextlib.nullcontext)():
+            with torch.no_grad():
+                error = max(map(relative, call(), expected)) if expected else 0
+                if error > tolerance:
+                    return {"note": f"disagrees with eager: {error:.1e}"}
+                row["forward"] = clock(call, device, ms)
+            error = max(map(relative, both(), expected)) if expected else 0
+            if error > tolerance:
+                return {"note": f"its gradients disagree with eager's: {error:.1e}"}
+            row["backward"] = backward_only(problem, name, towards, device, ms)
+            row["both"] = clock(both, device, ms)
+            if on_gpu(device):
+                row["memory_mb"] = peak(both)
+    except Exception as e:  # no such backend, not enough memory, no such gradient: a fact to report
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        row["note"] = f"{type(e).__name__}: {lines[0][:80] if lines else ''}"
+    if expected is None:
+        row["note"] = row.get("note", "not compared: eager does not fit into memory")
+    work = dict(zip(MODES, (*problem.work, sum(problem.work))))
+    for mode in MODES:
+        if mode in row:
+            rate = work[mode] / row[mode][1] / (1e9 if problem.unit == "TFLOP/s" else 1e6)
+            row[mode] = {"ms": row[mode], problem.unit: rate, "of_limit": rate / top[problem.unit]}
+    return row
 
 
-def machine() -> dict:
+def machine(device: torch.device) -> dict:
     """What a reader needs to judge the numbers."""
-    import diffusers
+    def said(*command: str) -> str:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
     info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux
     lines = info.read_text().splitlines() if info.exists() else []
     names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
-    return {"torch": torch.__version__, "diffusers": diffusers.__version__,
-            "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-            "cpu": names[0] if names else platform.processor(),
-            "capability": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 2),
-            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "commit": commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")}
+    about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+             "cpu": names[0] if names else platform.processor(),
+             "capability": torch.backends.cpu.get_cpu_capability(), "load": round(os.getloadavg()[0], 2)}
+    if on_gpu(device):
+        about = {"torch": torch.__version__, "triton": importlib.metadata.version("triton"),
+                 "gpu": torch.cuda.get_device_name(device), "arch": dispatch.architecture(device),
+                 "cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version(),
+                 "ptxas": ".".join(map(str, dispatch.newer_ptxas(dispatch.architecture(device)))),
+                 "clock, power limit": said("nvidia-smi", f"--id={torch.cuda.current_device()}",
+                                            "--format=csv,noheader",
+                                            "--query-gpu=clocks.max.sm,power.limit")}
+    return about | {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+                    "commit": said("git", "rev-parse", "--short", "HEAD")
+                    + "+" * bool(said("git", "status", "--porcelain", "-uno"))}
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--case", choices=[*CASES, "all"], default="all", help="which shape")
-    p.add_argument("--pairs", type=int, default=20, help="pairs of timed steps")
-    p.add_argument("--warmup", type=int, default=3, help="untimed steps of each before that")
-    p.add_argument("--threads", type=int, default=2, help="torch threads")
-    p.add_argument("--editnet", action="store_true", help="EditNet and its variants instead")
-    p.add_argument("--adamw", action="store_true", help="time the optimizer's step as well")
-    p.add_argument("--compile", action="store_true", help="torch.compile on both sides")
-    p.add_argument("--fp32", action="store_true", help="no bf16 autocast on either side")
-    p.add_argument("--json", default="out/bench.json", help="where the numbers go")
-    args = p.parse_args()
-    torch.set_num_threads(args.threads)
-    try:
-        info = machine()
-    except ImportError:
-        raise SystemExit("error: diffusers: not installed: pip install diffusers")
-
-    print("  ".join(f"{k} {v}" for k, v in info.items()))
-    if args.editnet:
-        chosen = CASES if args.case == "all" else [args.case]
-        cases = {name: bench_editnet(CASES[name], args) for name in chosen}
-        for name, rows in cases.items():
-            print(f"{name}, p20/p50/p80{'ms':>30} {'over the base':>22} {'over ControlNet':>22}")
-            for net, row in rows.items():
-                cells = ["/".join(f"{v:.2f}" for v in row[k]) for k in ("ms", "over_base", "over_controlnet")]
-                print(f"{net:<22} {cells[0]:>26} {cells[1]:>22} {cells[2]:>22}", flush=True)
-        return write(args, info, cases)
-
-    print(f"{'case':<8} {'ours ms  p20/p50/p80':>24} {'diffusers ms':>24} {'ratio':>20}  goal")
-    results = {}
-    for name in CASES if args.case == "all" else [args.case]:
-        r = results[name] = bench(CASES[name], args)
-        ms = ["/".join(f"{v:.1f}" for v in r[k]) for k in ("ours_ms", "diffusers_ms")]
-        ratio = "/".join(f"{v:.3f}" for v in r["ratio"])
-        verdict = "ok" if r["ratio"][1] <= r["goal"] else "MISSED"
-        print(f"{name:<8} {ms[0]:>24} {ms[1]:>24} {ratio:>20}  <= {r['goal']} {verdict}", flush=True)
-    write(args, info, results)
-
-
-def write(args: argparse.Namespace, info: dict, cases: dict) -> None:
-    path = Path(args.json)
+def write(file: str, content: dict) -> None:
+    path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": info, "options": vars(args), "cases": cases}, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path}")
+
+
+def chosen(asked: str, known: list[str], flag: str) -> list[str]:
+    names = [name for name in known if name != "test"] if asked == "all" else asked.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"error: {flag}: {unknown[0]!r}: use all, or some of {', '.join(known)}")
+    return names
+
+
+def show(row: dict, unit: str) -> None:
+    name = f"{row['op']:<14} {row['shape']:<22}{row['who']:<10}"
+    memory = f"{row['memory_mb']:.0f}" if "memory_mb" in row else "-"
+    for mode in MODES:
+        if mode in row:
+            r = row[mode]
+            ms = "/".join(f"{v:.3f}" for v in r["ms"])
+            print(f"{name}{mode:<9}{ms:>24}{r[unit]:>8.3g} {unit:<8}{r['of_limit']:>5.0%}{memory:>7}",
+                  flush=True)
+    if "note" in row:
+        print(f"{name}{row['note']}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ops", default="all", help=f"all, or some of {','.join(OPS)}")
+    p.add_argument("--shapes", default="", help="all, or some names; default: all on a GPU, tiny on a CPU")
+    p.add_argument("--only", default="all", help=f"all, or some of {','.join(WHO)}")
+    p.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    p.add_argument("--ms", type=float, default=100, help="time per measurement, milliseconds")
+    p.add_argument("--threads", type=int, default=2, help="torch threads on a CPU")
+    p.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    p.add_argument("--json", default="out/bench.json", help="where the numbers go")
+    args = p.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES[args.dtype or ("bf16" if on_gpu(device) else "fp32")]
+    ops, only = chosen(args.ops, [*OPS], "--ops"), chosen(args.only, [*WHO], "--only")
+    shapes = [*dict.fromkeys(name for _, known in OPS.values() for name in known)]
+    asked = chosen(args.shapes or ("all" if on_gpu(device) else "tiny"), shapes, "--shapes")
+
+    info = machine(device)
+    print("  ".join(f"{k} {v}" for k, v in info.items()))
+    top = limits(device, dtype, args.ms)
+    print(f"limits, measured: copy {top['GB/s']:.0f} GB/s, matrix product {top['TFLOP/s']:.3g} TFLOP/s")
+    print(f"{'op':<14} {'shape':<22}{'who':<10}{'mode':<9}{'ms, p20/p50/p80':>24}{'rate':>12}{'limit':>10}"
+          f"{'MB':>7}")
+    rows = []
+    for op in ops:
+        make, known = OPS[op]
+        for shape in (name for name in asked if name in known):
+            problem = make(known[shape], dtype, device)
+            towards, expected = reference(problem)
+            for who in (name for name in problem.calls if name in only):
+                torch._dynamo.reset()  # else the next shape makes it give up or turn dynamic
+                # a compiled backward is timed again and again on one graph
+                with torch._functorch.config.patch(donated_buffer=False):
+                    row = measure(problem, who, towards, expected, device, args.ms, top)
+                rows.append({"op": op, "shape": shape, "who": who, **row})
+                show(rows[-1], problem.unit)
+            del problem, towards, expected
+    result = {"machine": info, "dtype": str(dtype).removeprefix("torch."), "limits": top, "rows": rows}
+    write(args.json, result)
+    return result
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 import flow
 import model
-from kernels.bench import randomize
+from kernels.bench_models import randomize
 
 PLAIN = replace(model.PRESETS["test"], predict="v")
 BASES = {"text to image": PLAIN, "inpainting, x0": model.inpainting(model.PRESETS["test"]),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import model
 from kernels import joint_attention, modulate, rms_norm
-from kernels.bench import diffusers_twin, randomize, run_twin
+from kernels.bench_models import diffusers_twin, randomize, run_twin
 from model import PRESETS, REWARD_PRESETS, Editor, EditorConfig, MMDiT
 from weights import to_diffusers
 
