@@ -122,7 +122,9 @@ def _loops(code: str, target: str) -> tuple[Loop, ...]:
     rows = _instructions(code, target)
     index = {place: i for i, (place, _, _) in enumerate(rows)}
     spans = set()
-    for i, (_, op, rest) in enumerate(rows):
+    # Blackwell's waits stand behind the end and jump back: around a peeled iteration that looks like a loop
+    end = max((i for i, (_, op, _) in enumerate(rows) if op in ("EXIT", "s_endpgm")), default=len(rows))
+    for i, (_, op, rest) in enumerate(rows[:end]):
         if op.startswith(("BRA", "s_cbranch", "s_branch")):
             to = re.search(r"0x[0-9a-f]+|\.LBB\w+", rest)
             start = index.get(to[0], i) if to else i
@@ -131,6 +133,4 @@ def _loops(code: str, target: str) -> tuple[Loop, ...]:
     matrix = [i for i, (_, op, _) in enumerate(rows) if op.startswith(MATRIX)]
     around = ([s for s in spans if s[0] <= i <= s[1]] for i in matrix)
     chosen = {min(s, key=lambda s: s[1] - s[0]) for s in around if s} if matrix else spans
-    # Blackwell's waits stand behind the code and jump back: around a peeled iteration that looks like a loop
-    chosen = {s for s in chosen if not any(s[0] <= z[0] and z[1] <= s[1] and z != s for z in chosen)}
     return tuple(Loop(tuple(op for _, op, _ in rows[a:b + 1] if op)) for a, b in sorted(chosen))

@@ -50,17 +50,18 @@ def force(mode: str):
 
 
 def use_triton(op: str, x: torch.Tensor, head_dim: int = 0, check: Callable[..., float] | None = None,
-               fits: bool = True) -> bool:
+               fits: bool = True, wins: bool = True) -> bool:
     """Whether operation `op` on inputs like x runs its Triton kernels.
 
     check(device, dtype, head_dim): the operation's self-test, the largest error relative to what the dtype
-    allows (<= 1 passes); fits: whether the kernels exist for this kind of input at all.
+    allows (<= 1 passes); fits: whether the kernels exist for this kind of input at all; wins: whether they
+    are the faster choice, as far as is known (KERNELS=triton does not ask).
     """
     if _forced:
         return _forced == "triton" and fits
-    if x.device.type == "cpu" or not fits:
+    if x.device.type == "cpu" or not fits or not wins and mode() != "triton":
         return False
-    return _decide(op, x.device, x.dtype, head_dim, check)
+    return _constant(op, x.device, x.dtype, head_dim, check)
 
 
 def mode() -> str:
@@ -70,7 +71,11 @@ def mode() -> str:
     return chosen
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # torch.compile calls this while tracing, and keeps the answer
+def _constant(*question) -> bool:
+    return _decide(*question)
+
+
 @functools.cache
 def _decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, check) -> bool:
     what = f"{op} ({str(dtype).removeprefix('torch.')}{f', heads of {head_dim}' if head_dim else ''})"
