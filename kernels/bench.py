@@ -441,7 +441,7 @@ def show(row: dict, unit: str) -> None:
         if mode in row:
             r = row[mode]
             ms = "/".join(f"{v:.3f}" for v in r["ms"])
-            print(f"{name}{mode:<9}{ms:>24}{r[unit]:>8.3g} {unit:<8}{r['of_limit']:>5.0%}{memory:>7}",
+            print(f"{name}{mode:<9}{ms:>24}{r[unit]:>10.3g} {unit:<8}{r['of_limit']:>5.0%}{memory:>7}",
                   flush=True)
     if "note" in row:
         print(f"{name}{row['note']}", flush=True)
@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None) -> dict:
     print("  ".join(f"{k} {v}" for k, v in info.items()))
     top = limits(device, dtype, args.ms)
     print(f"limits, measured: copy {top['GB/s']:.0f} GB/s, matrix product {top['TFLOP/s']:.3g} TFLOP/s")
-    print(f"{'op':<14} {'shape':<22}{'who':<10}{'mode':<9}{'ms, p20/p50/p80':>24}{'rate':>12}{'limit':>10}"
+    print(f"{'op':<14} {'shape':<22}{'who':<10}{'mode':<9}{'ms, p20/p50/p80':>24}{'rate':>14}{'limit':>10}"
           f"{'MB':>7}")
     rows = []
     for op in ops:

@@ -46,11 +46,14 @@ def masked_step_backward_ref(grad: Tensor, mask: Tensor | None, weights: list[fl
     """What `grad` [B, C, H, W] is worth to x (and start), to every prediction, to known and to noise, in
     this order, each if `needs` says so."""
     g = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    m = torch.ones_like(g) if mask is None else mask.to(g.dtype)
+    m = 1.0 if mask is None else mask.to(g.dtype)
     gy = 0.5 * (m * g) if heun else m * g
-    gv, gk = dt * gy, (1 - m) * g
-    out = [gy.to(grad.dtype)] * needs[0] + [(w * gv).to(v_dtype) for w in weights] * needs[1]
-    return out + [(rest * gk).to(grad.dtype)] * needs[2] + [(level * gk).to(grad.dtype)] * needs[3]
+    out = [gy.to(grad.dtype)] if needs[0] else []
+    if needs[1]:
+        gv = dt * gy
+        out += [(w * gv).to(v_dtype) for w in weights]
+    gk = (1 - m) * g if needs[2] or needs[3] else None
+    return out + [(c * gk).to(grad.dtype) for c, need in ((rest, needs[2]), (level, needs[3])) if need]
 
 
 ####################################################################################################
