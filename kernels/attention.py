@@ -457,10 +457,15 @@ def _grid(x: list[Tensor], block: int) -> tuple[int, int, int]:
     return sum(-(-n // block) for n in _lengths(x)), H, B
 
 
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    """What a kernel will fill: contiguous, like x or an fp32 statistic of `shape`."""
+    return x.new_empty(shape, dtype=torch.float32) if shape else x.new_empty(x.shape)
+
+
 def _rstd(x: list[Tensor], normed: int, eps: float) -> Tensor:
     B, _, H, D = x[0].shape
     n = _lengths(x)
-    out = x[0].new_empty(B, H, sum(n), dtype=torch.float32)
+    out = _empty(x[0], B, H, sum(n))
     grid = _grid(x, NORM_ROWS)
     if all(grid):
         _inverse_rms[grid](tuple(x), _strides(x), n, out, sum(n), H, eps, NORMED=normed, D=D, BLOCK=NORM_ROWS)
@@ -469,7 +474,7 @@ def _rstd(x: list[Tensor], normed: int, eps: float) -> Tensor:
 
 def _normed(x: list[Tensor], rstd: Tensor, w: Tensor) -> list[Tensor]:
     D, grid = x[0].shape[3], _grid(x, NORM_ROWS)
-    out = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in x]
+    out = [_empty(y) for y in x]
     if all(grid):
         _normalise[grid](tuple(x), _strides(x), tuple(out), _lengths(x), rstd, w, rstd.shape[2], grid[1], D=D,
                          BLOCK=NORM_ROWS)
@@ -485,10 +490,9 @@ def _attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], wq: Tensor | None
     """
     B, _, H, D = q[0].shape
     nq, nk = _lengths(q), _lengths(k)
-    lse = q[0].new_empty(B, H, sum(nq), dtype=torch.float32)
-    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in q]
+    lse, out = _empty(q[0], B, H, sum(nq)), [_empty(x) for x in q]
     norm = wq is not None
-    rstd_q, rstd_k = (_rstd(x, bits, eps) if norm else lse.new_empty(0)
+    rstd_q, rstd_k = (_rstd(x, bits, eps) if norm else _empty(lse, 0)
                       for x, bits in ((q, q_normed), (k, k_normed)))
     rows, cols, warps, stages = tiles("forward", D, _arch(lse))
     grid = _grid(q, rows)
@@ -503,10 +507,8 @@ def _attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], wq: Tensor | None
 @_attend.register_fake
 def _(q, k, v, wq, wk, bias, q_normed, k_normed, attends, eps):
     B, _, H, _ = q[0].shape
-    stat = [q[0].new_empty(B, H, sum(_lengths(x)), dtype=torch.float32) for x in (q, q, k)]
-    if wq is None:
-        stat[1:] = [q[0].new_empty(0, dtype=torch.float32) for _ in range(2)]
-    return [*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in q), *stat]
+    norms = [_empty(x[0], B, H, sum(_lengths(x))) if wq is not None else _empty(x[0], 0) for x in (q, k)]
+    return [*(_empty(x) for x in q), _empty(q[0], B, H, sum(_lengths(q))), *norms]
 
 
 @torch.library.custom_op("kernels::joint_attention_backward", mutates_args=())
@@ -521,15 +523,15 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
     raw_q, raw_k = q, k
     if norm:
         q, k = _normed(q, rstd_q, wq), _normed(k, rstd_k, wk)
-    dq, dk, dv = ([torch.empty_like(x, memory_format=torch.contiguous_format) for x in y] for y in (q, k, v))
-    delta = torch.empty_like(lse)
-    dbias = lse.new_empty(B, H, sum(nk)) if bias is not None else lse
+    dq, dk, dv = ([_empty(x) for x in y] for y in (q, k, v))
+    delta = _empty(lse)
+    dbias = _empty(lse, B, H, sum(nk)) if bias is not None else lse
     common = {"ATTENDS": attends, "NORM": norm, "BIAS": bias is not None, "D": D}
     sizes = (sum(nq), sum(nk), H, D**-0.5 * LOG2E)
 
     rows, cols, warps, stages = tiles("backward_q", D, _arch(lse))
     grid, q_tiles = _grid(q, rows), [-(-n // rows) for n in nq]
-    dwq = lse.new_empty(B, H, grid[0], D) if norm else lse
+    dwq = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
         _backward_q[grid](tuple(q), tuple(k), tuple(v), tuple(out), tuple(grads), lse, delta,
                           lse if bias is None else bias, tuple(dq), tuple(raw_q), rstd_q, wq if norm else lse,
@@ -537,7 +539,7 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
                           NORMED=q_normed, ROWS=rows, COLS=cols, num_warps=warps, num_stages=stages, **common)
     rows, cols, warps, stages = tiles("backward_kv", D, _arch(lse))
     grid, k_tiles = _grid(k, cols), [-(-n // cols) for n in nk]
-    dwk = lse.new_empty(B, H, grid[0], D) if norm else lse
+    dwk = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
         _backward_kv[grid](tuple(q), tuple(k), tuple(v), tuple(grads), lse, delta,
                            lse if bias is None else bias, tuple(dk), tuple(dv), dbias, tuple(raw_k), rstd_k,
@@ -555,8 +557,7 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
 
 @_attend_backward.register_fake
 def _(grads, q, k, v, out, lse, rstd_q, rstd_k, wq, wk, bias, q_normed, k_normed, attends):
-    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for y in (q, k, v) for x in y]
-    return [*made, *(torch.empty_like(x) for x in (wq, wk, bias) if x is not None)]
+    return [*(_empty(x) for y in (q, k, v) for x in y), *(_empty(x) for x in (wq, wk, bias) if x is not None)]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -635,7 +636,8 @@ def joint_attention(q: list[Tensor | None], k: list[Tensor], v: list[Tensor], no
     asked, out = [q[i] for i in asking], [None] * len(q)
     joined = None
     if bias is not None and any(b is not None for b in bias):
-        joined = torch.cat([x.new_zeros(x.shape[:2], dtype=torch.float32) if b is None else b.float()
+        wide = torch.promote_types(k[0].dtype, torch.float32)
+        joined = torch.cat([x.new_zeros(x.shape[:2], dtype=wide) if b is None else b.to(wide)
                             for b, x in zip(bias, k)], dim=1)
     x = asked[0]
     fits = x.shape[3] in (64, 128) and (x.dtype in (torch.bfloat16, torch.float16) or x.device.type == "cpu")

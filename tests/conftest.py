@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads: a factor of 10 on a shared machine
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are decorated
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 
