@@ -181,8 +181,6 @@ def sample(denoise: Denoise, x: Tensor, ts: list[float], solver: str = "euler",
         raise SystemExit(f"error: unknown solver {solver!r}: use 'euler' or 'heun'")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    for i, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
         here, there = (x.new_full((len(x),), s) for s in (t, t_next))
         keep = mask is not None and not (alternate and i % 2 == 0)
         region = dict(known=known, noise=noise, mask=mask) if keep else {}

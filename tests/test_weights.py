@@ -26,7 +26,7 @@ import common
 import frozen
 import weights
 from frozen import VAE, VAEConfig
-from kernels.bench import randomize, run_twin
+from kernels.bench_models import randomize, run_twin
 from model import PRESETS, Editor, EditorConfig, MMDiT, inpainting
 from text_encoders import CLIP_G, CLIP_L, T5_XXL, ClipText, T5Encoder
 
