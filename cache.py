@@ -10,10 +10,10 @@ The same command goes on after any kind of stop, and makes damaged shards anew. 
                                prompt
     latents_NNNNN.safetensors  every item at its bucket, cropped as the loaders do for evaluation: at the
                                centre, or so that the region of the edit is in it, and never flipped. The
-                               mean of the VAE's posterior, encoded in fp32, kept in fp16 (default ours). Of
-                               an edit source, target and, where it has one, the mask: the largest value in
-                               each square of the VAE's stride. With them captions, and what was wrong with
-                               a bad picture
+                               mean of the VAE's posterior, encoded in fp32 (on a GPU with torch's default,
+                               TF32 in convolutions), kept in fp16 (default ours). Of an edit source, target
+                               and, where it has one, the mask: the largest value in each square of the
+                               VAE's stride. With them captions, and what was wrong with a bad picture
     NAME.json                  bytes and SHA-256 of a shard
     plan.json, manifest.json   what the shards are made of; written last: a folder without it is no cache yet
 
@@ -84,18 +84,23 @@ def main(cfg: Config) -> None:
     # 1) what there is to do: the same lists on every rank
     source = (data.open_edits if cfg.edits else data.open_source)(cfg.data, cfg.split)
     n = items_of(cfg, source)
+    out, plan = Path(cfg.out), make_plan(cfg, source, n)
     captions = all_captions(source, n, cfg.edits)
-    plan = make_plan(cfg, source, n, captions)
-    out = Path(cfg.out)
+    plan |= {"texts": len(captions), "texts_hash": hashlib.sha256("\n".join(captions).encode()).hexdigest()}
     keep_plan(out, plan, dist.rank)
     texts, parts = shards("text", len(captions), cfg.text_shard), shards("latents", n, cfg.shard)
     every = {**texts, **(parts if cfg.latents else {})}
     mine = list(every)[dist.rank::dist.world]
-    missing = [name for name in mine if not verified(out / name)]
+    bar = common.progress(len(mine), 0, "verify", dist)
+    missing = []
+    for name in mine:
+        missing += [] if verified(out / name) else [name]
+        bar.update()
+    bar.close()
     common.print0(f"{source.name}: {n:,} items, {len(captions):,} texts; {len(every):,} shards, "
                   f"rank 0 makes {len(missing):,} of its {len(mine):,}")
 
-    # 2) text, then its encoders are freed
+    # 2) text, then its encoders are freed; until then the VAE waits on the host
     todo = [name for name in missing if name in texts]
     text = None
     if todo:
@@ -237,12 +242,11 @@ def fingerprint(source, n: int) -> str:
     return digest.hexdigest()
 
 
-def make_plan(cfg: Config, source, n: int, captions: list[str]) -> dict:
+def make_plan(cfg: Config, source, n: int) -> dict:
     """All that decides what the shards hold, as it is kept in plan.json and asked for by `open_cache`."""
-    made = {"data": cfg.data, "source": source.name, "split": cfg.split, "edits": cfg.edits, "items": n,
-            "fingerprint": fingerprint(source, n), "base": cfg.base, "weights": weights.header_hash(cfg.base),
-            "t5": cfg.t5, "t5_length": cfg.t5_length, "dtype": cfg.dtype, "latents": cfg.latents,
-            "text_shard": cfg.text_shard}
+    flags = ("base", "data", "split", "edits", "t5", "t5_length", "dtype", "latents", "text_shard")
+    made = {key: getattr(cfg, key) for key in flags}
+    made |= {"weights": weights.header_hash(cfg.base), "source": source.name, "items": n}
     if cfg.text:
         made |= {"text": cfg.text, "text_hash": weights.header_hash(cfg.text)}
     if cfg.tokenizers:
@@ -251,21 +255,24 @@ def make_plan(cfg: Config, source, n: int, captions: list[str]) -> dict:
         made |= {key: getattr(cfg, key) for key in ("image_size", "aspects", "stride", "shard")}
     if cfg.limit:
         made["limit"] = cfg.limit
-    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
-    return {"format": 1, "made": made, "texts": len(captions), "texts_hash": digest}
+    return {"format": 1, "made": made | {"fingerprint": fingerprint(source, n)}}
 
 
 def tokenizers_hash(folder: str) -> str:
-    """Hash over the contents of the tokenizers' files below a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(p for name in ("vocab.json", "merges.txt", "tokenizer.json")
-                       for p in Path(folder).rglob(name)):
+    """Hash over the contents of the tokenizers' files below a folder; SystemExit if there are none."""
+    digest, names = hashlib.sha256(), ("vocab.json", "merges.txt", "tokenizer.json")
+    files = sorted(p for sub in ("tokenizer", "tokenizer_2", "tokenizer_3") for name in names
+                   if (p := Path(folder) / sub / name).is_file())
+    if not files:
+        raise SystemExit(f"error: --tokenizers: {folder}: holds no tokenizer/, tokenizer_2/, tokenizer_3/: "
+                         "name the folder that does")
+    for file in files:
         digest.update(f"{file.relative_to(folder)} {common._sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
 def keep_plan(out: Path, plan: dict, rank: int) -> None:
-    """Write plan.json, or refuse a folder that was begun with another plan."""
+    """Write plan.json, or refuse a folder that has shards of another plan."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = json.loads((out / "plan.json").read_bytes())
@@ -275,7 +282,11 @@ def keep_plan(out: Path, plan: dict, rank: int) -> None:
         raise SystemExit(f"error: {out}: plan.json cannot be read ({printable(str(e))[:80]}): delete the "
                          "folder, or give another --out") from None
     changed = differences(found.get("made", {}), plan["made"])
-    if changed or found.get("texts_hash") != plan["texts_hash"]:
+    if not changed and found.get("texts_hash") == plan["texts_hash"]:
+        return
+    if not any(out.glob("*_?????.json")):  # it was begun, and ended before anything was made
+        write_json(out / "plan.json", plan, rank)
+    else:
         raise SystemExit(f"error: {out}: holds a cache of {changed or 'other texts'}: give another --out, or "
                          "delete the folder")
 
@@ -635,11 +646,15 @@ class Cache:
         """[B] captions -> txt [B, 77 + T, D], vec [B, Dv] as SD3Text.encode_text gave them, in its dtype.
 
         SystemExit naming a caption that was not cached. The target captions of edits are not."""
-        rows = zip(*[self._text(c) for c in captions])
-        clip, vec, *t5 = (torch.stack(part).to(device, non_blocking=True) for part in rows)
-        width = int(self.shard("text", 0)["width"])
-        t5 = t5[0] if t5 else clip.new_zeros(len(clip), self.made["t5_length"], width)
-        return torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], dim=1), vec
+        width, t5_length = int(self.shard("text", 0)["width"]), self.made["t5_length"]
+        rows = [self._text(c) for c in captions]
+        txt = rows[0][0].new_zeros(len(rows), CLIP_TOKENS + t5_length, width)
+        for out, (clip, _, *t5) in zip(txt, rows):
+            out[:CLIP_TOKENS, :clip.shape[-1]] = clip
+            if t5:
+                out[CLIP_TOKENS:] = t5[0]
+        vec = torch.stack([row[1] for row in rows])
+        return txt.to(device), vec.to(device)
 
     def null(self, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Features of "" for guidance: txt [n, 77 + T, D], vec [n, Dv], one row expanded."""

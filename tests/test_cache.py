@@ -18,6 +18,7 @@ import test_data
 import test_edits
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_frozen import randomize
 from test_text_encoders import files as token_files  # noqa: F401
@@ -155,7 +156,7 @@ def test_text_is_bit_for_bit_what_the_encoders_give(base, tmp_path, dtype):
         cached.source(source)
     with pytest.raises(SystemExit) as error:
         cached.text(["caption 3", "a caption\nof another set"])
-    assert "'a caption\\nof another set'" in one_line(error) and "python cache.py --data" in str(error.value)
+    assert "'a caption\\nof another set'" in one_line(error) and "python cache.py --base" in str(error.value)
 
 
 def test_without_t5_its_tokens_are_zeros_and_never_silently(base, tmp_path):
@@ -171,6 +172,15 @@ def test_without_t5_its_tokens_are_zeros_and_never_silently(base, tmp_path):
     with pytest.raises(SystemExit) as error:
         make((str(tmp_path / "bare.safetensors"), base[1]), tmp_path / "d", spec, split="all", latents=False)
     assert "holds no T5" in one_line(error)
+    fixed = config((str(tmp_path / "bare.safetensors"), base[1]), tmp_path / "d", spec, split="all",
+                   latents=False, text=base[0])
+    cache.main(fixed)                       # nothing was made before, so the folder may be of another plan
+    assert open_cache(tmp_path / "d").text([""])[0][:, 77:].std() > 0.1
+    with pytest.raises(SystemExit) as error:
+        make(base, tmp_path / "d", spec, split="all", latents=False)
+    assert f"text {base[0]}, not None" in one_line(error)
+    with pytest.raises(SystemExit, match="tokenizers: .*holds no tokenizer/"):
+        make((base[0], str(tmp_path)), tmp_path / "e", spec, split="all", latents=False)
 
 
 def edit_batches(source, steps, **flags):
@@ -259,13 +269,21 @@ def test_pictures_and_the_tasks_that_latents_allow(base, tmp_path):
             data.make_loader(items, **at | wrong)
 
 
-@pytest.mark.parametrize("kind", ["omniedit", "parquet", "scenes", "scene edits"])
+@pytest.mark.parametrize("kind", ["omniedit", "ip2p", "parquet", "scenes", "scene edits"])
 def test_other_sources(base, tmp_path, kind):
     """Every wording that a loader draws is there, and its order is kept, whatever the layout."""
     flags, at = dict(edits=kind not in ("parquet", "scenes"), split="all"), {}
     if kind == "omniedit":
         test_edits.omniedit(tmp_path)
         spec = f"omniedit:{tmp_path}"
+    elif kind == "ip2p":
+        (tmp_path / "seeds.json").write_text(json.dumps([["0", [str(i) for i in range(9)]]]))
+        (tmp_path / "0").mkdir()
+        (tmp_path / "0" / "prompt.json").write_text(json.dumps({"edit": "do", "output": "done"}))
+        for i in range(9):
+            for k in (0, 1):
+                Image.fromarray(test_edits.pair(i)[k]).save(tmp_path / "0" / f"{i}_{k}.jpg")
+        spec = f"ip2p:{tmp_path}"
     elif kind == "parquet":
         texts = [[f"a {i}", "other"] for i in range(8)] + [None]
         spec = test_edits.parquet(tmp_path / "p.parquet",
@@ -287,7 +305,8 @@ def test_other_sources(base, tmp_path, kind):
         seen |= set(batch["index"].tolist())
         for i, caption, task in zip(batch["index"].tolist(), batch["caption"], batch["task"]):
             item = inner.load(i, 64, 64)
-            assert caption in (item.get("captions") or [item["caption"]]) and task == item.get("task", "t2i")
+            assert caption in (item.get("captions") or [item["caption"]])
+            assert task == (item.get("task", "t2i") or "")
     assert len(seen) >= 9 and max(seen) < len(cached.source(source))
 
 
