@@ -110,6 +110,8 @@ def main(cfg: Config) -> None:
             raise SystemExit(f"error: {cfg.text or cfg.base}: holds no T5: name encoders with --text, or say "
                              "--t5 False for zeros in its place")
     vae = weights.load_vae(cfg.base, torch.float32, "cpu") if cfg.latents else None
+    if vae and cfg.stride % vae.stride:
+        raise SystemExit(f"error: --stride: {cfg.stride}: use a multiple of the VAE's, {vae.stride}")
     room(cfg, out, every, texts, text, vae)
     bar = common.progress(sum(len(texts[name]) for name in todo), 0, "text", dist)
     for name in todo:

@@ -463,7 +463,8 @@ def test_full_disk(base, edits, tmp_path, monkeypatch, check):
 
 @pytest.mark.parametrize("flags, what", [
     (dict(image_size=60), "image_size: 60: use a multiple of --stride"), (dict(shard=0), "shard: 0"),
-    (dict(limit=5), "cached whole"), (dict(data="scenes", split="train"), "say how many"),
+    (dict(stride=4), "stride: 4: use a multiple of the VAE's, 8"), (dict(limit=5), "cached whole"),
+    (dict(data="scenes", split="train"), "say how many"),
     (dict(data="/none"), "no such file"),
     (dict(data="scenes", split="train", limit=5, aspects=True), "another shape for every batch")])
 def test_wrong_flags(base, tmp_path, flags, what):
