@@ -757,6 +757,7 @@ def peak(call):
     thread = threading.Thread(target=watch)
     thread.start()
     result = call()
+    found.append(anonymous())
     stop.set()
     thread.join()
     return max(found) - before, result
@@ -788,7 +789,7 @@ def test_loading_holds_one_copy(states, tmp_path):
                           cwd=Path(weights.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     size, ours, theirs = map(int, done.stdout.split())
-    assert size > 60e6 and size < ours < 1.15 * size < 1.8 * size < theirs
+    assert size > 60e6 and 0.95 * size < ours < 1.15 * size < 1.8 * size < theirs
 
 
 def test_fingerprints(states, folders, tmp_path):
