@@ -2,10 +2,13 @@
 
     python kernels/bench_models.py                       # both cases, forward + backward, eager
     python kernels/bench_models.py --case tiny --adamw --compile
+    python kernels/bench_models.py --forward             # forward alone, as in sampling
     python kernels/bench_models.py --editnet             # EditNet, its variants over their base, a ControlNet
+    python kernels/bench_models.py --frozen              # the autoencoder and the text encoders
 
-One process holds both networks with the same weights and runs them in turn, so that a busy machine slows both
-alike; what counts is the ratio within each pair of steps. Needs `diffusers`, which nothing else here does.
+One process holds both networks with the same weights and runs them in turn, so that a busy machine slows
+both alike; what counts is the ratio within each pair of steps. Needs `diffusers` and, for --frozen,
+`transformers`, which nothing else here does.
 """
 
 import os
@@ -17,6 +20,7 @@ import importlib.metadata
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +29,11 @@ sys.path.insert(0, str(ROOT))  # `python kernels/bench_models.py` puts kernels/ 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from frozen import VAE, VAEConfig  # noqa: E402
 from kernels.bench import machine, quantiles, write  # noqa: E402
 from model import PRESETS, EditNet, Editor, EditorConfig, MMDiT  # noqa: E402
-from weights import to_diffusers  # noqa: E402
+from text_encoders import CLIP_G, CLIP_L, T5_XXL, ClipText, T5Config, T5Encoder  # noqa: E402
+from weights import to_diffusers, vae_place  # noqa: E402
 
 ####################################################################################################
 # diffusers' SD3Transformer2DModel with our weights (also what tests/test_model.py compares with)
@@ -89,10 +95,13 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
     return net
 
 
-def stepper(net: nn.Module, call, inputs: tuple[Tensor, ...], adamw: bool, dtype: torch.dtype):
-    """-> a function that runs a training step (forward, backward, AdamW if asked) and returns its seconds."""
+def stepper(net: nn.Module, call, inputs: tuple[Tensor, ...], adamw: bool, dtype: torch.dtype,
+            like: int = 0):
+    """-> a function that runs a training step (forward, backward, AdamW if asked) and returns its seconds.
+
+    like: the number of the input that has the output's shape."""
     opt = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True) if adamw else None
-    target = torch.randn_like(inputs[0])
+    target = torch.randn_like(inputs[like])
 
     def step() -> float:
         net.zero_grad(set_to_none=True)
@@ -105,6 +114,18 @@ def stepper(net: nn.Module, call, inputs: tuple[Tensor, ...], adamw: bool, dtype
         return time.perf_counter() - start
 
     return step
+
+
+def timer(call, inputs: tuple[Tensor, ...], dtype: torch.dtype):
+    """-> a function that runs a forward pass without gradient and returns its seconds."""
+    @torch.no_grad()
+    def run() -> float:
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            call(*inputs)
+        return time.perf_counter() - start
+
+    return run
 
 
 def build_pair(case: Case, args: argparse.Namespace):
@@ -124,12 +145,18 @@ def build_pair(case: Case, args: argparse.Namespace):
     if args.compile:
         call_ours, call_theirs = torch.compile(call_ours), torch.compile(call_theirs)
     dtype = torch.float32 if args.fp32 else torch.bfloat16
+    if args.forward:
+        return (timer(call_ours, (x, t, txt, vec), dtype), timer(call_theirs, (x, t, txt, vec), dtype))
     return (stepper(ours, call_ours, (x, t, txt, vec), args.adamw, dtype),
             stepper(theirs, call_theirs, (x, t, txt, vec), args.adamw, dtype))
 
 
 def bench(case: Case, args: argparse.Namespace) -> dict:
-    ours, theirs = build_pair(case, args)
+    return alternate(*build_pair(case, args), case.goal, args)
+
+
+def alternate(ours, theirs, goal: float, args: argparse.Namespace) -> dict:
+    """Runs both in pairs -> the quantiles of their times and of the ratio within a pair."""
     for _ in range(args.warmup):
         ours(), theirs()
     pairs = []
@@ -138,7 +165,68 @@ def bench(case: Case, args: argparse.Namespace) -> dict:
         pairs.append((a, b))
     return {"ours_ms": quantiles([1e3 * a for a, _ in pairs]),
             "diffusers_ms": quantiles([1e3 * b for _, b in pairs]),
-            "ratio": quantiles([a / b for a, b in pairs]), "goal": case.goal, "pairs": len(pairs)}
+            "ratio": quantiles([a / b for a, b in pairs]), "goal": goal, "pairs": len(pairs)}
+
+
+def frozen_pairs(full: bool, args: argparse.Namespace):
+    """-> name, ours, theirs, one after the other: SD3's autoencoder beside diffusers', its text encoders
+    beside transformers', equal weights. full: the published widths, of the text encoders a few layers."""
+    import transformers
+    from diffusers import AutoencoderKL
+
+    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    cfg = VAEConfig() if full else VAEConfig(width=32)
+    side = 256 if full else 32
+    ours = randomize(VAE(cfg)).eval()
+    theirs = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=tuple(cfg.width * m for m in cfg.mult), layers_per_block=cfg.blocks,
+        latent_channels=cfg.channels, use_quant_conv=False, use_post_quant_conv=False).eval()
+    places = {k: vae_place(k, len(cfg.mult)) for k in ours.state_dict()}
+    theirs.load_state_dict({places[k].names[0]: v.flatten(1) if places[k].flat else v
+                            for k, v in ours.state_dict().items()})
+    image, z = torch.randn(1, 3, side, side), torch.randn(1, cfg.channels, side // 8, side // 8)
+    yield "vae encode", *paired(ours.encoder, theirs.encoder, (image, False, None), (image,), dtype)
+    yield "vae decode", *paired(ours.decoder, theirs.decoder, (z, False, None), (z,), dtype)
+    for net in (ours, theirs):
+        net.requires_grad_(False)
+    z.requires_grad_()
+    yield ("vae decode, gradient",
+           stepper(ours, lambda z, _: ours.decoder(z, False, None), (z, image), False, dtype, like=1),
+           stepper(theirs, lambda z, _: theirs.decoder(z), (z, image), False, dtype, like=1))
+    del ours, theirs
+
+    vocab = 49408 if full else 500
+    ids = torch.randint(0, vocab - 1, (4, 77))
+    for name, cfg in (("clip_l", CLIP_L), ("clip_g", CLIP_G)):
+        cfg = replace(cfg, layers=min(cfg.layers, 12), vocab=vocab, eos=vocab - 1)
+        cfg = cfg if full else replace(cfg, width=64, heads=2, layers=2, project=64 * bool(cfg.project))
+        ours = randomize(ClipText(cfg)).eval()
+        theirs = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
+            vocab_size=vocab, hidden_size=cfg.width, intermediate_size=4 * cfg.width, eos_token_id=vocab - 1, bos_token_id=0,
+            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, projection_dim=cfg.width,
+            hidden_act="quick_gelu" if cfg.quick_gelu else "gelu")).eval()
+        missing = {} if cfg.project else {"text_projection.weight": torch.eye(cfg.width)}
+        theirs.load_state_dict(ours.state_dict() | missing)
+        ids[:, -1] = vocab - 1
+        yield name, *paired(ours, lambda ids: theirs(ids, output_hidden_states=True).hidden_states[-2],
+                            (ids,), (ids,), dtype, lambda out: out[0])
+    cfg = replace(T5_XXL, layers=2) if full else T5Config(64, 2, 32, 2, 128, 500)
+    ours = randomize(T5Encoder(cfg)).eval()
+    theirs = transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=cfg.vocab, d_model=cfg.width, d_kv=cfg.head_dim, d_ff=cfg.hidden, num_layers=cfg.layers,
+        num_heads=cfg.heads, feed_forward_proj="gated-gelu")).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, cfg.vocab, (4, 77))
+    yield "t5", *paired(ours, lambda ids: theirs(ids).last_hidden_state, (ids,), (ids,), dtype)
+
+
+def paired(ours, theirs, mine: tuple, his: tuple, dtype: torch.dtype, part=lambda out: out):
+    """Two timers of functions whose outputs are equal; part: what of ours is theirs."""
+    with torch.no_grad():
+        a, b = part(ours(*mine)), theirs(*his)
+    assert (a - b).abs().max() < 1e-3 * b.abs().max(), "the two networks disagree: their times mean nothing"
+    return timer(ours, mine, dtype), timer(theirs, his, dtype)
 
 
 def edit_steppers(case: Case, args: argparse.Namespace) -> dict:
@@ -196,6 +284,8 @@ def main() -> None:
     p.add_argument("--warmup", type=int, default=3, help="untimed steps of each before that")
     p.add_argument("--threads", type=int, default=2, help="torch threads")
     p.add_argument("--editnet", action="store_true", help="EditNet and its variants instead")
+    p.add_argument("--frozen", action="store_true", help="the autoencoder and the text encoders instead")
+    p.add_argument("--forward", action="store_true", help="no backward pass")
     p.add_argument("--adamw", action="store_true", help="time the optimizer's step as well")
     p.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     p.add_argument("--fp32", action="store_true", help="no bf16 autocast on either side")
@@ -218,14 +308,20 @@ def main() -> None:
                 print(f"{net:<22} {cells[0]:>26} {cells[1]:>22} {cells[2]:>22}", flush=True)
         return write(args.json, {"machine": info, "options": vars(args), "cases": cases})
 
-    print(f"{'case':<8} {'ours ms  p20/p50/p80':>24} {'diffusers ms':>24} {'ratio':>20}  goal")
+    print(f"{'case':<20} {'ours ms  p20/p50/p80':>24} {'diffusers ms':>24} {'ratio':>20}  goal")
     results = {}
-    for name in CASES if args.case == "all" else [args.case]:
-        r = results[name] = bench(CASES[name], args)
+    if args.frozen:
+        todo = ((name, partial(alternate, *pair, 1.05, args))
+                for name, *pair in frozen_pairs(args.case != "tiny", args))
+    else:
+        todo = ((name, partial(bench, CASES[name], args)) for name in
+                (CASES if args.case == "all" else [args.case]))
+    for name, measure in todo:
+        r = results[name] = measure()
         ms = ["/".join(f"{v:.1f}" for v in r[k]) for k in ("ours_ms", "diffusers_ms")]
         ratio = "/".join(f"{v:.3f}" for v in r["ratio"])
         verdict = "ok" if r["ratio"][1] <= r["goal"] else "MISSED"
-        print(f"{name:<8} {ms[0]:>24} {ms[1]:>24} {ratio:>20}  <= {r['goal']} {verdict}", flush=True)
+        print(f"{name:<20} {ms[0]:>24} {ms[1]:>24} {ratio:>20}  <= {r['goal']} {verdict}", flush=True)
     write(args.json, {"machine": info, "options": vars(args), "cases": results})
 
 

@@ -132,7 +132,8 @@ def test_as_a_command(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--adamw"], ["--fp32", "--compile"], ["--editnet"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--adamw"], ["--fp32", "--compile"], ["--editnet"], ["--frozen"],
+                                   ["--forward"]], ids=" ".join)
 def test_whole_networks(flags, tmp_path, threads, monkeypatch):
     pytest.importorskip("diffusers")
     from dataclasses import replace
@@ -148,6 +149,10 @@ def test_whole_networks(flags, tmp_path, threads, monkeypatch):
     bench_models.main()
     content = json.loads((tmp_path / "b.json").read_text())
     assert {"torch", "diffusers"} <= set(content["machine"])
+    if "--frozen" in flags:
+        assert {"vae encode", "vae decode, gradient", "clip_l", "clip_g", "t5"} <= set(content["cases"])
+        assert all(r["ratio"][1] > 0 for r in content["cases"].values())
+        return
     rows = content["cases"]["tiny"]
     if "--editnet" in flags:
         assert {"base", "editnet", "cached", "diffusers ControlNet"} <= set(rows)
