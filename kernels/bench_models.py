@@ -203,7 +203,8 @@ def frozen_pairs(full: bool, args: argparse.Namespace):
         cfg = cfg if full else replace(cfg, width=64, heads=2, layers=2, project=64 * bool(cfg.project))
         ours = randomize(ClipText(cfg)).eval()
         theirs = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
-            vocab_size=vocab, hidden_size=cfg.width, intermediate_size=4 * cfg.width, eos_token_id=vocab - 1, bos_token_id=0,
+            vocab_size=vocab, hidden_size=cfg.width, intermediate_size=4 * cfg.width, bos_token_id=0,
+            eos_token_id=vocab - 1,
             num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, projection_dim=cfg.width,
             hidden_act="quick_gelu" if cfg.quick_gelu else "gelu")).eval()
         missing = {} if cfg.project else {"text_projection.weight": torch.eye(cfg.width)}
