@@ -1,5 +1,6 @@
 """Every command of README.md runs, in order, in a folder of links to this checkout, with small sizes."""
 
+import json
 import os
 import re
 import shlex
@@ -11,20 +12,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_sd3 import imagereward, random_state, write_sd3
+from test_text_encoders import small_tokenizers
 
 import common
+import frozen
 import model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {  # appended to a command: the last value of a flag wins
-    "train_omni.py": "--steps 2 --batch_size 4 --warmup 1 --sample_every 0 --wandb off",
+    "train_omni.py": "--steps 2 --batch_size 4 --warmup 1 --sample_every 0 --wandb off --image_size 32",
     "train_reward.py": "--steps 2 --batch_size 4 --wandb off --eval_pairs 8",
-    "train_pefl.py": "--phases 20/15/10x1,8/6/3x1 --batch_size 2 --sample_every 0 --wandb off",
+    "train_pefl.py": "--phases 20/15/10x1,8/6/3x1 --batch_size 2 --sample_every 0 --wandb off "
+                     "--image_size 32",
     "evaluate.py prefs": "--n 12 --steps 2",
     "evaluate.py scenes": "--n 4 --steps 2,2",
     "evaluate.py edits": "--n 2 --steps 1",
     "data.py": "--limit 5",
-    "sample.py": "--steps 2",
+    "sample.py": "--steps 2 --size 32",
+    "cache.py": "--image_size 32 --workers 0",
+    "weights.py": "",
 }
 
 
@@ -47,6 +54,18 @@ def checkout(tmp_path_factory) -> Path:
     mask = np.zeros((48, 40), np.uint8)
     mask[10:30, 10:30] = 255
     Image.fromarray(mask).save(folder / "mask.png")
+    return public_files(folder)
+
+
+def public_files(folder: Path) -> Path:
+    """What the README takes from elsewhere, random and small: SD3, tokenizers, rewards, pictures, pairs."""
+    photos(folder / "photos")
+    rows = [{"source": f"photos/{i}.png", "edited": f"photos/{i + 3}.png", "instruction": "move it"}
+            for i in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sd3(folder / "sd3.safetensors", small_tokenizers(folder / "words"))
+    imagereward(folder)
+    torch.save(random_state(frozen.VGG16(), 9), folder / "vgg16.pth")
     return folder
 
 
@@ -75,7 +94,7 @@ def test_commands(checkout):
     assert len(python) >= 10
     for command in python:
         words = shlex.split(command)
-        small = SMALL.get(words[1]) or SMALL[" ".join(words[1:3])]
+        small = SMALL[words[1] if words[1] in SMALL else " ".join(words[1:3])]
         run([sys.executable, *words[1:], *shlex.split(small)], checkout)
 
 
@@ -91,7 +110,7 @@ def test_demo(checkout):
 @pytest.mark.slow
 def test_photos(checkout):
     small = {"STEPS": "2", "REWARD_STEPS": "2", "PEFL": "20/15/10x1", "N": "12"}
-    run(["bash", "runs/photos.sh", str(photos(checkout / "photos")), "out/photos"], checkout, **small)
+    run(["bash", "runs/photos.sh", "photos", "out/photos"], checkout, **small)
     assert list((checkout / "out/photos/pefl/images").glob("*.png"))
 
 

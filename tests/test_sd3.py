@@ -76,14 +76,14 @@ def omni(sd3, out, **flags):
     return rows(out)
 
 
-def imagereward(tmp_path):
-    """NAME:PATH,PATH of a small ImageReward in its published form."""
-    towers = pytest.importorskip("test_towers")
-    vocab = tmp_path / "vocab.txt"
-    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]) + "\n")
-    path, _ = towers.imagereward_file(towers.small_imagereward(str(vocab)), tmp_path)
-    return f"imagereward:{path},{vocab}"
+def imagereward(folder):
+    """NAME:PATH,PATH of a small ImageReward under its published names."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    cfg = model.RewardConfig(32, 8, 128, 2, 2, 64, 2, 1, 96, len(words) + 2)
+    torch.save(random_state(model.PreferenceReward(cfg), 5), folder / "ImageReward.pt")
+    return f"imagereward:{folder}/ImageReward.pt,{folder}/vocab.txt"
 
 
 def vgg(tmp_path):

@@ -56,8 +56,12 @@ def randomize(net, seed=0):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
+    return small_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
+def small_tokenizers(folder):
     """-> a folder with vocab.json and merges.txt as CLIP's and a tokenizer.json as T5's, both small."""
-    folder = tmp_path_factory.mktemp("tokenizers")
+    folder.mkdir(exist_ok=True)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
