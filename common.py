@@ -223,18 +223,31 @@ def lr_at(step, lr, warmup, total, kind="constant"):
 EMA_COUNT = "_ema_updates"  # a key of EMA.state_dict(), for exact resume of the warm-up; load_state skips it
 
 
+def local(tensor):
+    """What this rank holds of a tensor: its shard of one that sharded.py split (a DTensor), else all of it.
+    Shares memory with it, and knows nothing of autograd."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "to_local")  # a DTensor, whose import costs half a second
+
+
 class EMA:
     """fp32 moving average of the parameters that train; frozen ones and buffers are the module's own.
 
     Update n (from 0) uses min(decay, (1 + n) / (10 + n)) with warmup, else decay; papers give the decay only.
+    Of a sharded parameter each rank averages its own shard.
     """
 
     def __init__(self, module, decay, warmup=True):
         self.module, self.decay, self.warmup, self.n = module, decay, warmup, 0
         self.names = [k for k, p in module.named_parameters() if p.requires_grad]
-        self.average = [p.detach().float().clone() for p in self._params()]
+        self.average = [local(p).float().clone() for p in self._params()]
 
     def _params(self):
+        _reshard(self.module)
         params = [(k, p) for k, p in self.module.named_parameters() if p.requires_grad]
         assert [k for k, _ in params] == self.names, "the trained parameters changed after EMA() was made"
         return [p for _, p in params]
@@ -242,19 +255,19 @@ class EMA:
     @torch.no_grad()
     def update(self):
         decay = min(self.decay, (1 + self.n) / (10 + self.n)) if self.warmup else self.decay
-        torch._foreach_lerp_(self.average, [p.detach().float() for p in self._params()], 1 - decay)
+        torch._foreach_lerp_(self.average, [local(p).float() for p in self._params()], 1 - decay)
         self.n += 1
 
     def state_dict(self):
         """The whole state, averaged weights in it (not copied), and EMA_COUNT, the number of updates."""
-        average = {id(p): a for p, a in zip(self._params(), self.average)}  # tied weights have two names
+        average = {id(p): _like(p, a) for p, a in zip(self._params(), self.average)}  # tied: two names
         state = self.module.state_dict(keep_vars=True)
         state = {k: average.get(id(v), v.detach()) for k, v in state.items()}
         return state | {EMA_COUNT: torch.tensor(self.n)}
 
     @torch.no_grad()
     def load_state_dict(self, tensors):
-        _check_fit(self.module, tensors, "ema")
+        check_fit(self.module, tensors, "ema")
         if EMA_COUNT not in tensors:
             raise SystemExit(f"error: ema: no {EMA_COUNT}: plain weights, not an EMA state: use load_state")
         for name, average in zip(self.names, self.average):
@@ -263,16 +276,42 @@ class EMA:
 
     @contextlib.contextmanager
     def swapped(self):
-        """In the block the module has the averaged weights, by pointer, not copied: do not train there."""
+        """In the block the module has the averaged weights: do not train there.
+
+        By pointer, but for shards: FSDP2 gathers from storage of its own, to which p.data does not lead, so
+        these are copied. All ranks of a sharded module enter and leave together.
+        """
         params = self._params()
-        raw = [p.data for p in params]
+        raw = [local(p).clone() if is_sharded(p) else p.data for p in params]
+
+        def put(values):
+            _reshard(self.module)  # what is gathered still holds the other weights
+            for p, v in zip(params, values):
+                if is_sharded(p):
+                    local(p).copy_(v)
+                else:
+                    p.data = v
+
         try:
-            for p, a in zip(params, self.average):
-                p.data = a.to(p.dtype)
+            put(a.to(p.dtype) for p, a in zip(params, self.average))
             yield self.module
         finally:
-            for p, d in zip(params, raw):
-                p.data = d
+            put(raw)
+
+
+def _reshard(module):
+    """Let go of gathered parameters: after a pass without gradient they stand in the place of the shards."""
+    for m in module.modules():
+        if hasattr(m, "reshard"):
+            m.reshard()
+
+
+def _like(param, shard):
+    """`shard`, as large as this rank's of `param`, as a tensor distributed in the same way."""
+    if not is_sharded(param):
+        return shard
+    return type(param.data).from_local(shard, param.device_mesh, param.placements, run_check=False,
+                                       shape=param.shape, stride=param.stride())
 
 
 @torch.no_grad()
@@ -280,9 +319,10 @@ def average_gradients(params, world, bucket_bytes=64 * 2**20):
     """Replace gradients by their mean over the ranks, in large buckets. All ranks pass the same parameters.
 
     A gradient that is None on some ranks counts as zero there; one that is None on all of them stays None, so
-    that the optimiser skips it as it would on one rank.
+    that the optimiser skips it as it would on one rank. Sharded parameters are left out: FSDP2 has averaged
+    theirs in the backward pass.
     """
-    params = [p for p in params if p.requires_grad]
+    params = [p for p in params if p.requires_grad and not is_sharded(p)]
     if world == 1 or not params:
         return
     present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
@@ -310,7 +350,7 @@ def average_gradients(params, world, bucket_bytes=64 * 2**20):
 # the SHA-256 of every file and of itself: a checkpoint is a folder that verifies, anything else is debris.
 
 _STEP = re.compile(r"step_(\d+)(\.old)?")  # .old: set aside while its replacement takes its name
-_FILE = re.compile(r"[\w.-]+\.safetensors")
+_FILE = re.compile(r"[\w.-]+\.safetensors|dcp/(\.metadata|[\w-]+\.distcp)")  # dcp/: of sharded.py
 
 
 class _Flaw(Exception):
@@ -363,7 +403,7 @@ def save_checkpoint(out_dir, step, tensors, meta, keep=2, dist=Dist()):
                     break
                 time.sleep(pause)
         if done and keep:
-            _prune(folder, step, keep)
+            prune(folder, step, keep)
     if dist.world > 1:
         flag = torch.tensor(float(done), device=dist.device)
         td.all_reduce(flag, op=td.ReduceOp.MAX)
@@ -373,43 +413,60 @@ def save_checkpoint(out_dir, step, tensors, meta, keep=2, dist=Dist()):
 
 def write_checkpoint(folder, step, tensors, meta, world=1):
     """Write one checkpoint folder, assets/ too: .tmp folder, fsync, rename. Errors leave nothing behind."""
-    folder = Path(folder)
-    parent, tmp, old = folder.parent, *(folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    folder, tmp = Path(folder), temporary(folder)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(tmp, ignore_errors=True)
-        need = 1.1 * sum(t.nbytes for group in tensors.values() for t in group.values()) + 2**16
-        free = shutil.disk_usage(parent).free
-        if free < need:
-            raise OSError(errno.ENOSPC, f"needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
-        tmp.mkdir()
+        begin_checkpoint(folder, sum(t.nbytes for group in tensors.values() for t in group.values()))
         files = {}
         for name, group in tensors.items():
             path = tmp / f"{name}.safetensors"
             save_file(_savable(group), path)
             path.chmod(0o644)  # safetensors makes it 0600, which a shared run folder does not want
-            _fsync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        lifted = {k: meta[k] for k in ("arch", "config", "samples") if k in meta}
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        rest = {k: v for k, v in meta.items() if k not in lifted}
-        manifest = {"format": 1, "step": step, **lifted, "files": files, "torch": torch.__version__,
-                    "world": world, "git": git_revision(), "time": now, "meta": rest}
-        manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read, for the hash
-        manifest["sha256"] = _manifest_hash(manifest)
-        (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _fsync(tmp / "manifest.json")
-        _fsync(tmp)
-        if folder.exists():  # a resumed run passes this step again
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        tmp.rename(folder)
-        _fsync(parent)
-        shutil.rmtree(old, ignore_errors=True)
+            fsync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        finish_checkpoint(folder, step, files, meta, world)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     return folder
+
+
+def temporary(folder):
+    """Where a checkpoint is written before it takes its name."""
+    return Path(folder).with_name(Path(folder).name + ".tmp")
+
+
+def begin_checkpoint(folder, size):
+    """Make the empty temporary folder for `size` bytes of tensors. OSError if the disk has no room."""
+    tmp = temporary(folder)
+    tmp.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tmp, ignore_errors=True)
+    need, free = 1.1 * size + 2**16, shutil.disk_usage(tmp.parent).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f"needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
+    tmp.mkdir()
+
+
+def finish_checkpoint(folder, step, files, meta, world=1):
+    """Add the manifest to the temporary folder, whose files (name -> bytes, sha256) are on the disk, then
+    give it its name."""
+    folder, tmp = Path(folder), temporary(folder)
+    old = folder.with_name(folder.name + ".old")
+    lifted = {k: meta[k] for k in ("arch", "config", "samples") if k in meta}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    rest = {k: v for k, v in meta.items() if k not in lifted}
+    manifest = {"format": 1, "step": step, **lifted, "files": files, "torch": torch.__version__,
+                "world": world, "git": git_revision(), "time": now, "meta": rest}
+    manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read, for the hash
+    manifest["sha256"] = _manifest_hash(manifest)
+    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    fsync(tmp / "manifest.json")
+    fsync(tmp)
+    if folder.exists():  # a resumed run passes this step again
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    tmp.rename(folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def count_lost(out, saved, lost, last):
@@ -435,7 +492,7 @@ def _savable(group):
     return out
 
 
-def _fsync(path):
+def fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -446,7 +503,7 @@ def _fsync(path):
         os.close(fd)
 
 
-def _sha256(path):
+def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -462,7 +519,8 @@ def _step_folders(out_dir):
     return sorted([(int(m[1]), p) for m, p in found], key=lambda f: (f[0], f[1].suffix == ""), reverse=True)
 
 
-def _prune(newest, step, keep):
+def prune(newest, step, keep):
+    """Delete all but the `keep` newest checkpoints up to `newest`, that of `step`."""
     # A folder of a later step did not verify when this run resumed before it: it is left alone until it is
     # overwritten, and never counts among the kept.
     earlier = [p for s, p in _step_folders(newest.parent) if s <= step]
@@ -470,8 +528,8 @@ def _prune(newest, step, keep):
         shutil.rmtree(p, ignore_errors=True)
 
 
-def _read(folder, names=None):
-    """(tensors, manifest) of one folder, every byte checked; raises _Flaw."""
+def _verify(folder, names=None):
+    """(files of those names, manifest) of one folder, every byte checked; raises _Flaw."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
@@ -487,13 +545,23 @@ def _read(folder, names=None):
         files = {k: v for k, v in files.items() if k.removesuffix(".safetensors") in names}
         if not files:
             raise _Flaw(f"manifest.json: lists no file named {' or '.join(names)}")
-    tensors = {}
     for file, (size, digest) in files.items():
         try:
             if (found := (folder / file).stat().st_size) != size:
                 raise _Flaw(f"{file}: {found} bytes instead of {size}")
-            if _sha256(folder / file) != digest:
+            if sha256(folder / file) != digest:
                 raise _Flaw(f"{file}: SHA-256 differs from the manifest's, the file is damaged")
+        except OSError as e:
+            raise _Flaw(f"{file}: cannot be read ({e.strerror})") from None
+    return list(files), manifest
+
+
+def _read(folder, names=None):
+    """(tensors, manifest) of one folder, every byte checked; raises _Flaw."""
+    files, manifest = _verify(folder, names)
+    tensors = {}
+    for file in (f for f in files if f.endswith(".safetensors")):
+        try:
             tensors[file.removesuffix(".safetensors")] = load_file(folder / file)
         except (OSError, SafetensorError) as e:
             raise _Flaw(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
@@ -512,12 +580,12 @@ def _add_shared(tensors, folder, path, prefix, sha256):
         group |= {prefix + k: v for k, v in weights["model"].items()}
 
 
-def _newest(out_dir, names=None):
-    """(folder, tensors, manifest) of the newest step that verifies; None without any step."""
+def _newest(out_dir, names=None, read=_read):
+    """(folder, *read(folder, names)) of the newest step that verifies; None without any step."""
     flaws = []
     for _, folder in _step_folders(out_dir):
         try:
-            found = folder, *_read(folder, names)
+            found = folder, *read(folder, names)
         except _Flaw as e:
             flaws.append(f"{folder.name}/{e}")
             print0(f"warning: {folder}/{e}; FALLING BACK to the checkpoint before it")
@@ -558,26 +626,52 @@ def load_latest(out_dir):
 
     SystemExit if there are checkpoints and none verifies: starting from scratch is for the user to decide.
     """
-    if not (td.is_initialized() and td.get_world_size() > 1):
+    found = None
+
+    def find():
+        nonlocal found
         found = _newest(out_dir)
-        return found and found[1:]
-    choice, found, error = [None], None, None
-    if td.get_rank() == 0:
-        try:
-            found = _newest(out_dir)
-        except SystemExit as e:
-            error = str(e)
-        choice = [(found and found[0].name, error)]
-    td.broadcast_object_list(choice, device=torch.device("cuda") if td.get_backend() == "nccl" else None)
-    name, error = choice[0]
-    if error:
-        raise SystemExit(error)
+        return found and found[0].name
+
+    name = _on_first_rank(find)
     if name is None:
         return None
-    return found[1:] if found else load_checkpoint(Path(out_dir) / name)
+    tensors, manifest = found[1:] if found else load_checkpoint(Path(out_dir) / name)
+    if any(file.startswith("dcp/") for file in manifest["files"]):
+        raise SystemExit(f"error: {out_dir}: {name} was saved by a sharded run: resume with --fsdp True")
+    return tensors, manifest
 
 
-def _check_fit(module, tensors, what):
+def find_latest(out_dir):
+    """(folder, manifest) of what a sharded run resumes from, verified and not loaded; None if nothing was
+    saved. All ranks call it. SystemExit as `load_latest`."""
+    found = _on_first_rank(lambda: _newest(out_dir, read=_verify))
+    if found is None:
+        return None
+    folder, files, manifest = found
+    if not any(file.startswith("dcp/") for file in files):
+        raise SystemExit(f"error: {out_dir}: {folder.name} was saved by a run that was not sharded: resume "
+                         "without --fsdp")
+    return folder, manifest
+
+
+def _on_first_rank(find):
+    """What find() returns on rank 0, on every rank; its SystemExit too."""
+    if not (td.is_initialized() and td.get_world_size() > 1):
+        return find()
+    result = [None, None]
+    if td.get_rank() == 0:
+        try:
+            result[0] = find()
+        except SystemExit as e:
+            result[1] = str(e)
+    td.broadcast_object_list(result, device=torch.device("cuda") if td.get_backend() == "nccl" else None)
+    if result[1]:
+        raise SystemExit(result[1])
+    return result[0]
+
+
+def check_fit(module, tensors, what):
     own = module.state_dict()
     given = {k: v for k, v in tensors.items() if k != EMA_COUNT}
     problems = {
@@ -607,7 +701,7 @@ def warn_changed(out, before, now):
 
 def load_state(module, tensors, what):
     """module.load_state_dict, strict; else SystemExit with one line, in which `what` names the file."""
-    _check_fit(module, tensors, what)
+    check_fit(module, tensors, what)
     module.load_state_dict({k: v for k, v in tensors.items() if k != EMA_COUNT}, strict=True)
 
 
