@@ -1,0 +1,250 @@
+"""What a training step needs in memory, before a weight is built: the step runs on tensors without data.
+
+    1. Live: bytes of live tensors, op by op    2. Rank: what one rank holds    3. the steps of the scripts
+
+Nothing here is a formula of the architecture: the networks' own forward and backward passes run on fake
+tensors (torch._subclasses), so that kernels, autocast's casts, checkpointing, the VAE's decoder and rewards
+count as they are. Counted: weights, the optimiser's state, the average, gradients, activations and every
+temporary that autograd or an operation makes as a tensor of its own. Not counted: workspace inside an
+operation (cuDNN, oneDNN), the allocator's rounding, CUDA's context (0.5 to 1 GiB a GPU), NCCL's buffers, data
+workers, text encoders, and the sample sheets, which run without gradients. On a machine without a GPU a step
+is counted as the CPU runs it.
+"""
+import contextlib
+import copy
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import flow
+import model
+import sharded
+
+########################################## 1. live bytes #####################################################
+
+
+class Live(TorchDispatchMode):
+    """In the block: `now`, bytes of storages that were made in it (or added) and live, and their `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {}
+
+    def add(self, tensor, counted=True):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known[storage._cdata] = size = storage.nbytes() if counted else 0
+            self.move(size)
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.now -= self.known.pop(key)
+
+    def move(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.add(t)
+        return out
+
+
+########################################## 2. a rank #########################################################
+
+
+class Rank:
+    """One rank's share of a run without data: `hold` modules, run a step in `stepping`, read `report`.
+
+    device: that of the run. ranks: over which sharded.shard splits the blocks, 0 if it is not used.
+    """
+
+    def __init__(self, device, bf16, ranks=0):
+        self.device, self.bf16, self.ranks = torch.device(device), bf16, ranks
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.live, self.rows, self.still, self.unit = Live(), {}, 0, 0
+
+    def hold(self, name, module, average=None):
+        """A copy of the module (which may be on the meta device) without data, its memory in the books.
+
+        average: None for what is frozen, else whether what trains has an EMA. Of a sharded module the blocks
+        that train are what their units gather; each is let go when it has its gradient, as FSDP2 does.
+        """
+        trains = average is not None
+        split = {id(p) for m in sharded.blocks(module) for p in m.parameters() if p.requires_grad} \
+            if trains and average and self.ranks else set()
+        memo = {}
+        with self.mode:
+            for p in module.parameters():
+                narrow = split and self.bf16 and (id(p) in split or not p.requires_grad)
+                dtype = torch.bfloat16 if narrow else p.dtype
+                memo[id(p)] = fake = nn.Parameter(torch.empty(p.shape, dtype=dtype, device=self.device),
+                                                  trains and p.requires_grad)
+                self.live.add(fake, counted=False)
+                if id(p) in split:
+                    fake.register_post_accumulate_grad_hook(self.reduce)
+                    self.live.move(fake.nbytes)
+            for b in module.buffers():
+                memo[id(b)] = fake = torch.empty(b.shape, dtype=b.dtype, device=self.device)
+                self.live.add(fake, counted=False)
+            fake = copy.deepcopy(module, memo)
+        whole = [p for p in module.parameters() if id(p) not in split]
+        shards = sum(p.numel() for p in module.parameters() if id(p) in split) / max(self.ranks, 1)
+        self.book(f"weights of {name}", sum(memo[id(p)].nbytes for p in whole) + 4 * shards
+                  + sum(b.nbytes for b in module.buffers()))
+        if trains:
+            n = sum(p.numel() for p in whole if p.requires_grad) + shards
+            self.book(f"Adam of {name}", 8 * n)
+            self.book(f"average of {name}", 4 * n * average)
+            self.rows[f"gradients of {name}"] = 4 * n
+        if split:
+            units = [sum(p.numel() for p in m.parameters() if id(p) in split) for m in sharded.blocks(module)]
+            self.rows["gathered blocks"] = sum(units) * (2 if self.bf16 else 4)
+            self.unit = (6 if self.bf16 else 8) * max(units)  # one's gradients, and in fp32 to be reduced
+        return fake
+
+    def hold_reward(self, name, reward):
+        """The same for a reward: a PreferenceReward, or a function that holds modules. -> a function of
+        pictures and captions."""
+        if isinstance(reward, model.PreferenceReward):
+            net = self.hold(name, reward)
+            return lambda image, captions: net.normalised(image, *net.tokenize(captions, image.device))
+        cells = [c.cell_contents for c in getattr(reward, "__closure__", None) or ()]
+        held = [m for m in (*cells, *getattr(reward, "args", ())) if isinstance(m, nn.Module)]
+        tensors = [t for m in held for t in (*m.parameters(), *m.buffers())]
+        for t in tensors:
+            self.live.add(self.mode.from_tensor(t), counted=False)
+        self.book(f"weights of {name}", sum(t.nbytes for t in tensors))
+        return reward
+
+    def book(self, name, size):
+        self.still += size
+        if size:
+            self.rows[name] = size
+
+    def reduce(self, p):
+        """A gathered parameter has its gradient: both go, the shard's gradient in fp32 stays."""
+        self.live.move(-p.nbytes + 4 * p.numel() / self.ranks)
+        p.grad = None
+
+    @contextlib.contextmanager
+    def stepping(self):
+        with self.mode, self.live, torch.device(self.device):
+            yield
+
+    def kept(self, name, since=0):
+        """Book what is alive since a moment as a row; -> the present moment."""
+        self.rows[name] = self.live.now - since
+        return self.live.now
+
+    @property
+    def peak(self):
+        return self.still + self.live.peak + self.unit
+
+    def report(self):
+        """Lines for people; the rows do not all stand at once, the peak is that of the whole step."""
+        width = max(map(len, self.rows))
+        lines = [f"  {name:{width}} {size / 2**30:8.3f} GiB" for name, size in self.rows.items()]
+        over = f" of {self.ranks}, sharded" if self.ranks else ""
+        return "\n".join([f"memory of a rank{over}, counted:", *lines,
+                          f"peak of a training step: {self.peak / 2**30:.3f} GiB"])
+
+
+########################################## 3. the steps ######################################################
+
+
+def omni(editor, latents, device, bf16=True, ranks=0, words=154):
+    """A step of train_omni.py -> Rank.
+
+    editor: as it will train (what is frozen, low-rank updates, checkpointing), before sharded.shard; on the
+    meta device nothing is built. latents: [B, C, h, w] of a micro-batch. words: text tokens from outside.
+    """
+    rank = Rank(device, bf16, ranks)
+    net = rank.hold("the editor", editor, average=True)
+    with rank.stepping():
+        x0, noise, t = torch.empty(latents), torch.empty(latents), torch.empty(latents[0])
+        with torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16):
+            txt, vec = text(net, latents[0], words)
+            v = net(flow.interpolate(x0, noise, t), t, txt, vec, *condition(net, x0))
+        loss = (t * (v.float() - flow.velocity(x0, noise)).square().flatten(1).mean(1)).mean()
+        rank.kept("activations, kept by the forward pass", rank.rows.get("gathered blocks", 0))
+        loss.backward()
+    return rank
+
+
+def text(net, batch, words):
+    """encode_text without captions -> txt, vec."""
+    if net.cfg.txt_bytes:
+        return net.text(torch.empty(batch, net.cfg.txt_bytes, dtype=torch.uint8))
+    return torch.empty(batch, words, net.cfg.txt_dim), torch.empty(batch, net.cfg.vec_dim)
+
+
+def condition(net, x):
+    """Source and region, or mask and masked picture, as large as the latents x."""
+    mask = torch.empty_like(x[:, :1])
+    if isinstance(net, model.EditNet):
+        return torch.empty_like(x), mask
+    return (mask, torch.empty_like(x)) if net.cfg.inpaint else ()
+
+
+def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16=True, ranks=0, words=154, recompute=False):
+    """A step of train_pefl.py -> Rank. editor, ranks, words: as for `omni`; it is held twice, tuned and as
+    it was.
+
+    space: frozen.PixelSpace or VAE. rewards: name -> what load_reward gives. vgg: frozen.VGG16 or None: then
+    the first reward of ours gives features, if there is one. pictures: [B, 3, H, W]. recompute:
+    --checkpointing, which concerns rewards and coherence model; editor and VAE know their own.
+    """
+    rank = Rank(device, bf16, ranks)
+    net = rank.hold("the editor", editor, average=True)
+    rank.hold("the editor as it was", editor)
+    space = rank.hold("the VAE", space) if isinstance(space, nn.Module) else space
+    scores = {name: rank.hold_reward(f"reward {name}", r) for name, r in rewards.items()}
+    features = rank.hold("VGG16", vgg) if vgg else next(
+        (s for s in (getattr(r, "image_features", None) for r in rewards.values()) if s), lambda image: [])
+    disc = rank.hold("the coherence model", disc, average=False)
+
+    def maybe_checkpoint(fn, *inputs):
+        return checkpoint(fn, *inputs, use_reentrant=False) if recompute else fn(*inputs)
+
+    autocast = torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16)
+    with rank.stepping():
+        x, where, B = torch.empty(pictures), torch.empty(pictures[0], 1, *pictures[2:]), pictures[0]
+        with torch.no_grad():
+            start = space.encode(x)
+        given, t = condition(net, start), torch.empty(B)
+        with autocast:
+            txt, vec = text(net, B, words)
+            with torch.no_grad():
+                x_t = flow.interpolate(start, torch.empty_like(start), t)
+                x_t = x_t + net(x_t, t, txt, vec, *given)
+        at = rank.kept("pictures, latents", rank.rows.get("gathered blocks", 0))
+        with autocast:
+            z0 = flow.x0_from_v(x_t, net(x_t, t, txt, vec, *given), t)
+            at = rank.kept("activations of the editor", at)
+            fake = maybe_checkpoint(space.decode, z0)
+            at = rank.kept("activations of the decoder", at)
+            seen = fake + torch.empty_like(fake)
+            losses = [-F.logsigmoid(maybe_checkpoint(score, seen, ["a few words"] * B)).mean()
+                      for score in scores.values()]
+            at = rank.kept("activations of the rewards", at)
+            losses.append(-F.logsigmoid(maybe_checkpoint(disc, seen)).mean())
+            losses.append(((x - fake).abs() * where).mean())
+            with torch.no_grad():
+                real = features(x)
+            losses += [(a - b).abs().mean() for a, b in zip(real, features(fake))]
+            rank.kept("activations of the coherence model and L_vgg", at)
+        sum(losses).backward(inputs=[p for p in net.parameters() if p.requires_grad])
+        with autocast:
+            logits = disc(x + torch.empty_like(x)), disc(seen.detach())
+        (F.softplus(-logits[0]) + F.softplus(logits[1])).mean().backward()
+    return rank
