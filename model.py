@@ -212,8 +212,9 @@ def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], far: tuple | None)
 
 
 class JointBlock(nn.Module):
-    def __init__(self, width: int, heads: int, qk_norm: bool, last: bool, dual: bool):
+    def __init__(self, width: int, heads: int, qk_norm: bool, last: bool, dual: bool, index: int = 0):
         super().__init__()
+        self.index = index  # among its fellows
         self.context_block = StreamBlock(width, heads, qk_norm, pre_only=last)
         self.x_block = StreamBlock(width, heads, qk_norm, dual=dual)
 
@@ -268,14 +269,14 @@ class MMDiT(nn.Module):
         super().__init__()
         D = cfg.width
         self.patch = cfg.patch
-        self.checkpoint = False  # recompute every block in the backward pass
+        self.checkpoint = 0  # recompute every n-th block in the backward pass; 0: none, 1: each
         self.x_embedder = PatchEmbed(cfg.patch, cfg.in_channels, D)
         self.pos_embed = nn.Parameter(sincos_2d(D, cfg.pos_max), requires_grad=cfg.learn_pos)
         self.t_embedder = TimestepEmbed(D)
         self.y_embedder = VectorEmbed(cfg.vec_dim, D)
         self.context_embedder = nn.Linear(cfg.txt_dim, D)
         self.joint_blocks = nn.ModuleList(
-            JointBlock(D, cfg.heads, cfg.qk_norm, last=i == cfg.depth - 1, dual=i < cfg.dual)
+            JointBlock(D, cfg.heads, cfg.qk_norm, i == cfg.depth - 1, i < cfg.dual, i)
             for i in range(cfg.depth))
         self.final_layer = FinalLayer(D, cfg.patch**2 * cfg.channels)
         self.init_weights()
@@ -300,8 +301,8 @@ class MMDiT(nn.Module):
         return img, self.context_embedder(txt), silu_c
 
     def run(self, block: JointBlock, *inputs) -> tuple[Tensor, Tensor | None]:
-        """block(*inputs), recomputed in the backward pass if this model is told to."""
-        if self.checkpoint and torch.is_grad_enabled():
+        """block(*inputs), recomputed in the backward pass if it is one of those that `checkpoint` says."""
+        if self.checkpoint and block.index % self.checkpoint == 0 and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -526,7 +527,7 @@ class EditNet(nn.Module):
         self.src_embedder = PatchEmbed(base.patch, base.channels + 1, D)
         if variant != "concat":
             self.branch = nn.ModuleList(
-                JointBlock(D, base.heads, base.qk_norm, last=i == base.depth - 1, dual=i < base.dual)
+                JointBlock(D, base.heads, base.qk_norm, i == base.depth - 1, i < base.dual, i)
                 for i in range(base.depth))
             self.img_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
         if variant in ("editnet", "textcontrol"):

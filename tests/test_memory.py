@@ -1,0 +1,181 @@
+"""memory.py: its counts against real training runs of the scripts, and against sums that are known."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_sd3 import imagereward, sd3, vgg  # noqa: F401  (sd3: a fixture)
+from test_text_encoders import files  # noqa: F401  (a fixture)
+
+import common
+import memory
+import model
+
+ROOT = Path(memory.__file__).parent
+
+# A script's own main, twice: a small run that imports and allocates what stays, then the measured one. What
+# counts is the peak of resident memory up to the checkpoint, less what was resident before.
+MEASURE = """
+import gc, importlib, json, sys
+from pathlib import Path
+import torch, common, memory
+torch.set_num_threads(1)
+name, small, large, out = sys.argv[1], *map(json.loads, sys.argv[2:4]), sys.argv[4]
+script, made = importlib.import_module(name), {}
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+def keep(noun):
+    own = getattr(script, noun)
+    def call(*args, **kwargs):
+        made[noun] = own(*args, **kwargs)
+        return made[noun]
+    setattr(script, noun, call)
+
+for noun in ("build", "load_editor", "load_reward", "load_coherence", "load_perceptual"):
+    if hasattr(script, noun):
+        keep(noun)
+own = script.stack.surround
+def surround(*args):
+    made["space"] = own(*args)
+    return made["space"]
+script.stack.surround = surround
+common.save_checkpoint = lambda *a, **k: made.update(peak=status("VmHWM")) or "not saved"
+script.main(script.Config(**small, out=out + "/small"))
+made.clear()
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+cfg = script.Config(**large, out=out + "/large")
+script.main(cfg)
+B, side, on, space = cfg.batch_size, cfg.image_size, ("cpu", cfg.bf16), made["space"][0]
+if name == "train_omni":
+    net = made["build"][0]
+    rank = memory.omni(net, (B, net.cfg.channels, side // space.stride, side // space.stride), *on)
+else:
+    nets = made["load_editor"][0], space, {"alignment": made["load_reward"]}, made["load_coherence"]
+    nets += (made["load_perceptual"][0],)
+    rank = memory.pefl(*nets, (B, 3, side, side), *on, recompute=cfg.checkpointing)
+print(rank.report())
+print(json.dumps({"counted": rank.peak, "measured": made["peak"] - before}))
+"""
+
+SMALL = model.EditorConfig(depth=3, heads=4, patch=2, txt_dim=128, vec_dim=128)
+
+
+def editnet(checkpointing=False, cfg=SMALL):
+    with torch.device("meta"):
+        net = model.EditNet(cfg)
+    net.base.requires_grad_(False)
+    net.base.mmdit.checkpoint = checkpointing
+    return net
+
+
+def measured(name, small, large, out):
+    """{"counted": bytes, "measured": bytes}; large blocks are mapped one by one: freed ones are gone."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+           "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    runs = json.dumps(small), json.dumps(small | large)
+    done = subprocess.run([sys.executable, "-c", MEASURE, name, *runs, str(out)], cwd=ROOT, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak in /proc")
+
+
+@linux
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_editnet_as_measured(tmp_path, checkpointing):
+    base = model.Editor(SMALL)
+    arch = {"arch": base.arch, "config": {}}
+    common.write_checkpoint(tmp_path / "base", 0, {"model": base.state_dict()}, arch)
+    flags = dict(init=str(tmp_path / "base"), stage="edit", steps=2, workers=0, device="cpu", wandb="off",
+                 sample_every=0, checkpointing=checkpointing, bf16=False, batch_size=1, image_size=16)
+    got = measured("train_omni", flags, dict(batch_size=2, image_size=64), tmp_path)
+    assert got["measured"] > 1e8 and got["counted"] == pytest.approx(got["measured"], rel=0.15)
+    other = memory.omni(editnet(not checkpointing), (2, 3, 64, 64), "cpu", False).peak
+    assert other != pytest.approx(got["measured"], rel=0.3)  # so that agreement means something
+
+
+@linux
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_pefl_with_vae_as_measured(sd3, tmp_path, checkpointing):  # noqa: F811
+    flags = dict(base=sd3["sd3"], tokenizers=sd3["tokenizers"], phases="3/2/1x2", disc_width=32, disc_depth=1,
+                 alignment=imagereward(tmp_path), vgg=vgg(tmp_path), workers=0, device="cpu", wandb="off",
+                 sample_every=0, checkpointing=checkpointing, bf16=False, batch_size=1, image_size=32)
+    got = measured("train_pefl", flags, dict(batch_size=2, image_size=128), tmp_path)
+    assert got["measured"] > 1e8 and got["counted"] == pytest.approx(got["measured"], rel=0.15)
+
+
+# known sums
+
+
+def test_live_counts_storages_once_and_frees_them():
+    with memory.FakeTensorMode(), memory.Live() as live:
+        a = torch.empty(1000)
+        b = a.view(10, 100).t()[1:]  # no memory of its own
+        assert live.now == live.peak == 4000
+        c = a + 1
+        assert live.now == 8000
+        del a, c
+        assert live.now == 4000 and live.peak == 8000  # b still holds a's
+        del b
+        assert live.now == 0
+
+
+def test_a_step_of_known_size():
+    """x [B, n] and y = x W stand after the forward pass; the backward pass adds W's gradient, little more."""
+    B, n = 512, 64
+    net = torch.nn.Linear(n, n, bias=False)
+    rank = memory.Rank("cpu", False)
+    fake = rank.hold("net", net, average=True)
+    with rank.stepping():
+        y = fake(torch.empty(B, n))
+        kept = rank.live.now
+        y.sum().backward()
+    map_, weight = 4 * B * n, 4 * n * n
+    assert rank.still == weight * (1 + 2 + 1) and rank.rows["gradients of net"] == weight
+    assert kept == 2 * map_ and kept + weight < rank.live.peak <= 3 * map_ + 2 * weight + 8
+    assert net.weight.grad is None and fake.weight.grad.nbytes == weight
+
+
+def test_sharding_divides_what_trains():
+    net = editnet()
+    one, two, eight = (memory.omni(net, (2, 3, 32, 32), "cpu", True, ranks) for ranks in (0, 2, 8))
+    for name in ("Adam of the editor", "average of the editor", "gradients of the editor"):
+        inside = sum(p.numel() for n, p in net.named_parameters() if n.startswith(("branch", "img_", "txt_")))
+        size = {"Adam": 8}.get(name.split()[0], 4)
+        outside = one.rows[name] - size * inside
+        assert 0 < outside < 0.2 * one.rows[name]
+        assert two.rows[name] == outside + size * inside / 2
+        assert eight.rows[name] == outside + size * inside / 8
+    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    assert one.rows["weights of the editor"] - eight.rows["weights of the editor"] == (
+        2 * frozen + 4 * inside * 7 / 8)  # the base in bf16, an eighth of the masters
+    assert two.rows["gathered blocks"] == 2 * inside and eight.peak < two.peak
+
+
+def test_every_second_block_recomputed_lies_between():
+    nets = [editnet(n, model.replace(SMALL, depth=4)) for n in (0, 2, 1)]
+    peaks = [memory.omni(net, (4, 3, 64, 64), "cpu").peak for net in nets]
+    assert peaks[0] > 1.2 * peaks[1] > 1.2 * 1.2 * peaks[2]
+
+
+def test_sd3_is_counted_without_being_built():
+    """8 GB of weights and 16 of optimiser, in a process whose memory stays as it is. What trains: 24 blocks,
+    24 + 23 projections (2 119 810 560), the source's embedding of 16 channels (99 840) and of the region."""
+    before = common.peak_bytes()
+    net = editnet(True, model.PRESETS["sd3-medium"])
+    rank = memory.omni(net, (1, 16, 128, 128), "cpu", True, 8)
+    trained = 2_119_810_560 + 99_840 + 4 * 1536
+    assert common.n_params(net, trained=True) == trained
+    assert rank.rows["gradients of the editor"] == 4 * (99_840 + 4 * 1536) + 4 * 2_119_810_560 / 8
+    assert common.peak_bytes() - before < 0.3 * 2**30 < 8 * 2**30 < rank.peak
+    assert "peak of a training step" in rank.report()
