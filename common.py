@@ -700,8 +700,11 @@ def warn_changed(out, before, now):
 
 
 def load_state(module, tensors, what):
-    """module.load_state_dict, strict; else SystemExit with one line, in which `what` names the file."""
+    """module.load_state_dict, strict; else SystemExit with one line, in which `what` names the file. A module
+    on the meta device (of a dry run) stays as it is."""
     check_fit(module, tensors, what)
+    if any(p.is_meta for p in module.parameters()):
+        return
     module.load_state_dict({k: v for k, v in tensors.items() if k != EMA_COUNT}, strict=True)
 
 

@@ -131,7 +131,7 @@ def test_live_counts_storages_once_and_frees_them():
 
 
 def test_a_step_of_known_size():
-    """x [B, n] and y = x W stand after the forward pass; the backward pass adds W's gradient, little more."""
+    """x [B, n] and y = x W stand after the forward pass; the backward pass adds little but W's gradient."""
     B, n = 512, 64
     net = torch.nn.Linear(n, n, bias=False)
     rank = memory.Rank("cpu", False)
