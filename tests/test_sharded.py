@@ -1,0 +1,181 @@
+"""sharded.py under torchrun with gloo: two ranks against one, other numbers of ranks, kills and damage."""
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sharded_run
+import torch
+from safetensors.torch import load_file
+
+import common
+import model
+import sharded
+
+RUN = sharded_run.__file__
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def argv(ranks, **settings):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
+    return [sys.executable, *torchrun, RUN, json.dumps(settings, default=str)]
+
+
+def run(ranks, **settings):
+    done = subprocess.run(argv(ranks, **settings), env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = next(line for line in done.stdout.splitlines() if line.startswith("{"))
+    return json.loads(result) | {"text": done.stdout}
+
+
+def state(folder):
+    """{"file/key": tensor} of a checkpoint's safetensors."""
+    return {f"{f.stem}/{k}": v for f in Path(folder).glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+NUMBERS = ("raw", "averaged", "raw again", "ema")
+
+
+def close(a, b, rel):
+    x, y = ([n for row in r["rows"] for n in row] + [r[k] for k in NUMBERS] for r in (a, b))
+    return all(abs(m - n) <= rel * abs(m) for m, n in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("editor", {"checkpoint": 2}), ("editnet", {}),
+    pytest.param("editnet", {"checkpoint": 1}, marks=pytest.mark.slow),
+    pytest.param("textcontrol", {}, marks=pytest.mark.slow),
+    pytest.param("concat", {}, marks=pytest.mark.slow)])
+def test_two_ranks_equal_one(tmp_path, kind, more):
+    """Losses, gradient norms, outputs with raw and averaged weights; tensors of the checkpoints."""
+    more = dict(kind=kind, steps=3, save=[3]) | more
+    one = run(1, out=tmp_path / "1", shard=False, **more)
+    two = run(2, out=tmp_path / "2", **more)
+    assert close(one, two, 2e-5)
+    assert two["raw"] == two["raw again"] and abs(two["raw"] / two["averaged"] - 1) > 1e-3
+    assert not close(one, run(1, out=tmp_path / "x", shard=False, data=1, **more), 2e-5)  # other pictures
+    a, b = state(tmp_path / "1/step_00000003"), state(tmp_path / "2/step_00000003")
+    assert {k for k in a if not k.startswith("optimizer")} == {k for k in b if k != "more/x"}
+    for k in b.keys() & a.keys():
+        assert a[k].dtype == b[k].dtype and (a[k].float() - b[k].float()).abs().max() < 2e-5, k
+
+
+@pytest.mark.slow
+def test_bf16_is_near_autocast(tmp_path):
+    """Gathered in bf16, masters in fp32: as near to autocast as bf16 is, and not equal to fp32."""
+    one, two, exact = (run(n, out=tmp_path, kind="editnet", steps=3, **more) for n, more in (
+        (1, dict(shard=False, bf16=True)), (2, dict(bf16=True)), (2, dict(bf16=False))))
+    assert close(one, two, 2e-2) and not close(exact, two, 1e-5)
+
+
+def test_resumes_on_another_number_of_ranks(tmp_path):
+    """2 -> 2 bit for bit, 2 -> 1 and 1 -> 2 to rounding; frozen weights too; further files come back."""
+    whole = run(2, out=tmp_path / "whole", save=[2, 4], kind="editnet")
+    for name in ("two", "one"):
+        shutil.copytree(tmp_path / "whole/step_00000002", tmp_path / name / "step_00000002")
+    two = run(2, out=tmp_path / "two", save=[4], kind="editnet")
+    one = run(1, out=tmp_path / "one", save=[3], steps=3, kind="editnet")
+    back = run(2, out=tmp_path / "one", save=[4], kind="editnet")
+    assert len(two["rows"]) == 2 and len(one["rows"]) == len(back["rows"]) == 1
+    assert two["rows"] == whole["rows"][2:] and all(two[k] == whole[k] for k in NUMBERS)
+    both = back | {"rows": one["rows"] + back["rows"]}
+    assert close(both, two, 2e-5)
+    a, b = state(tmp_path / "whole/step_00000004"), state(tmp_path / "two/step_00000004")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    worlds = [json.loads((tmp_path / p / "manifest.json").read_text())["world"] for p in
+              ("whole/step_00000004", "one/step_00000003", "one/step_00000004")]
+    assert worlds == [2, 1, 2]
+
+
+def test_killed_and_resumed(tmp_path):
+    """SIGKILL to both ranks amid a run that saves at every step; then the newest whole one is damaged."""
+    whole = run(2, out=tmp_path / "whole", steps=10, save=[10])
+    out = tmp_path / "cut"
+    process = subprocess.Popen(argv(2, out=out, steps=500, save="each"), env=ENV, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (out / "step_00000004").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    for worker in [process.pid, *children(process.pid)]:
+        os.kill(worker, signal.SIGKILL)
+    process.communicate()
+    newest = max(p for p in out.glob("step_*") if p.suffix == "")
+    assert 4 <= int(newest.name[5:]) < 8
+    (newest.with_name("step_00000009.tmp")).mkdir()  # a save that was cut off
+    shard = next((newest / "dcp").glob("__1_*.distcp"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    again = run(2, out=out, steps=10, save=[10])
+    assert "FALLING BACK" in again["text"] and "__1_" in again["text"]
+    assert len(again["rows"]) == 11 - int(newest.name[5:])
+    assert again["rows"] == whole["rows"][-len(again["rows"]):] and all(again[k] == whole[k] for k in NUMBERS)
+
+
+def children(pid):
+    """torchrun gives each rank a session of its own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def test_failing_disk_and_other_kinds_of_checkpoints(tmp_path):
+    """A save that fails on one rank fails on all, in one line, and leaves nothing; a run says which kind of
+    checkpoint it found; a .metadata that names anything but DCP's classes is not unpickled."""
+    (tmp_path / "file").write_text("")
+    got = run(2, out=tmp_path, steps=1, save=[1], failing=True)
+    assert got["failed"] == [None, None] and got["text"].count("warning: checkpoint") == 2
+    assert "No space left" in got["text"]
+    folder = tmp_path / "step_00000001"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", folder.name]
+    with pytest.raises(SystemExit, match="saved by a sharded run: resume with --fsdp"):
+        common.load_latest(tmp_path)
+    assert common.load_checkpoint(folder, ("ema", "model"))[0].keys() == {"ema", "model"}  # samplers read it
+    common.save_checkpoint(tmp_path / "plain", 1, {"model": {"w": torch.ones(1)}}, {})
+    with pytest.raises(SystemExit, match="not sharded: resume without --fsdp"):
+        common.find_latest(tmp_path / "plain")
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "boom"),)
+
+    assert sharded._Reader(folder / "dcp").read_metadata().state_dict_metadata
+    (folder / "dcp" / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(SystemExit, match=r"error: .*\.metadata: names posix.system"):
+        sharded._Reader(folder / "dcp").read_metadata()
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("text, change", [
+    ("a low-rank update", lambda net: model.add_lora(net, 2)),
+    ("--cached", lambda net: setattr(net, "cached", True)),
+    ("no block trains", lambda net: net.requires_grad_(False))])
+def test_what_cannot_be_sharded(text, change):
+    net = sharded_run.build("editnet")
+    change(net)
+    with pytest.raises(SystemExit, match=f"error: --fsdp: .*{text}"):
+        try:
+            sharded.shard(net, common.Dist())
+        finally:
+            common.cleanup()
+
+
+def test_write_gathered_is_safetensors(tmp_path):
+    tensors = {"b": torch.randn(3, 5).bfloat16(), "a": torch.arange(7), "c": torch.ones(()),
+               "d": torch.zeros(0, 4)}
+    entry = sharded.write_gathered(tmp_path / "x.safetensors", tensors, True)
+    got = load_file(tmp_path / "x.safetensors")
+    assert got.keys() == tensors.keys() and all(torch.equal(got[k], v) and got[k].dtype == v.dtype
+                                                for k, v in tensors.items())
+    assert entry["bytes"] == (tmp_path / "x.safetensors").stat().st_size
