@@ -421,8 +421,8 @@ def write_checkpoint(folder, step, tensors, meta, world=1):
             path = tmp / f"{name}.safetensors"
             save_file(_savable(group), path)
             path.chmod(0o644)  # safetensors makes it 0600, which a shared run folder does not want
-            fsync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            _fsync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         finish_checkpoint(folder, step, files, meta, world)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -459,13 +459,13 @@ def finish_checkpoint(folder, step, files, meta, world=1):
     manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read, for the hash
     manifest["sha256"] = _manifest_hash(manifest)
     (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    fsync(tmp / "manifest.json")
-    fsync(tmp)
+    _fsync(tmp / "manifest.json")
+    _fsync(tmp)
     if folder.exists():  # a resumed run passes this step again
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     tmp.rename(folder)
-    fsync(folder.parent)
+    _fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -492,7 +492,7 @@ def _savable(group):
     return out
 
 
-def fsync(path):
+def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -503,7 +503,7 @@ def fsync(path):
         os.close(fd)
 
 
-def sha256(path):
+def _sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -549,7 +549,7 @@ def _verify(folder, names=None):
         try:
             if (found := (folder / file).stat().st_size) != size:
                 raise _Flaw(f"{file}: {found} bytes instead of {size}")
-            if sha256(folder / file) != digest:
+            if _sha256(folder / file) != digest:
                 raise _Flaw(f"{file}: SHA-256 differs from the manifest's, the file is damaged")
         except OSError as e:
             raise _Flaw(f"{file}: cannot be read ({e.strerror})") from None

@@ -143,7 +143,7 @@ def save_checkpoint(out_dir, step, tensors, optimizer, meta, keep=2, dist=common
 
         def finish():
             if first:
-                common.fsync(tmp / "dcp")
+                common._fsync(tmp / "dcp")
                 common.finish_checkpoint(folder, step, files, meta, dist.world)
                 if keep:
                     common.prune(folder, step, keep)
@@ -201,12 +201,12 @@ def write_gathered(path, tensors, first):
     if error:
         raise error
     if first:
-        common.fsync(path)
+        common._fsync(path)
         return _entry(path)
 
 
 def _entry(path):
-    return {"bytes": path.stat().st_size, "sha256": common.sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": common._sha256(path)}
 
 
 @torch.no_grad()
