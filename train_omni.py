@@ -11,6 +11,7 @@ The same command again resumes. Data: "scenes", a folder of pictures, or parquet
 edit "scenes" or pairs in a published form, such as omniedit:PATH (see edits.py).
 """
 
+import contextlib
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
@@ -22,7 +23,9 @@ import common
 import data
 import flow
 import frozen
+import memory
 import model
+import sharded
 import stack
 import weights
 
@@ -65,7 +68,8 @@ class Config:
     p_t2i: float = 0.25  # inpainting stage: share of pictures generated whole; data.TASKS divides the rest
     drop_caption: float = 0.1  # captions replaced by "", for classifier-free guidance
     bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    checkpointing: int = 0  # recompute every n-th block's activations: 1 = all, a third more time; 0 = none
+    fsdp: bool = False  # shard the blocks that train over torchrun's ranks (sharded.py)
     compile: bool = False  # torch.compile the transformer: about a minute first, then faster
     dry_run: bool = False  # print parameters, tokens and memory, and stop
     seed: int = 0  # of weights, data order, noise
@@ -88,10 +92,14 @@ def main(cfg: Config) -> None:
     # 1) model: from scratch, or from a checkpoint; a base's patch embedding gets zero columns for the mask
     #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
-    editor, surroundings = build(cfg)
-    editor.to(device)
-    space, surroundings, cached = stack.surround(editor, surroundings, device, f"--init: {cfg.init}",
-                                                 cfg.tokenizers, cfg.cache)
+    with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
+        editor, surroundings = build(cfg)
+        space = None if not cfg.dry_run else frozen.PixelSpace() if editor.cfg.txt_bytes else frozen.VAE()
+    if not cfg.dry_run:
+        if not cfg.fsdp:
+            editor.to(device)
+        space, surroundings, cached = stack.surround(editor, surroundings, device, f"--init: {cfg.init}",
+                                                     cfg.tokenizers, cfg.cache)
     stride = editor.cfg.patch * space.stride
     if cfg.image_size % stride:
         raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of {stride}, the "
@@ -101,28 +109,37 @@ def main(cfg: Config) -> None:
     size, trained = (common.n_params(editor, only) / 1e6 for only in (False, True))
     common.print0(f"{cfg.stage}: {size:.1f} M parameters, {trained:.1f} M trained, {device}, "
                   f"{dist.world} rank(s)")
+    latents = cfg.batch_size, editor.cfg.channels, *[cfg.image_size // space.stride] * 2
+    ranks = dist.world if cfg.fsdp else 0
+    words = 77 + surroundings.get("t5_length", 77)
+    common.print0(memory.omni(editor, latents, device, cfg.bf16, ranks, words).report())
     if cfg.dry_run:
-        return common.print0(budget(cfg, editor))
+        return
+    if cfg.fsdp:
+        sharded.shard(editor, dist, cfg.bf16)
 
     # 2) optimiser, averaged weights
     text = {id(p) for p in editor.text.parameters()} if editor.cfg.txt_bytes else {}
     groups = [{**g, "params": [p for p in g["params"] if (id(p) in text) == words], "factor": factor}
               for words, factor in ((False, 1.0), (True, cfg.text_lr))
               for g in model.param_groups(editor, cfg.weight_decay)]
-    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    opt = torch.optim.AdamW(sharded.split_groups(groups), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ema = common.EMA(editor, cfg.ema)
 
     # 3) resume: the newest checkpoint of --out that verifies
     step, run_id = 0, None
-    if found := common.load_latest(cfg.out):
+    if found := (common.find_latest if cfg.fsdp else common.load_latest)(cfg.out):
         tensors, manifest = found
         if manifest["arch"] != editor.arch:
             raise SystemExit(f"error: {cfg.out}: holds another architecture, {manifest['arch']}: repeat the "
                              "command that began it, or give another --out")
-        state, average = model.resumed_states(editor, tensors)
-        common.load_state(editor, state, cfg.out)
-        ema.load_state_dict(average)
-        common.load_optimizer_tensors(opt, tensors["optimizer"])
+        if cfg.fsdp:
+            sharded.load_checkpoint(tensors, editor, ema, opt)
+        else:
+            state, average = model.resumed_states(editor, tensors)
+            common.load_state(editor, state, cfg.out)
+            ema.load_state_dict(average)
+            common.load_optimizer_tensors(opt, tensors["optimizer"])
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
         common.warn_changed(cfg.out, manifest["config"], asdict(cfg))
@@ -181,7 +198,7 @@ def main(cfg: Config) -> None:
 
         # 7) one verdict for all ranks; a non-finite step changes nothing
         common.average_gradients(editor.parameters(), dist.world)
-        grad_norm = torch.nn.utils.clip_grad_norm_(editor.parameters(), cfg.grad_clip or torch.inf)
+        grad_norm = sharded.clip_grad_norm(editor.parameters(), cfg.grad_clip or torch.inf)
         stop, bad = common.sync_flags(dist, ~torch.isfinite(grad_norm) | ~torch.isfinite(loss_sum))
         bad_steps = bad_steps + 1 if bad else 0
         if bad:
@@ -201,15 +218,19 @@ def main(cfg: Config) -> None:
         if step % cfg.log_every == 0 or step == cfg.steps:
             metrics.flush(step, {"lr": opt.param_groups[0]["lr"], "data/skipped": loader.stats()["skipped"],
                                  **perf.read()})
-        if cfg.sample_every and (step % cfg.sample_every == 0 or step == cfg.steps) and common.is_main(dist):
-            with ema.swapped(), torch.inference_mode(), autocast:
+        due = cfg.sample_every and (step % cfg.sample_every == 0 or step == cfg.steps)
+        if due and (cfg.fsdp or common.is_main(dist)):  # shards: all ranks compute the sheet
+            with ema.swapped(), torch.no_grad(), autocast:
                 metrics.images(step, {"samples": sample_sheet(cfg, editor, space, grid, device)})
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            saved = common.save_checkpoint(
-                cfg.out, step,
-                {**model.trained_tensors(editor, ema), "optimizer": common.optimizer_tensors(opt)},
-                {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step,
-                 "run_id": metrics.run_id, "stack": surroundings}, cfg.keep, dist)
+            nets = model.trained_tensors(editor, ema)
+            meta = {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step,
+                    "run_id": metrics.run_id, "stack": surroundings}
+            if cfg.fsdp:
+                saved = sharded.save_checkpoint(cfg.out, step, nets, opt, meta, cfg.keep, dist)
+            else:
+                nets["optimizer"] = common.optimizer_tensors(opt)
+                saved = common.save_checkpoint(cfg.out, step, nets, meta, cfg.keep, dist)
             lost_saves = common.count_lost(cfg.out, saved, lost_saves, step == cfg.steps or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
@@ -335,33 +356,6 @@ def importance(cfg: Config, batch: dict) -> torch.Tensor:
     score = batch["score"]
     weight = (score >= cfg.min_score).float() if cfg.weighting == "threshold" else score / 10
     return torch.where(score.isnan(), 1.0, weight)
-
-
-def budget(cfg: Config, editor: model.Editor | model.EditNet) -> str:
-    """What a step costs, from counting: tokens, parameters, and memory of weights, optimiser, activations.
-
-    Activations as autograd keeps them, in bf16: 20 token widths a block that trains, 10 one that only passes
-    its gradient on, one with --checkpointing. Attention is taken to be fused. Pictures, text encoder and
-    workspace are not in it.
-    """
-    arch, edit = editor.cfg, cfg.stage == "edit"
-    words = arch.txt_bytes // 4
-    img = (cfg.image_size // arch.patch) ** 2
-    branch = 0 if not edit or editor.variant == "concat" else img + words
-    if edit and editor.variant == "editnet":
-        branch += img  # the source's tokens, in the same pass or, cached, in one of their own
-    frozen = edit and not any(p.requires_grad for p in editor.base.mmdit.parameters())
-    kept = (1, 1) if cfg.checkpointing else (20, 10 if frozen else 20)
-    widths = kept[0] * branch + kept[1] * (img + words)
-    n, trained = common.n_params(editor), common.n_params(editor, trained=True)
-    gib = {"weights, fp32": 4 * n, "their average": 4 * trained, "gradients": 4 * trained,
-           "Adam": 8 * trained,
-           "activations": 2 * widths * arch.width * arch.depth * cfg.batch_size}
-    lines = [f"parameters {n / 1e6:.2f} M, trained {trained / 1e6:.2f} M",
-             f"tokens a block: base {img} image + {words} text" + (f", branch {branch}" if branch else ""),
-             *(f"{name}: {size / 2**30:.3f} GiB" for name, size in gib.items()),
-             f"in all: {sum(gib.values()) / 2**30:.3f} GiB for {cfg.batch_size} pictures"]
-    return "\n".join(lines)
 
 
 def task_mixture(cfg: Config) -> dict[str, float]:

@@ -32,7 +32,9 @@ import common
 import data
 import flow
 import frozen
+import memory
 import model
+import sharded
 import stack
 import towers
 import weights
@@ -80,7 +82,8 @@ class Config:
     ema: float = 0.9999  # decay of the averaged weights (Sec. 4.1)
     lora: int = 0  # rank of a low-rank update of the joint blocks; 0 = tune every weight
     shift: float | None = None  # of the paper steps' times; None = the base's
-    checkpointing: bool = False  # recompute editor, decoder and reward activations in the backward pass
+    checkpointing: int = 0  # recompute every n-th block of the editor, decoder and rewards; 0 = none, 1 = all
+    fsdp: bool = False  # shard the editor's blocks over torchrun's ranks (sharded.py)
     bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
     seed: int = 0  # of data order, noise, t' and the coherence model
     workers: int = 1  # data processes per rank
@@ -104,22 +107,22 @@ def main(cfg: Config) -> None:
     surroundings = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
     image_size = cfg.image_size or manifest.get("config", {}).get("image_size", 32)
     shift = manifest.get("config", {}).get("shift", 1.0) if cfg.shift is None else cfg.shift
-    editor.to(device)
+    if not cfg.fsdp:
+        editor.to(device)
     space, surroundings, _ = stack.surround(editor, surroundings, device, f"--base: {cfg.base}",
                                             cfg.tokenizers, cfg.cache)
-    space.checkpoint = cfg.checkpointing
+    space.checkpoint = bool(cfg.checkpointing)
     patch = editor.cfg.patch * space.stride
     if image_size % patch:
         raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of {patch}, the editor's "
                          "patch in pixels")
-    base = copy.deepcopy(editor).requires_grad_(False)
+    base = copy.deepcopy(editor).requires_grad_(False).to(device)
     instructed = isinstance(editor, model.EditNet)
     if cfg.lora:
         torch.manual_seed(cfg.seed)  # LoRA's A: the same on every rank
         model.add_lora(editor, cfg.lora)
         editor.to(device)
     (editor.base if instructed else editor).mmdit.checkpoint = cfg.checkpointing
-    trained = [p for p in editor.parameters() if p.requires_grad]
 
     # 2) rewards: aesthetic and alignment are frozen; coherence learns online and is the discriminator
     named = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "heldout_reward": cfg.heldout_reward}
@@ -130,6 +133,13 @@ def main(cfg: Config) -> None:
     perceptual, perceptual_name = load_perceptual(cfg, rewards, device)
     torch.manual_seed(cfg.seed)
     disc = load_coherence(cfg, image_size, patch).to(device)
+    pictures, ranks = (cfg.batch_size, 3, image_size, image_size), dist.world if cfg.fsdp else 0
+    vgg = perceptual if cfg.vgg else None
+    common.print0(memory.pefl(editor, space, rewards, disc, vgg, pictures, device, cfg.bf16, ranks,
+                              77 + surroundings.get("t5_length", 77), bool(cfg.checkpointing)).report())
+    if cfg.fsdp:
+        sharded.shard(editor, dist, cfg.bf16)
+    trained = [p for p in editor.parameters() if p.requires_grad]
     common.print0(
         f"editor {common.n_params(editor) / 1e6:.1f} M "
         f"({sum(p.numel() for p in trained) / 1e6:.2f} M trained), "
@@ -138,24 +148,27 @@ def main(cfg: Config) -> None:
 
     # 3) optimisers, averaged weights, resume
     groups = model.param_groups(editor, cfg.weight_decay)
-    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), fused=True)
+    opt = torch.optim.AdamW(sharded.split_groups(groups), lr=cfg.lr, betas=(0.9, 0.99), fused=True)
     disc_opt = torch.optim.AdamW(
         disc.parameters(), lr=cfg.disc_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
     ema = common.EMA(editor, cfg.ema)
     step, run_id = 0, None
-    if found := common.load_latest(cfg.out):
+    if found := (common.find_latest if cfg.fsdp else common.load_latest)(cfg.out):
         tensors, saved = found
-        names = {"model", "ema", "optimizer", "coherence", "coherence_optimizer"}
+        if cfg.fsdp:
+            tensors = sharded.load_checkpoint(tensors, editor, ema, opt)
+        names = {"coherence", "coherence_optimizer"} | (set() if cfg.fsdp else {"model", "ema", "optimizer"})
         names |= {"lora", "lora_ema"} if cfg.lora else set()
         if tensors.keys() != names:
             raise SystemExit(f"error: {cfg.out}: holds {', '.join(sorted(tensors))} instead of "
                              f"{', '.join(sorted(names))}: repeat the command that began it, or give "
                              "another --out")
-        state, average = model.resumed_states(editor, tensors)
-        common.load_state(editor, state, cfg.out)
-        ema.load_state_dict(average)
+        if not cfg.fsdp:
+            state, average = model.resumed_states(editor, tensors)
+            common.load_state(editor, state, cfg.out)
+            ema.load_state_dict(average)
+            common.load_optimizer_tensors(opt, tensors["optimizer"])
         common.load_state(disc, tensors["coherence"], cfg.out)
-        common.load_optimizer_tensors(opt, tensors["optimizer"])
         common.load_optimizer_tensors(disc_opt, tensors["coherence_optimizer"])
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
@@ -216,6 +229,7 @@ def main(cfg: Config) -> None:
                 with torch.no_grad():
                     x_t = flow.sample(lambda x, t: editor(x, t, txt, vec, *condition), x_t, ts)
 
+            disc.requires_grad_(False)  # L^G is the editor's alone
             with autocast, torch.set_grad_enabled(moving):
                 # stage 3: x_t' -> x0' in one prediction, with gradient
                 v = editor(x_t, t_end, txt, vec, *condition)
@@ -240,10 +254,11 @@ def main(cfg: Config) -> None:
                 losses["reg"] = (cfg.eta, ((like - fake).abs() * where).mean())
                 losses["vgg"] = (cfg.eta, feature_l1(perceptual, x, fake))
 
-            # L^G, Eq. 8; only the editor receives this gradient
+            # L^G, Eq. 8
             g_loss = sum(weight * loss for weight, loss in losses.values())
             if moving:
-                (g_loss / cfg.accum).backward(inputs=trained)
+                (g_loss / cfg.accum).backward()
+            disc.requires_grad_(True)
 
             # L^D, Eq. 6 and 8: every pixel of x is real, every pixel of x0' is generated
             with autocast:
@@ -262,7 +277,7 @@ def main(cfg: Config) -> None:
         # 5) one verdict on both losses for all ranks; a non-finite step changes nothing
         common.average_gradients(trained, dist.world)
         common.average_gradients(disc.parameters(), dist.world)
-        g_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or torch.inf)
+        g_norm = sharded.clip_grad_norm(trained, cfg.grad_clip or torch.inf)
         d_norm = torch.nn.utils.clip_grad_norm_(disc.parameters(), cfg.grad_clip or torch.inf)
         stop, bad = common.sync_flags(dist, ~torch.isfinite(torch.stack([g_norm, d_norm, g_sum, d_sum])))
         bad_steps = bad_steps + 1 if bad else 0
@@ -285,7 +300,7 @@ def main(cfg: Config) -> None:
         # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
         due = bool(cfg.sample_every) and (step % cfg.sample_every == 0 or step == total)
         extra = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
-        if due and common.is_main(dist):
+        if due and (cfg.fsdp or common.is_main(dist)):
             with ema.swapped(), torch.no_grad(), autocast:
                 ts = flow.timesteps(T, shift)
                 alarms, sheet = judge(cfg, editor, base, space, scores, grid, ts, device)
@@ -294,14 +309,17 @@ def main(cfg: Config) -> None:
         if due or step % cfg.log_every == 0 or step == total:
             metrics.flush(step, extra | perf.read() | {"data/skipped": loader.stats()["skipped"]})
         if step % cfg.save_every == 0 or step == total or stop:
-            saved = common.save_checkpoint(
-                cfg.out, step,
-                {**model.trained_tensors(editor, ema), "optimizer": common.optimizer_tensors(opt),
-                 "coherence": disc.state_dict(), "coherence_optimizer": common.optimizer_tensors(disc_opt)},
-                {"arch": editor.arch,
-                 "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
-                 "samples": step * cfg.batch_size * cfg.accum * dist.world, "coherence_arch": disc.arch,
-                 "run_id": metrics.run_id, "stack": surroundings}, dist=dist)
+            nets = {**model.trained_tensors(editor, ema), "coherence": disc.state_dict(),
+                    "coherence_optimizer": common.optimizer_tensors(disc_opt)}
+            meta = {"arch": editor.arch,
+                    "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
+                    "samples": step * cfg.batch_size * cfg.accum * dist.world, "coherence_arch": disc.arch,
+                    "run_id": metrics.run_id, "stack": surroundings}
+            if cfg.fsdp:
+                saved = sharded.save_checkpoint(cfg.out, step, nets, opt, meta, dist=dist)
+            else:
+                nets["optimizer"] = common.optimizer_tensors(opt)
+                saved = common.save_checkpoint(cfg.out, step, nets, meta, dist=dist)
             lost_saves = common.count_lost(cfg.out, saved, lost_saves, step == total or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
@@ -538,8 +556,9 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
     change = ((out["tuned"] - like).abs() * keep).sum() / keep.sum().clamp(min=1)
     row["alarm/change_outside_mask"] = change.item()
     row["alarm/velocity_drift"] = ((v["tuned"] - v["base"]).norm() / v["base"].norm()).item()
-    plain, before = model.merged_state(editor), base.state_dict()
-    moved = sum((plain[k].float() - before[k].float()).square().sum() for k in before).sqrt()
+    before = base.state_dict()
+    moved = sum((w.float() - before[k].float()).square().sum()
+                for k, w in sharded.gathered(model.merged_state(editor))).sqrt()
     row["alarm/weight_drift"] = (moved / sum(w.float().square().sum() for w in before.values()).sqrt()).item()
     given = batch["source"] if "source" in batch else x * (1 - hole)
     rows = [[p.cpu() for p in four] for four in zip(x[:8], given, out["base"], out["tuned"])]
