@@ -85,7 +85,7 @@ def run(out, kind="editor", shard=True, steps=4, save=(), checkpoint=0, bf16=Fal
                 common.save_checkpoint(out, step, tensors, meta, 3, dist)
     result = {"rows": rows}
     x, src, t = batch(77, common.Dist())
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         result["raw"] = forward(net, x, src, t).double().square().sum().item()
         with ema.swapped():  # what was gathered for the raw pass must not serve this one
             result["averaged"] = forward(net, x, src, t).double().square().sum().item()
