@@ -111,7 +111,8 @@ def main(cfg: Config) -> None:
                   f"{dist.world} rank(s)")
     latents = cfg.batch_size, editor.cfg.channels, *[cfg.image_size // space.stride] * 2
     ranks = dist.world if cfg.fsdp else 0
-    words = 77 + surroundings.get("t5_length", 77)
+    words = editor.cfg.txt_bytes // 4 or 77 + surroundings.get("t5_length", 77)
+    common.print0(tokens_a_block(cfg, editor, latents, words))
     common.print0(memory.omni(editor, latents, device, cfg.bf16, ranks, words).report())
     if cfg.dry_run:
         return
@@ -356,6 +357,16 @@ def importance(cfg: Config, batch: dict) -> torch.Tensor:
     score = batch["score"]
     weight = (score >= cfg.min_score).float() if cfg.weighting == "threshold" else score / 10
     return torch.where(score.isnan(), 1.0, weight)
+
+
+def tokens_a_block(cfg: Config, editor: model.Editor | model.EditNet, latents: tuple, words: int) -> str:
+    """How many tokens attend to each other in a block of the base and of the branch, for one picture."""
+    img = latents[2] * latents[3] // editor.cfg.patch**2
+    text = f"tokens a block: base {img} image + {words} text"
+    if cfg.stage != "edit" or editor.variant == "concat":
+        return text
+    source = f" + {img} source" * (editor.variant == "editnet")
+    return f"{text}, branch {img} image{source} + {words} text"
 
 
 def task_mixture(cfg: Config) -> dict[str, float]:

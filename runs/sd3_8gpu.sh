@@ -32,7 +32,7 @@ case ${1:-} in
     pefl)
         : "${PICTURES:?give PICTURES=FOLDER or .parquet}" "${REWARD:?give REWARD=imagereward:PATH,PATH}" "${VGG:?give VGG=FILE}"
         # without latents: PeFL masks pictures anew in every epoch
-        $LAUNCH cache.py --base "$SD3" --data "$PICTURES" --latents False ${TOKENS:-} --out "$OUT/picture_cache"
+        $LAUNCH cache.py --base "$SD3" --data "$PICTURES" --split all --latents False ${TOKENS:-} --out "$OUT/picture_cache"
         # SD3 has no mask input: it learns to read masks first
         $LAUNCH train_omni.py --stage inpaint --init "$SD3" --data "$PICTURES" --cache "$OUT/picture_cache" ${TOKENS:-} \
             --image_size 512 --fsdp True --checkpointing 1 --batch_size 16 --lr 1e-5 --warmup 500 --lr_schedule constant \
