@@ -16,9 +16,9 @@ import weights
 SD3 = {"image_size": 1024, "aspects": True, "shift": 3.0}  # what its weights were trained for
 
 
-def open_public(path: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """SD3's or SD3.5's weights -> state dict of an Editor, on the CPU in fp32, and a manifest as ours are."""
-    cfg, state = weights.load_mmdit(path, torch.float32, "cpu")
+def open_public(path: str, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
+    """SD3's or SD3.5's weights -> state dict of an Editor, in fp32, and a manifest as ours are."""
+    cfg, state = weights.load_mmdit(path, torch.float32, device)
     arch = {"kind": "editor", **asdict(cfg)}
     return ({f"mmdit.{k}": v for k, v in state.items()},
             {"arch": arch, "step": 0, "config": SD3, "meta": {"stack": {"sd3": str(Path(path).absolute())}}})

@@ -291,7 +291,7 @@ def build(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
         cfg.shift = cfg.shift or 1.0
         return model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch), {}
     if weights.is_public(cfg.init):
-        state, manifest = stack.open_public(cfg.init)
+        state, manifest = stack.open_public(cfg.init, "meta" if cfg.dry_run else "cpu")
     else:
         tensors, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
         state = tensors.get("ema") or tensors["model"]

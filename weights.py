@@ -216,7 +216,8 @@ def fetch(own: Weights, weights: Weights, path: str, what: str, dtype: torch.dty
     """The values of `own`, a state dict of which only names and shapes count: strictly, every tensor of the
     file once, one at a time straight to its dtype and device, nothing shared with the mapped file.
 
-    read: name -> values, where `weights` holds headers only.
+    read: name -> values, where `weights` holds headers only. device "meta": names and shapes are checked, no
+    value is read.
     """
     expected = {}
     for key, like in own.items():
@@ -224,6 +225,8 @@ def fetch(own: Weights, weights: Weights, path: str, what: str, dtype: torch.dty
         shape = (len(like) // len(at.names), *like.shape[1:]) if like.ndim else ()
         expected |= dict.fromkeys(at.names, shape[:2] if at.flat else shape)
     check_fit(weights, expected, path, what)
+    if torch.device(device).type == "meta":
+        return {key: torch.empty_like(like, dtype=dtype, device=device) for key, like in own.items()}
     out = {}
     for key, like in own.items():
         at = place(key)

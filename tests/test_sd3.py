@@ -188,3 +188,25 @@ def test_bad_values(sd3, tmp_path, text, change):
     with pytest.raises(SystemExit, match=f"^error: .*{text}") as e:
         omni(sd3, tmp_path, **change)
     assert "\n" not in str(e.value)
+
+
+def test_dry_run_reads_no_weights(tmp_path, capsys):
+    """SD3-medium at its real size, as a file without a byte of data behind its header."""
+    with torch.device("meta"):
+        state = model.MMDiT(model.PRESETS["sd3-medium"]).state_dict()
+    header, end = {}, 0
+    for key, t in state.items():
+        header["model.diffusion_model." + key] = {"dtype": "F16", "shape": list(t.shape),
+                                                  "data_offsets": [end, end + 2 * t.numel()]}
+        end += 2 * t.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(tmp_path / "sd3.safetensors", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + end)
+    train_omni.main(train_omni.Config(stage="edit", init=str(tmp_path / "sd3.safetensors"), dry_run=True,
+                                      image_size=512, batch_size=1, checkpointing=1, device="cpu"))
+    out = capsys.readouterr().out
+    assert "4204.9 M parameters, 2119.9 M trained" in out  # 2,119,810,560 + 99,840
+    assert "base 1024 image + 154 text, branch 1024 image + 1024 source + 154 text" in out
+    assert "peak of a training step" in out
