@@ -378,15 +378,17 @@ def task_mixture(cfg: Config) -> dict[str, float]:
 
 
 def sample_inputs(cfg: Config, stride: int, source) -> dict:
-    """The fixed pictures, masks and captions of every sample sheet: held out, or the first cached ones."""
+    """The fixed pictures, masks and captions of every sample sheet, up to eight: held out and square; of a
+    cache the first ones, at the bucket at which it holds them."""
     known = isinstance(source, cache.Latents)
+    at = dict(stride=stride, aspects=known and cfg.aspects)
     if cfg.stage == "edit":
         source = source if known else data.open_edits(cfg.data, "heldout")
         return next(data.make_edit_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
-                                                stride=stride, p_region=cfg.p_region))
+                                                p_region=cfg.p_region, **at))
     source = source if known else data.open_source(cfg.data, "heldout")
     return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
-                                       task_mixture(cfg), stride=stride))
+                                       task_mixture(cfg), **at))
 
 
 def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch: dict,
