@@ -156,6 +156,9 @@ class MLP(nn.Module):
 ####################################################################################################
 
 
+QK_EPS = 1e-6
+
+
 class StreamAttention(nn.Module):
     """One stream's projections around the joint attention; qkv puts out [q | k | v], heads inside."""
 
@@ -166,16 +169,23 @@ class StreamAttention(nn.Module):
         if not pre_only:
             self.proj = nn.Linear(width, width)
         if qk_norm:
-            self.ln_q = nn.RMSNorm(width // heads, eps=1e-6)
-            self.ln_k = nn.RMSNorm(width // heads, eps=1e-6)
+            self.ln_q = nn.RMSNorm(width // heads, eps=QK_EPS)
+            self.ln_k = nn.RMSNorm(width // heads, eps=QK_EPS)
         self.qk_norm = qk_norm
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D] -> q, k, v [B, L, H, K], q and k before their norms."""
         B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).unbind(2)                    # [B, L, H, K] each
-        if self.qk_norm:
-            q, k = (rms_norm(y, ln.weight, ln.eps) for y, ln in ((q, self.ln_q), (k, self.ln_k)))
-        return q, k, v
+        return self.qkv(x).view(B, L, 3, self.heads, -1).unbind(2)
+
+    @property
+    def norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weights of the norms of q and k, for joint_attention."""
+        return (self.ln_q.weight, self.ln_k.weight) if self.qk_norm else (None, None)
+
+    def memory(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v as another call's `far`: k normed."""
+        return (rms_norm(k, self.ln_k.weight, QK_EPS) if self.qk_norm else k), v
 
 
 class StreamBlock(nn.Module):
@@ -204,11 +214,12 @@ class StreamBlock(nn.Module):
 Memory = tuple[tuple, tuple | None]  # (k, v) [B, L, H, K] for the joint attention, the same for the dual one
 
 
-def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], far: tuple | None) -> list[Tensor]:
-    """joint_attention; `far` holds the keys and values of one more stream, which asks nothing."""
+def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], norms: list[tuple], far: tuple | None) \
+        -> list[Tensor]:
+    """joint_attention; `far` holds the normed keys and the values of one more stream, which asks nothing."""
     if far is None:
-        return joint_attention(q, k, v)
-    return joint_attention([*q, None], [*k, far[0]], [*v, far[1]])[:-1]
+        return joint_attention(q, k, v, norms, QK_EPS)
+    return joint_attention([*q, None], [*k, far[0]], [*v, far[1]], [*norms, (None, None)], QK_EPS)[:-1]
 
 
 class JointBlock(nn.Module):
@@ -232,12 +243,13 @@ class JointBlock(nn.Module):
         # 1) attention over both streams
         qi, ki, vi = x.attn(modulate(img, mi[0], mi[1]))
         qt, kt, vt = c.attn(modulate(txt, mt[0], mt[1]))
-        ai, at = attend([qi, None if c.pre_only else qt], [ki, kt], [vi, vt], far)
+        norms = [x.attn.norms, c.attn.norms]
+        ai, at = attend([qi, None if c.pre_only else qt], [ki, kt], [vi, vt], norms, far)
         if x.dual:  # fed from the same input of the block, not from attention's result
             q2, k2, v2 = x.attn2(modulate(img, mi[6], mi[7]))
-            (a2,) = attend([q2], [k2], [v2], far2)
+            (a2,) = attend([q2], [k2], [v2], [x.attn2.norms], far2)
         if keep is not None:
-            keep.append(((ki, vi), (k2, v2) if x.dual else None))
+            keep.append((x.attn.memory(ki, vi), x.attn2.memory(k2, v2) if x.dual else None))
         img = img + mi[2][:, None] * x.attn.proj(ai.flatten(2))
         if x.dual:
             img = img + mi[8][:, None] * x.attn2.proj(a2.flatten(2))

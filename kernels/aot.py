@@ -1,5 +1,8 @@
 """Compile a Triton kernel for a GPU that is not there, and read what came out.
 
+    python -m kernels.aot                             # every kernel that ships, for every target: minutes
+    python -m kernels.aot sm_90 --only "forward d64" --json out.json
+
     built = build(kernel, {"x": "*bf16", "n": "i32", "BLOCK": 128}, "sm_90", warps=8, stages=2)
     built.registers, built.shared, built.spilled, built.log          # the whole kernel
     built.loops[0].count("HGMMA"), built.loops[0].instructions       # its innermost matrix loops
@@ -7,10 +10,13 @@
 Must run where TRITON_INTERPRET is not set: kernels decorated under it cannot be compiled.
 """
 
+import argparse
 import contextlib
 import io
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -56,6 +62,15 @@ class Built:
 
     def opcodes(self) -> Counter:
         return Counter(op for _, op, _ in _instructions(self.code, self.target))
+
+    def summary(self) -> dict:
+        """The numbers of it. serialised: ptxas could not keep several WGMMAs in flight (warning C75xx)."""
+        loops = [{"instructions": x.instructions, "matrix": x.count(*MATRIX), "local": x.count(*LOCAL),
+                  "exp2": x.count("MUFU.EX2", "v_exp_f32"), "async": x.count("LDGSTS", "UTMALDG")}
+                 for x in self.loops]
+        matrix = [op for op in self.opcodes() if op.startswith(MATRIX)]
+        return {"registers": self.registers, "shared": self.shared, "spilled": self.spilled,
+                "serialised": "C75" in self.log, "matrix": matrix, "loops": loops}
 
 
 def build(kernel, args: dict, target: str, warps: int = 4, stages: int = 2) -> Built:
@@ -134,3 +149,32 @@ def _loops(code: str, target: str) -> tuple[Loop, ...]:
     around = ([s for s in spans if s[0] <= i <= s[1]] for i in matrix)
     chosen = {min(s, key=lambda s: s[1] - s[0]) for s in around if s} if matrix else spans
     return tuple(Loop(tuple(op for _, op, _ in rows[a:b + 1] if op)) for a, b in sorted(chosen))
+
+
+def main() -> None:
+    from kernels import attention
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; all by default")
+    parser.add_argument("--only", action="append", help="kernels of exactly this name; may be repeated")
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("error: TRITON_INTERPRET: is set: unset it, interpreted kernels cannot be compiled")
+    out = {}
+    for target in args.targets or TARGETS:
+        if target not in TARGETS:
+            raise SystemExit(f"error: target {target!r}: use one of {', '.join(TARGETS)}")
+        for name, (kernel, values, warps, stages) in attention.shipped(target).items():
+            if args.only and name not in args.only:
+                continue
+            got = out.setdefault(target, {})[name] = build(kernel, values, target, warps, stages).summary()
+            loops = ", ".join(f"{x['instructions']} ({x['local']} local)" for x in got["loops"])
+            print(f"{target:7} {name:28} {got['registers']:3} registers {got['shared']:6} B shared "
+                  f"{got['spilled']:4} B spilled; loops: {loops or 'none'}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": out}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

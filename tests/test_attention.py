@@ -251,7 +251,7 @@ def test_nothing_is_written_outside_outputs_and_all_of_them_is(name, monkeypatch
             len(c["lengths"]))
     assert len(buffers) > 10 and intact()
     assert all(not w[GUARD:GUARD + n].isnan().any() for w, n in buffers)
-    x = torch.randn(1, 5, 1, 64)  # and a kernel that is told of one row too many is caught
+    x = torch.randn(1, 6, 1, 64)  # and a kernel that writes a row more than its output has is caught
     attention._inverse_rms[(1, 1, 1)]((x,), (x.stride()[:3],), (6,), guarded(x, 1, 1, 5), 6, 1, EPS, NORMED=1,
                                       D=64, BLOCK=64)
     assert not intact()
