@@ -76,9 +76,9 @@ class Built:
 def build(kernel, args: dict, target: str, warps: int = 4, stages: int = 2) -> Built:
     """Compile a @triton.jit kernel for one of TARGETS.
 
-    args: every parameter's name -> the value of a constexpr; or a type, "*bf16", "i32", "fp32"; or a tuple of
-    types. Pointers count as aligned to 16 bytes, integers as multiples of 16 when written "i32:16", as
-    Triton finds them at run time.
+    args: every parameter's name -> the value of a constexpr; or a type, "*bf16", "i32", "fp32"; or a number
+    (Triton makes constants of ones at run time); or a tuple of these. Pointers count as aligned to 16 bytes,
+    integers as multiples of 16 when written "i32:16", as Triton finds them at run time.
     """
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, attrs = {}, {}, {}
@@ -86,7 +86,7 @@ def build(kernel, args: dict, target: str, warps: int = 4, stages: int = 2) -> B
     def put(path: tuple, value):
         if isinstance(value, tuple):
             return tuple(put((*path, i), x) for i, x in enumerate(value))
-        if value is None or kernel.arg_names[path[0]] in constexprs:
+        if not isinstance(value, str):
             constants[path] = value
             return "constexpr"
         kind, _, aligned = value.partition(":")

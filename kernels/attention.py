@@ -81,7 +81,8 @@ def joint_attention_ref(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias:
 # Triton: what the kernels share
 #
 # Streams come as tuples of pointers, lengths and (batch, row, head) strides; a tuple's size is part of the
-# kernel's type, so the loops over streams are unrolled. Statistics are fp32 [B, H, rows of all streams].
+# kernel's type, so the loops over streams are unrolled. Statistics are fp32 [B, H, rows of all streams], bias
+# [B, rows of all streams]. `scale` and bias hold the factor log2 e.
 ####################################################################################################
 
 
@@ -199,7 +200,7 @@ def _forward_loop(acc, total, top, q, k, v, rstd, bias, begin, end, k_step, v_st
             factor = (tl.load(rstd + n, mask=inside, other=0.0) if TAIL else tl.load(rstd + n))[None, :]
         if BIAS:
             b = tl.load(bias + n, mask=inside, other=float("-inf")) if TAIL else tl.load(bias + n)
-            s = s * factor + (b * 1.4426950408889634)[None, :]
+            s = s * factor + b[None, :]
             factor = 1.0
         elif NORM:
             s = s * factor
@@ -234,10 +235,9 @@ def _forward(q, k, v, out, lse, rstd_q, rstd_k, wq, wk, bias, q_lengths, k_lengt
     rows, d = row + tl.arange(0, ROWS), tl.arange(0, D)
     inside = rows < _pick(q_lengths, stream)
     stat = (b * H + h) * q_total + before + rows
-    mine = tl.load(at + rows[:, None] * step + d[None, :], mask=inside[:, None], other=0.0)
-    if NORM:
-        n = tl.load(rstd_q + stat, mask=inside, other=0.0) * scale
-        normed = mine.to(tl.float32) * n[:, None] * tl.load(wq + stream * D + d)[None, :]
+    at += rows[:, None] * step + d[None, :]
+    if not NORM:
+        mine = tl.load(at, mask=inside[:, None], other=0.0)
 
     acc = tl.zeros([ROWS, D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -246,8 +246,11 @@ def _forward(q, k, v, out, lse, rstd_q, rstd_k, wq, wk, bias, q_lengths, k_lengt
     for s in tl.static_range(len(k)):
         length = _allowed(k_lengths[s], ATTENDS, stream, len(k), s)
         whole = length // COLS * COLS
-        if NORM:
-            mine = (normed * tl.load(wk + s * D + d)[None, :]).to(mine.dtype)
+        if NORM:  # loaded again for every stream (volatile: really), kept it would cost registers
+            mine = tl.load(at, mask=inside[:, None], other=0.0, volatile=True)
+            n = tl.load(rstd_q + stat, mask=inside, other=0.0) * scale
+            w = tl.load(wq + stream * D + d) * tl.load(wk + s * D + d)
+            mine = (mine.to(tl.float32) * n[:, None] * w[None, :]).to(mine.dtype)
         k_at = k[s] + b * k_strides[s][0] + h * k_strides[s][2]
         v_at = v[s] + b * v_strides[s][0] + h * v_strides[s][2]
         r_at, b_at = rstd_k + (b * H + h) * k_total + first, bias + b * k_total + first
@@ -287,7 +290,7 @@ def _backward_q_loop(dq, q, do, lse, delta, k, v, bias, begin, end, k_step, v_st
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         if BIAS:
             b = tl.load(bias + n, mask=inside, other=float("-inf")) if TAIL else tl.load(bias + n)
-            s += (b * 1.4426950408889634)[None, :]
+            s += b[None, :]
         p = tl.exp2(s - lse[:, None])
         if TAIL:
             p = tl.where(inside[None, :], p, 0.0)
@@ -387,7 +390,7 @@ def _backward_kv(q, k, v, do, lse, delta, bias, dk, dv, dbias, x, rstd, w, dw, q
     values = tl.load(at + cols[:, None] * step + d[None, :], mask=keep, other=0.0)
     mine = tl.zeros([COLS], tl.float32)
     if BIAS:
-        mine = tl.load(bias + b * k_total + before + cols, mask=inside, other=0.0) * 1.4426950408889634
+        mine = tl.load(bias + b * k_total + before + cols, mask=inside, other=0.0)
 
     acc_k = tl.zeros([COLS, D], tl.float32)
     acc_v = tl.zeros([COLS, D], tl.float32)
@@ -425,19 +428,30 @@ def _backward_kv(q, k, v, do, lse, delta, bias, dk, dv, dbias, x, rstd, w, dw, q
 # Custom ops
 ####################################################################################################
 
-# rows (queries) and columns (keys) of a tile, warps, stages
+# Rows (queries) and columns (keys) of a tile, warps, stages: the largest without spilled registers in a loop
+# (tests/test_aot.py). On Hopper, products of fewer than 64 columns would wait for shared memory.
 TILES = {
     ("forward", 64): (128, 128, 8, 2), ("forward", 128): (128, 64, 8, 2),
     ("backward_q", 64): (128, 64, 8, 2), ("backward_q", 128): (128, 64, 8, 2),
-    ("backward_kv", 64): (32, 128, 8, 2), ("backward_kv", 128): (32, 128, 8, 2),
+    ("backward_kv", 64): (64, 128, 8, 2), ("backward_kv", 128): (32, 128, 8, 2),
 }
+OTHER_TILES = {
+    "sm_8": {("backward_q", 128): (128, 32, 8, 2), ("backward_kv", 128): (16, 128, 8, 2)},
+    "sm_10": {("forward", 64): (128, 64, 8, 2), ("backward_q", 64): (128, 128, 8, 2)},
+    "gfx": {("forward", 64): (128, 64, 4, 2), ("forward", 128): (128, 64, 4, 2),
+            ("backward_q", 64): (128, 32, 4, 2), ("backward_q", 128): (128, 32, 4, 2),
+            ("backward_kv", 64): (16, 128, 8, 2), ("backward_kv", 128): (16, 64, 4, 2)},
+}
+OTHER_TILES["sm_12"] = OTHER_TILES["sm_8"]  # as little shared memory as sm_89
 NORM_ROWS = 64  # of _inverse_rms and _normalise
 
 
 def tiles(kernel: str, head_dim: int, arch: str) -> tuple[int, int, int, int]:
-    if arch == "cpu":  # the interpreter: several tiles and a tail out of few tokens
+    """arch: "sm_90", "gfx942", ...; "cpu": the interpreter, several tiles and a tail out of few tokens."""
+    if arch == "cpu":
         return 32, 32, 4, 1
-    return TILES[kernel, head_dim]
+    other = next((x for family, x in OTHER_TILES.items() if arch.startswith(family)), {})
+    return other.get((kernel, head_dim), TILES[kernel, head_dim])
 
 
 def _arch(x: Tensor) -> str:
@@ -498,9 +512,10 @@ def _attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], wq: Tensor | None
     grid = _grid(q, rows)
     if all(grid):
         _forward[grid](tuple(q), tuple(k), tuple(v), tuple(out), lse, rstd_q, rstd_k, wq if norm else lse,
-                       wk if norm else lse, lse if bias is None else bias, nq, nk, _strides(q), _strides(k),
-                       _strides(v), sum(nq), sum(nk), H, D**-0.5 * LOG2E, ATTENDS=attends, NORM=norm,
-                       BIAS=bias is not None, D=D, ROWS=rows, COLS=cols, num_warps=warps, num_stages=stages)
+                       wk if norm else lse, lse if bias is None else bias * LOG2E, nq, nk, _strides(q),
+                       _strides(k), _strides(v), sum(nq), sum(nk), H, D**-0.5 * LOG2E, ATTENDS=attends,
+                       NORM=norm, BIAS=bias is not None, D=D, ROWS=rows, COLS=cols, num_warps=warps,
+                       num_stages=stages)
     return [*out, lse, rstd_q, rstd_k]
 
 
@@ -526,6 +541,7 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
     dq, dk, dv = ([_empty(x) for x in y] for y in (q, k, v))
     delta = _empty(lse)
     dbias = _empty(lse, B, H, sum(nk)) if bias is not None else lse
+    scaled = lse if bias is None else bias * LOG2E
     common = {"ATTENDS": attends, "NORM": norm, "BIAS": bias is not None, "D": D}
     sizes = (sum(nq), sum(nk), H, D**-0.5 * LOG2E)
 
@@ -534,7 +550,7 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
     dwq = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
         _backward_q[grid](tuple(q), tuple(k), tuple(v), tuple(out), tuple(grads), lse, delta,
-                          lse if bias is None else bias, tuple(dq), tuple(raw_q), rstd_q, wq if norm else lse,
+                          scaled, tuple(dq), tuple(raw_q), rstd_q, wq if norm else lse,
                           dwq, nq, nk, _strides(q), _strides(k), _strides(v), _strides(raw_q), *sizes,
                           NORMED=q_normed, ROWS=rows, COLS=cols, num_warps=warps, num_stages=stages, **common)
     rows, cols, warps, stages = tiles("backward_kv", D, _arch(lse))
@@ -542,7 +558,7 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
     dwk = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
         _backward_kv[grid](tuple(q), tuple(k), tuple(v), tuple(grads), lse, delta,
-                           lse if bias is None else bias, tuple(dk), tuple(dv), dbias, tuple(raw_k), rstd_k,
+                           scaled, tuple(dk), tuple(dv), dbias, tuple(raw_k), rstd_k,
                            wk if norm else lse, dwk, nq, nk, _strides(q), _strides(k), _strides(v),
                            _strides(raw_k), *sizes, NORMED=k_normed, ROWS=rows, COLS=cols, num_warps=warps,
                            num_stages=stages, **common)
@@ -640,10 +656,13 @@ def joint_attention(q: list[Tensor | None], k: list[Tensor], v: list[Tensor], no
         joined = torch.cat([x.new_zeros(x.shape[:2], dtype=wide) if b is None else b.to(wide)
                             for b, x in zip(bias, k)], dim=1)
     x = asked[0]
-    fits = x.shape[3] in (64, 128) and (x.dtype in (torch.bfloat16, torch.float16) or x.device.type == "cpu")
-    fits = fits and all(y.shape[1] * y.stride(1) < 2**31 for y in (*asked, *k, *v))  # offsets of 32 bits
-    wins = x.shape[3] == 64 or joined is not None  # without a bias, cuDNN is faster in heads of 128
-    run = _triton if dispatch.use_triton("joint attention", x, x.shape[3], self_check, fits, wins) else _plain
+    D = x.shape[3]
+    fits = D in (64, 128) and (x.dtype in (torch.bfloat16, torch.float16) or x.device.type == "cpu")
+    wins = D == 64 or joined is not None  # without a bias, cuDNN is faster in heads of 128
+    triton = dispatch.use_triton("joint attention", x, D, self_check, fits, wins)
+    # the kernels count elements within a head of a stream in 32 bits
+    triton = triton and all(y.shape[1] * y.stride(1) < 2**31 for y in (*asked, *k, *v))
+    run = _triton if triton else _plain
     for i, part in zip(asking, run(asked, k, v, asking, norm, eps, joined, attends)):
         out[i] = part
     return out

@@ -59,9 +59,9 @@ def use_triton(op: str, x: torch.Tensor, head_dim: int = 0, check: Callable[...,
     """
     if _forced:
         return _forced == "triton" and fits
-    if x.device.type == "cpu" or not fits or not wins and mode() != "triton":
+    if x.device.type == "cpu":
         return False
-    return _constant(op, x.device, x.dtype, head_dim, check)
+    return _constant(op, x.device, x.dtype, head_dim, check, fits, wins)
 
 
 def mode() -> str:
@@ -77,12 +77,16 @@ def _constant(*question) -> bool:
 
 
 @functools.cache
-def _decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, check) -> bool:
+def _decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, check, fits: bool = True,
+            wins: bool = True) -> bool:
     what = f"{op} ({str(dtype).removeprefix('torch.')}{f', heads of {head_dim}' if head_dim else ''})"
-    if mode() == "reference":
-        return _say(f"{what}: plain torch (KERNELS=reference)", False)
-    if triton is None or interpreted() or device.type != "cuda":
-        why = "no Triton" if triton is None else "TRITON_INTERPRET is set" if interpreted() else device.type
+    why = ("KERNELS=reference" if mode() == "reference" else
+           "no Triton" if triton is None else
+           "TRITON_INTERPRET is set" if interpreted() else
+           f"no kernel for {device.type}" if device.type != "cuda" else
+           "no kernel for these" if not fits else
+           "faster for these" if not wins and mode() == "auto" else "")
+    if why:
         return _say(f"{what}: plain torch ({why})", False)
     arch = architecture(device)
     ptxas = newer_ptxas(arch)

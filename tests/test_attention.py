@@ -385,6 +385,17 @@ def test_the_environment_decides(hopper, monkeypatch, capsys):
         hopper(lambda *_: 0.1)
 
 
+def test_what_is_known_decides(hopper, monkeypatch, capsys):
+    def asked(**more):
+        return dispatch._decide("attention", torch.device("cuda", 0), torch.half, 128, lambda *_: 0.1, **more)
+
+    assert not asked(fits=False) and "no kernel for these" in capsys.readouterr().err
+    assert not asked(wins=False) and "faster for these" in capsys.readouterr().err
+    dispatch._decide.cache_clear()
+    monkeypatch.setenv("KERNELS", "triton")
+    assert not asked(fits=False) and asked(wins=False)
+
+
 def test_the_decision_does_not_break_a_graph(hopper):
     """The self-test runs with real tensors while torch.compile traces what asks for it."""
     def check(*_):
