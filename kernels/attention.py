@@ -549,19 +549,18 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
     grid, q_tiles = _grid(q, rows), [-(-n // rows) for n in nq]
     dwq = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
-        _backward_q[grid](tuple(q), tuple(k), tuple(v), tuple(out), tuple(grads), lse, delta,
-                          scaled, tuple(dq), tuple(raw_q), rstd_q, wq if norm else lse,
-                          dwq, nq, nk, _strides(q), _strides(k), _strides(v), _strides(raw_q), *sizes,
-                          NORMED=q_normed, ROWS=rows, COLS=cols, num_warps=warps, num_stages=stages, **common)
+        _backward_q[grid](tuple(q), tuple(k), tuple(v), tuple(out), tuple(grads), lse, delta, scaled,
+                          tuple(dq), tuple(raw_q), rstd_q, wq if norm else lse, dwq, nq, nk, _strides(q), _strides(k),
+                          _strides(v), _strides(raw_q), *sizes, NORMED=q_normed, ROWS=rows, COLS=cols,
+                          num_warps=warps, num_stages=stages, **common)
     rows, cols, warps, stages = tiles("backward_kv", D, _arch(lse))
     grid, k_tiles = _grid(k, cols), [-(-n // cols) for n in nk]
     dwk = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
-        _backward_kv[grid](tuple(q), tuple(k), tuple(v), tuple(grads), lse, delta,
-                           scaled, tuple(dk), tuple(dv), dbias, tuple(raw_k), rstd_k,
-                           wk if norm else lse, dwk, nq, nk, _strides(q), _strides(k), _strides(v),
-                           _strides(raw_k), *sizes, NORMED=k_normed, ROWS=rows, COLS=cols, num_warps=warps,
-                           num_stages=stages, **common)
+        _backward_kv[grid](tuple(q), tuple(k), tuple(v), tuple(grads), lse, delta, scaled, tuple(dk),
+                           tuple(dv), dbias, tuple(raw_k), rstd_k, wk if norm else lse, dwk, nq, nk, _strides(q),
+                           _strides(k), _strides(v), _strides(raw_k), *sizes, NORMED=k_normed, ROWS=rows,
+                           COLS=cols, num_warps=warps, num_stages=stages, **common)
     more = []
     if norm:
         more += [torch.stack([x.sum((0, 1, 2)) for x in dw.split(n, 2)])
@@ -659,7 +658,9 @@ def joint_attention(q: list[Tensor | None], k: list[Tensor], v: list[Tensor], no
     D = x.shape[3]
     fits = D in (64, 128) and (x.dtype in (torch.bfloat16, torch.float16) or x.device.type == "cpu")
     wins = D == 64 or joined is not None  # without a bias, cuDNN is faster in heads of 128
-    triton = dispatch.use_triton("joint attention", x, D, self_check, fits, wins)
+    normed = norm is not None and any(w is not None for pair in norm for w in pair)
+    op = f"joint attention, {len(k)} streams{', norms' * normed}{', bias' * (joined is not None)}"
+    triton = dispatch.use_triton(op, x, D, self_check, fits, wins, (len(k), normed, joined is not None))
     # the kernels count elements within a head of a stream in 32 bits
     triton = triton and all(y.shape[1] * y.stride(1) < 2**31 for y in (*asked, *k, *v))
     run = _triton if triton else _plain
@@ -751,6 +752,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return difference / size if size else (0.0 if difference == 0 else math.inf)
 
 
-def self_check(device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
-    """What dispatch asks before the kernels run for the first time on a device."""
-    return max(worst_error(device, dtype, head_dim, x, x) for x in (False, True))
+def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, streams: int, norm: bool,
+               bias: bool) -> float:
+    """What dispatch asks before such kernels run for the first time on a device."""
+    return worst_error(device, dtype, head_dim, norm, bias, (515, 77, 128, 64)[:streams])

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: decided once per device, architecture, dtype and head dim.
+"""Which implementation of an operation runs: decided once per device, dtype, head dim and variant of kernel.
 
     KERNELS=auto       (default) Triton on a GPU whose self-test agrees with the reference, else plain torch
     KERNELS=reference  plain torch everywhere
@@ -50,18 +50,19 @@ def force(mode: str):
 
 
 def use_triton(op: str, x: torch.Tensor, head_dim: int = 0, check: Callable[..., float] | None = None,
-               fits: bool = True, wins: bool = True) -> bool:
+               fits: bool = True, wins: bool = True, variant: tuple = ()) -> bool:
     """Whether operation `op` on inputs like x runs its Triton kernels.
 
-    check(device, dtype, head_dim): the operation's self-test, the largest error relative to what the dtype
-    allows (<= 1 passes); fits: whether the kernels exist for this kind of input at all; wins: whether they
-    are the faster choice, as far as is known (KERNELS=triton does not ask).
+    check(device, dtype, head_dim, *variant): the self-test of what would run, its largest error relative to
+    what the dtype allows (<= 1 passes). A miscompilation of one variant says nothing about another.
+    fits: whether the kernels exist for this kind of input at all; wins: whether they are the faster choice,
+    as far as is known (KERNELS=triton does not ask).
     """
     if _forced:
         return _forced == "triton" and fits
     if x.device.type == "cpu":
         return False
-    return _constant(op, x.device, x.dtype, head_dim, check, fits, wins)
+    return _constant(op, x.device, x.dtype, head_dim, check, fits, wins, variant)
 
 
 def mode() -> str:
@@ -78,7 +79,7 @@ def _constant(*question) -> bool:
 
 @functools.cache
 def _decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, check, fits: bool = True,
-            wins: bool = True) -> bool:
+            wins: bool = True, variant: tuple = ()) -> bool:
     what = f"{op} ({str(dtype).removeprefix('torch.')}{f', heads of {head_dim}' if head_dim else ''})"
     why = ("KERNELS=reference" if mode() == "reference" else
            "no Triton" if triton is None else
@@ -92,7 +93,7 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, ch
     ptxas = newer_ptxas(arch)
     error = float("inf")
     try:
-        error = check(device, dtype, head_dim) if check else 0.0
+        error = check(device, dtype, head_dim, *variant) if check else 0.0
         failed = "" if error <= 1 else f"self-test is off by {error:.3g} times what {dtype} allows"
     except Exception as e:  # what a broken compiler or driver raises is anyone's guess
         failed = f"self-test ended with {type(e).__name__}: {' '.join(str(e).split())[:200]}"

@@ -82,14 +82,38 @@ def test_every_kernel_that_ships(target, tmp_path):
     assert len(check(tmp_path, target)) == 2 * (4 * 3 + 2)
 
 
-def test_faults_are_seen(tmp_path):
-    """A tile that is known to be too large for its warps; and each fault alone."""
-    script = ("import json, sys; from kernels import attention; from kernels.aot import build\n"
-              "kernel, args, _, _ = attention.shipped('sm_90')['forward d128']\n"
-              "print(json.dumps(build(kernel, {**args, 'ROWS': 128, 'COLS': 128}, 'sm_90', 4, 2).summary()))")
+def python(script):
+    """What a script prints that has the kernels undecorated by the interpreter, parsed."""
+    head = "import json; from kernels import attention; from kernels.aot import build\n"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    found = faults("sm_90", "forward d128", json.loads(done.stdout), None)
+    done = subprocess.run([sys.executable, "-c", head + script], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_four_streams_masks_and_lengths_of_one():
+    """Triton makes constants of arguments that are 1: a stream of one token, one head."""
+    got = python("""
+out = []
+for name in ("forward", "backward_q", "backward_kv"):
+    for streams, change in ((1, {}), (4, {}), (3, {"q_lengths": (1, "i32", 1), "k_lengths": ("i32", 1, 1),
+                                                   "ATTENDS": 0b101111110, "H": 1, "q_total": "i32:16"})):
+        kernel, args, warps, stages = attention.shipped("sm_90", streams=streams)[f"{name} d64 norm bias"]
+        out.append(build(kernel, {**args, **change}, "sm_90", warps, stages).summary())
+print(json.dumps(out))
+""")
+    assert [len(x["loops"]) for x in got] == [2, 8, 2] * 3
+    assert not any(loop["local"] for x in got for loop in x["loops"])
+
+
+def test_faults_are_seen():
+    """A tile that is known to be too large for its warps; and each fault alone."""
+    got = python("kernel, args, _, _ = attention.shipped('sm_90')['forward d128']\n"
+                 "args |= {'ROWS': 128, 'COLS': 128}\n"
+                 "print(json.dumps(build(kernel, args, 'sm_90', 4, 2).summary()))")
+    found = faults("sm_90", "forward d128", got, None)
     assert any("spilled registers" in x for x in found) and "WGMMAs run one by one" in found
     loop = {"instructions": 100, "matrix": 4, "local": 0, "exp2": 8, "async": 2}
     good = {"shared": 0, "serialised": False, "matrix": ["HGMMA.64x64x16"], "loops": [loop] * 4}

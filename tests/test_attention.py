@@ -277,6 +277,29 @@ def test_no_copy_of_strided_views(monkeypatch):
         seen.clear()
 
 
+def saved_bytes(mode, norm):
+    """What a call keeps for its backward pass, the projections' outputs included."""
+    c = case((600, 40), norm=norm, heads=1, batch=1)
+    leaves, arguments = build(c, torch.float16)
+    leaves = [x.to(torch.float16 if i < 2 else torch.float32).requires_grad_() for i, x in enumerate(leaves)]
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with dispatch.force(mode), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = joint_attention(*arguments(leaves)[:4])
+    for x in (*leaves[:2], *out):  # the projections around it keep these in any case
+        pack(x)
+    return sum(x.nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize("norm", ["", "all"])
+def test_less_is_kept_for_the_backward_pass(norm):
+    assert saved_bytes("triton", norm) < 0.75 * saved_bytes("reference", norm)
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "norms, bias, mask"])
 def test_opcheck(full):
     q, k, v = ([torch.randn(1, n, 2, 64, requires_grad=True) for n in (5, 34)] for _ in range(3))
@@ -394,6 +417,23 @@ def test_what_is_known_decides(hopper, monkeypatch, capsys):
     dispatch._decide.cache_clear()
     monkeypatch.setenv("KERNELS", "triton")
     assert not asked(fits=False) and asked(wins=False)
+
+
+@pytest.mark.parametrize("found, version", [(None, (12, 8)), (("/wheel/ptxas", (13, 1)), (12, 8)),
+                                            (("/wheel/ptxas", (13, 5)), (13, 5))])
+def test_a_safe_ptxas_of_the_wheel_is_taken_on_hopper(monkeypatch, found, version):
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    monkeypatch.setattr(dispatch, "_wheel_ptxas", lambda: found)
+    bundled = dispatch.triton.knobs.nvidia.ptxas.version
+    if dispatch._version(bundled) >= dispatch.SAFE_PTXAS:
+        pytest.skip(f"this Triton brings ptxas {bundled}")
+    dispatch.newer_ptxas.cache_clear()
+    assert dispatch.newer_ptxas("sm_80") == dispatch._version(bundled)
+    assert dispatch.newer_ptxas("sm_90") == (version if version[0] == 13 else dispatch._version(bundled))
+    assert os.environ.get("TRITON_PTXAS_PATH") == ("/wheel/ptxas" if version[0] == 13 else None)
+    assert dispatch.newer_ptxas("gfx942") == (0,)
+    dispatch.newer_ptxas.cache_clear()
 
 
 def test_the_decision_does_not_break_a_graph(hopper):
