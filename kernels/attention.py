@@ -543,24 +543,24 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
     dbias = _empty(lse, B, H, sum(nk)) if bias is not None else lse
     scaled = lse if bias is None else bias * LOG2E
     common = {"ATTENDS": attends, "NORM": norm, "BIAS": bias is not None, "D": D}
-    sizes = (sum(nq), sum(nk), H, D**-0.5 * LOG2E)
+    sizes, strides = (sum(nq), sum(nk), H, D**-0.5 * LOG2E), [_strides(x) for x in (q, k, v)]
 
     rows, cols, warps, stages = tiles("backward_q", D, _arch(lse))
     grid, q_tiles = _grid(q, rows), [-(-n // rows) for n in nq]
     dwq = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
         _backward_q[grid](tuple(q), tuple(k), tuple(v), tuple(out), tuple(grads), lse, delta, scaled,
-                          tuple(dq), tuple(raw_q), rstd_q, wq if norm else lse, dwq, nq, nk, _strides(q), _strides(k),
-                          _strides(v), _strides(raw_q), *sizes, NORMED=q_normed, ROWS=rows, COLS=cols,
-                          num_warps=warps, num_stages=stages, **common)
+                          tuple(dq), tuple(raw_q), rstd_q, wq if norm else lse, dwq, nq, nk, *strides,
+                          _strides(raw_q), *sizes, NORMED=q_normed, ROWS=rows, COLS=cols, num_warps=warps,
+                          num_stages=stages, **common)
     rows, cols, warps, stages = tiles("backward_kv", D, _arch(lse))
     grid, k_tiles = _grid(k, cols), [-(-n // cols) for n in nk]
     dwk = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
         _backward_kv[grid](tuple(q), tuple(k), tuple(v), tuple(grads), lse, delta, scaled, tuple(dk),
-                           tuple(dv), dbias, tuple(raw_k), rstd_k, wk if norm else lse, dwk, nq, nk, _strides(q),
-                           _strides(k), _strides(v), _strides(raw_k), *sizes, NORMED=k_normed, ROWS=rows,
-                           COLS=cols, num_warps=warps, num_stages=stages, **common)
+                           tuple(dv), dbias, tuple(raw_k), rstd_k, wk if norm else lse, dwk, nq, nk, *strides,
+                           _strides(raw_k), *sizes, NORMED=k_normed, ROWS=rows, COLS=cols, num_warps=warps,
+                           num_stages=stages, **common)
     more = []
     if norm:
         more += [torch.stack([x.sum((0, 1, 2)) for x in dw.split(n, 2)])
