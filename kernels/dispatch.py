@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 
@@ -21,7 +22,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # there is no Triton for macOS and Windows; plain torch needs none
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=int)  # what the kernels' annotations name
 
 MODES = ("auto", "reference", "triton")
 SAFE_PTXAS = (13, 3)  # older: may overwrite registers that a running WGMMA still reads (fixed in CUDA 13.3)

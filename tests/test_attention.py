@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kernels import attention, dispatch, joint_attention
 from kernels.attention import relative_error
 from kernels.selftest import widen_interpreted_dots
 
+ROOT = Path(__file__).resolve().parents[1]
 EPS = 1e-6
 
 # dtype -> largest error of a result, of a gradient, relative to its largest value
@@ -458,9 +460,24 @@ def test_worst_error_sees_a_wrong_kernel(monkeypatch):
     assert attention.worst_error(device, torch.float32, 64, False, False, **sizes) > 10
 
 
+def test_without_triton_everything_is_plain_torch():
+    script = """
+import sys
+sys.modules["triton"] = None  # its import fails
+import torch
+from kernels import dispatch, joint_attention
+x = [torch.randn(1, n, 2, 64) for n in (3, 5)]
+runs = dispatch._decide("op", torch.device("cuda"), torch.half, 64, None)
+print(dispatch.triton, joint_attention(x, x, x)[1].shape, runs)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["None", "torch.Size([1,", "5,", "2,", "64])", "False"], done.stderr[-2000:]
+    assert done.stderr == "kernels: op (float16, heads of 64): plain torch (no Triton)\n"
+
+
 @pytest.mark.slow
 def test_selftest_command():
     done = subprocess.run([sys.executable, "-m", "kernels.selftest"], capture_output=True, text=True,
-                          env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+                          cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
     assert done.returncode == 0 and "no GPU here" in done.stdout or torch.cuda.is_available()
     assert "all within their bounds" in done.stdout
