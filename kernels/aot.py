@@ -137,13 +137,13 @@ def _loops(code: str, target: str) -> tuple[Loop, ...]:
     rows = _instructions(code, target)
     index = {place: i for i, (place, _, _) in enumerate(rows)}
     spans = set()
-    # Blackwell's waits stand behind the end and jump back: around a peeled iteration that looks like a loop
-    end = max((i for i, (_, op, _) in enumerate(rows) if op in ("EXIT", "s_endpgm")), default=len(rows))
-    for i, (_, op, rest) in enumerate(rows[:end]):
+    # code behind the program's end that jumps back (Blackwell's waits, AMD's peeled iterations) is no loop
+    ends = [i for i, (_, op, _) in enumerate(rows) if op in ("EXIT", "s_endpgm")]
+    for i, (_, op, rest) in enumerate(rows):
         if op.startswith(("BRA", "s_cbranch", "s_branch")):
             to = re.search(r"0x[0-9a-f]+|\.LBB\w+", rest)
             start = index.get(to[0], i) if to else i
-            if start < i:
+            if start < i and not any(start < end < i for end in ends):
                 spans.add((start, i))
     matrix = [i for i, (_, op, _) in enumerate(rows) if op.startswith(MATRIX)]
     around = ([s for s in spans if s[0] <= i <= s[1]] for i in matrix)

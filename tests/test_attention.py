@@ -349,7 +349,6 @@ def test_cpu_results_without_extras_are_what_they_were():
 ####################################################################################################
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_the_tiles_that_ship(head_dim, arch, monkeypatch):
