@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from kernels import attention, dispatch
+from kernels import attention, blend, dispatch
 
 
 def widen_interpreted_dots() -> None:
@@ -52,8 +52,13 @@ def main() -> int:
         device, dtypes = torch.device("cpu"), (torch.float32, torch.bfloat16)
         sizes = {"lengths": (5, 40), "heads": 1}
         widen_interpreted_dots()
-        print("no GPU here: joint attention's kernels, interpreted on the CPU, on 45 tokens", flush=True)
+        print("no GPU here: the kernels interpreted on the CPU, joint attention on 45 tokens", flush=True)
     wrong = 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if gpu else (torch.float32,):
+        worst = blend.self_test(device, dtype)
+        wrong += not worst <= 1
+        print(f"masked step      {str(dtype)[6:]:8}  {worst:7.3f} of its bound  "
+              f"{'ok' if worst <= 1 else 'WRONG'}", flush=True)
     for dtype in dtypes:
         for head_dim in (64, 128):
             for norm, bias in ((False, False), (True, False), (False, True), (True, True)):

@@ -1,6 +1,11 @@
 """masked_step: its Triton kernels in the interpreter, its gradients, the operation, what a GPU would run."""
 
+import os
+import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,8 +285,9 @@ TRAINING = dict(grad="*bf16", mask="*bf16", coefs="*fp32", gx="*bf16", gv1="*bf1
 WIDE = dict(grad="*fp32", mask="*fp32", coefs=None, gx="*fp32", gv1="*bf16", gv2=None, gv3=None,
             gknown="*fp32", gnoise="*fp32", HEUN=True)
 WHOLE = {False: {"LDG.E.128", "STG.E.128"}, True: {"global_load_dwordx4", "global_store_dwordx4"}}
-BUILDS = [("forward_kernel", SAMPLING), ("forward_kernel", ALL_BF16), ("backward_kernel", TRAINING),
-          ("backward_kernel", WIDE)]
+BUILDS = {"sampling": ("forward_kernel", SAMPLING), "bf16": ("forward_kernel", ALL_BF16),
+          "backward": ("backward_kernel", TRAINING), "backward-all": ("backward_kernel", WIDE)}
+GPUS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 
 
 def build(name, args, target, fusion=False, size="i32:16"):
@@ -301,12 +307,32 @@ def accesses(built) -> set[str]:
     return {re.sub(r"\.(CONSTANT|STRONG|EF|EL|LTC\d+B)", "", name) for name in found}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("name, args", BUILDS, ids=["sampling", "bf16", "backward", "backward-all"])
-def test_compiled_kernels(name, args, target):
+def build_all(path):
+    made = {(name, target): build(*BUILDS[name], target) for name in BUILDS for target in GPUS}
+    made["ragged"] = build("forward_kernel", SAMPLING, "sm_90", size="i32")
+    made["fused"] = build("forward_kernel", SAMPLING, "sm_90", True)
+    Path(path).write_bytes(pickle.dumps(made))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What `build_all` builds in a process of its own: Triton's interpreter leaves its language changed."""
+    path = tmp_path_factory.mktemp("built") / "all"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(blend.__file__).parents[1]
+    code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]; import test_blend as t; "
+    done = subprocess.run([sys.executable, "-c", f"{code}t.build_all({str(path)!r})"], env=env, cwd=root,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return pickle.loads(path.read_bytes())
+
+
+@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("name", BUILDS)
+def test_compiled_kernels(name, target, compiled):
     from kernels.aot import LOCAL
 
-    built = build(name, args, target)
+    built, args = compiled[name, target], BUILDS[name][1]
     opcodes = built.opcodes()
     assert built.spilled == 0 and not any(op.startswith(LOCAL) for op in opcodes)
     whole = WHOLE[target == "gfx942"]
@@ -321,6 +347,6 @@ def test_compiled_kernels(name, args, target):
             assert re.search(r"cvt\.rn\.bf16(x2)?\.f32", built.ptx)
 
 
-def test_the_checks_of_compiled_kernels_can_fail():
-    assert accesses(build("forward_kernel", SAMPLING, "sm_90", size="i32")) != WHOLE[False]
-    assert any(op.startswith("FFMA") for op in build("forward_kernel", SAMPLING, "sm_90", True).opcodes())
+def test_the_checks_of_compiled_kernels_can_fail(compiled):
+    assert accesses(compiled["ragged"]) != WHOLE[False]
+    assert any(op.startswith("FFMA") for op in compiled["fused"].opcodes())
