@@ -34,7 +34,7 @@ import train_reward
 
 ROOT = Path(train_omni.__file__).parent
 pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
 SHARED = dict(batch_size=4, lr=1e-3, warmup=2, ema=0.9, bf16=False, workers=0, device="cpu", wandb="off",
               log_every=1, sample_every=0, save_every=4)
 OMNI = SHARED | dict(preset="test", lr_schedule="constant", steps=4)
