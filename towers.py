@@ -371,11 +371,22 @@ def load_imagereward(path: str, vocab: str, dtype: torch.dtype = torch.float32,
 
     `normalised` gives the published scores. `position_ids` and the two unused projections are left out, and
     `module.` (DDP) is taken off; anything else missing or unknown is an error: the published loader ignores
-    it and scores with random weights. Heads are of 64.
+    it and scores with random weights.
     """
-    what, vit, bert = "ImageReward", "blip.visual_encoder.", "blip.text_encoder."
+    what = "ImageReward"
     unused = r"blip\.text_encoder\.embeddings\.position_ids|blip\.(vision|text)_proj\.(weight|bias)"
     weights = {k: v for k, v in read_weights(path).items() if not re.fullmatch(unused, k)}
+    cfg = reward_config(weights, path, vocab, what)
+    with torch.device("meta"):
+        net = PreferenceReward(cfg)
+    net.mean, net.std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    net.score_mean, net.score_std = IMAGEREWARD_MEAN, IMAGEREWARD_STD
+    return fill(net, weights, path, what, dtype, device)
+
+
+def reward_config(weights: dict[str, Tensor], path: str, vocab: str, what: str) -> RewardConfig:
+    """Sizes from shapes under PreferenceReward's names, heads of 64; the tokenizer from BERT's vocab.txt."""
+    vit, bert = "blip.visual_encoder.", "blip.text_encoder."
     D, _, patch, _ = shape_of(weights, vit + "patch_embed.proj.weight", path, what)
     side = math.isqrt(shape_of(weights, vit + "pos_embed", path, what)[1] - 1)
     rows, width = shape_of(weights, bert + "embeddings.word_embeddings.weight", path, what)
@@ -385,16 +396,11 @@ def load_imagereward(path: str, vocab: str, dtype: torch.dtype = torch.float32,
     if (size := tokenizer.get_vocab_size()) != rows:
         raise SystemExit(f"error: {vocab}: {size} tokens with [DEC] and [ENC], but {path} embeds {rows}: "
                          "give the vocab.txt of bert-base-uncased (30,522 lines)")
-    cfg = RewardConfig(
+    return RewardConfig(
         image_size=side * patch, patch=patch, vit_width=D, vit_depth=count(weights, vit + "blocks."),
         vit_heads=D // 64, txt_width=width, txt_depth=count(weights, bert + "encoder.layer."),
         txt_heads=width // 64, txt_hidden=hidden, vocab=rows, positions=positions,
         tokenizer=tokenizer.to_str())
-    with torch.device("meta"):
-        net = PreferenceReward(cfg)
-    net.mean, net.std = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-    net.score_mean, net.score_std = IMAGEREWARD_MEAN, IMAGEREWARD_STD
-    return fill(net, weights, path, what, dtype, device)
 
 
 def blip_weights(path: str) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ import common
 import data
 import model
 import pictures
+import towers
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive forking workers
 
@@ -36,7 +37,7 @@ class Config:
     val_pairs: str | None = None  # held-out file(s); None: a part of --pairs, by whole prompts (or pictures)
     val_fraction: float = 0.1  # that part; 0 = train on everything and report no held-out accuracy
     preset: str = "tiny"  # architecture, see REWARD_PRESETS in model.py; ignored with --init
-    init: str | None = None  # reward checkpoint folder to start from; a fresh head if it has none
+    init: str | None = None  # to start from: a reward's folder, blip:PATH,VOCAB or imagereward:PATH,VOCAB
     original_init: bool = False  # ImageReward's initialisation of the head, which waits long at loss 0.6931
     freeze: float = 0.0  # fraction of the first ViT blocks and text layers left as is (ImageReward: 0.7)
     dropout: float | None = None  # in the head; None: ImageReward's 0.2, 0.2, 0.1
@@ -87,6 +88,8 @@ def main(cfg: Config) -> None:
     if found:
         arch = model.config_from(model.RewardConfig, found[1]["arch"], "reward", cfg.out)
         same_run(cfg, found[1])
+    elif cfg.init and cfg.init.startswith(("blip:", "imagereward:")):
+        arch, weights = published(cfg.init)
     elif cfg.init:
         tensors, manifest = common.load_checkpoint(cfg.init, "model")
         weights = tensors["model"]
@@ -210,6 +213,20 @@ def main(cfg: Config) -> None:
     metrics.close()
     batches.close()
     common.cleanup()
+
+
+def published(init: str) -> tuple[model.RewardConfig, dict[str, Tensor]]:
+    """blip:PATH,VOCAB, what ImageReward and ByteEdit's rewards start from (without a head), or imagereward:
+    PATH,VOCAB -> architecture, weights."""
+    name, _, rest = init.partition(":")
+    path, comma, vocab = rest.partition(",")
+    if not (path and comma and vocab):
+        raise SystemExit(f"error: --init: {init}: give {name}:PATH,VOCAB with BERT's vocab.txt")
+    if name == "imagereward":
+        net = towers.load_imagereward(path, vocab)
+        return net.cfg, net.state_dict()
+    state = towers.blip_weights(path)
+    return towers.reward_config(state, path, vocab, "BLIP"), state
 
 
 def check(cfg: Config) -> None:

@@ -253,3 +253,25 @@ def test_help_lists_every_knob():
     for name in knobs:
         assert f"--{name.replace('_', '-')}" in text
         assert re.search(rf"^    {name}: .*  # \S", source, re.M), f"{name} has no comment"
+
+
+@pytest.mark.parametrize("name", ["blip", "imagereward"])
+def test_starts_from_published_weights(folder, tmp_path, name):
+    """BLIP's file has no head, ImageReward's has; the backbone is theirs, and trains on."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    torch.manual_seed(3)
+    net = model.PreferenceReward(model.RewardConfig(32, 8, 64, 1, 1, 64, 1, 1, 96, len(words) + 2))
+    state = {k.removeprefix("blip.") if name == "blip" else k: v for k, v in net.state_dict().items()
+             if name == "imagereward" or not k.startswith("mlp.")}
+    torch.save({"model": state} if name == "blip" else state, tmp_path / "weights.pth")
+    init = f"{name}:{tmp_path}/weights.pth,{tmp_path}/vocab.txt"
+    out = run(command(folder / "captions.jsonl", tmp_path / "out", init=init, steps=1, lr=0.0))
+    assert ("head starts fresh" in out) == (name == "blip")
+    got = tensors(tmp_path / "out", 1)
+    kept = [k for k in net.state_dict() if name == "imagereward" or not k.startswith("mlp.")]
+    assert all(torch.equal(got[f"model/{k}"], net.state_dict()[k]) for k in kept)
+    assert torch.equal(got["model/mlp.layers.0.weight"], net.mlp.layers[0].weight) == (name == "imagereward")
+    refused = run(command(folder / "captions.jsonl", tmp_path / "no", init=f"{name}:only_one"), fails=True)
+    assert refused.splitlines()[-1].startswith(f"error: --init: {name}:only_one: give")
