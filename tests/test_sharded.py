@@ -76,6 +76,7 @@ def test_bf16_is_near_autocast(tmp_path):
     assert close(one, two, 2e-2) and not close(exact, two, 1e-5)
 
 
+@pytest.mark.slow
 def test_resumes_on_another_number_of_ranks(tmp_path):
     """2 -> 2 bit for bit, 2 -> 1 and 1 -> 2 to rounding; frozen weights too; further files come back."""
     whole = run(2, out=tmp_path / "whole", save=[2, 4], kind="editnet")
@@ -95,6 +96,7 @@ def test_resumes_on_another_number_of_ranks(tmp_path):
     assert worlds == [2, 1, 2]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     """SIGKILL to both ranks amid a run that saves at every step; then the newest whole one is damaged."""
     whole = run(2, out=tmp_path / "whole", steps=10, save=[10])
