@@ -59,6 +59,7 @@ def edit(made, **flags):
     return {"stage": "edit", "init": made["base"]} | flags
 
 
+@pytest.mark.slow
 def test_edit_resumes(made, tmp_path):
     resumes(made, tmp_path, train_omni, OMNI_FILES, **edit(made, data="scenes:wrong=0.3", workers=1))
 
