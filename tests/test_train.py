@@ -162,6 +162,7 @@ OMNI_FILES = {"model", "ema", "optimizer"}
 PEFL_FILES = OMNI_FILES | {"coherence", "coherence_optimizer"}
 
 
+@pytest.mark.slow
 def test_omni_resumes(made, tmp_path):
     resumes(made, tmp_path, train_omni, OMNI_FILES, workers=1, accum=2, batch_size=2)
 

@@ -117,6 +117,7 @@ def test_wilson():
     assert train_reward.wilson(10, 10)[1] == 1.0 and train_reward.wilson(0, 0) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_kill_and_resume(folder, tmp_path):
     """kill -9 in the middle, then the same command: model and optimizer as without the kill, bit for bit."""
     flags = dict(steps=40, save_every=7, accum=2, batch_size=4, augment=2, noise=0.2, workers=1)
