@@ -269,7 +269,7 @@ def tokenizers_hash(folder: str) -> str:
         raise SystemExit(f"error: --tokenizers: {folder}: holds no tokenizer/, tokenizer_2/, tokenizer_3/: "
                          "name the folder that does")
     for file in files:
-        digest.update(f"{file.relative_to(folder)} {common._sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder)} {common.sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -500,9 +500,9 @@ def put(path: Path, save, end: str = ".tmp") -> None:
     try:
         save(tmp)
         tmp.chmod(0o644)  # safetensors makes it 0600
-        common._fsync(tmp)
+        common.fsync(tmp)
         tmp.rename(path)
-        common._fsync(path.parent)
+        common.fsync(path.parent)
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
         tmp.unlink(missing_ok=True)
         raise SystemExit(f"error: {path}: cannot be written ({printable(str(e))[:120]}): free some space, "
@@ -517,7 +517,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """A shard, then the file that says it is whole."""
     path.with_suffix(".json").unlink(missing_ok=True)  # of a damaged shard
     put(path, lambda tmp: save_file(tensors, tmp))
-    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": common._sha256(path)})
+    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": common.sha256(path)})
 
 
 def verified(path: Path) -> bool:
@@ -527,7 +527,7 @@ def verified(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     try:
-        if path.stat().st_size == told["bytes"] and common._sha256(path) == told["sha256"]:
+        if path.stat().st_size == told["bytes"] and common.sha256(path) == told["sha256"]:
             return True
     except (OSError, KeyError, TypeError):
         pass
@@ -551,7 +551,7 @@ def finish(out: Path, plan: dict, every: dict, captions: list[str], rank: int) -
         bad = sum(int((p["at"][:, 0] == 0).sum()) for p in parts)
     put(out / "index.safetensors", lambda tmp: save_file(index, tmp), f".{rank}.tmp")
     files["index.safetensors"] = {"bytes": (out / "index.safetensors").stat().st_size,
-                                  "sha256": common._sha256(out / "index.safetensors")}
+                                  "sha256": common.sha256(out / "index.safetensors")}
     write_json(out / "manifest.json", plan | {"bad": bad, "files": files}, rank)
     size = sum(f["bytes"] for f in files.values()) / 2**30
     print(f"{out}: {len(captions):,} texts, {plan['made']['items']:,} items, {bad:,} skipped, {size:.3f} GiB",
@@ -595,7 +595,7 @@ def open_cache(path: str, source=None, base: str | None = None, **asked) -> "Cac
         if size != told["bytes"]:
             what = "missing" if size is None else f"{size} bytes instead of {told['bytes']}"
             raise SystemExit(f"error: {path}/{name}: {what}: {again}")
-    if common._sha256(root / "index.safetensors") != files["index.safetensors"]["sha256"]:
+    if common.sha256(root / "index.safetensors") != files["index.safetensors"]["sha256"]:
         raise SystemExit(f"error: {path}/index.safetensors: SHA-256 differs from the manifest's: {again}")
     if base is not None:
         asked |= {"base": base, "weights": weights.header_hash(base)}

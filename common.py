@@ -399,7 +399,7 @@ def save_checkpoint(out_dir, step, tensors, meta, keep=2, dist=Dist()):
             except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
                 full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(e)
                 if pause is None or full:
-                    print0(f"warning: checkpoint {folder} not saved ({_one_line(e)}); training goes on")
+                    print0(f"warning: checkpoint {folder} not saved ({one_line(e)}); training goes on")
                     break
                 time.sleep(pause)
         if done and keep:
@@ -421,8 +421,8 @@ def write_checkpoint(folder, step, tensors, meta, world=1):
             path = tmp / f"{name}.safetensors"
             save_file(_savable(group), path)
             path.chmod(0o644)  # safetensors makes it 0600, which a shared run folder does not want
-            _fsync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            fsync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         finish_checkpoint(folder, step, files, meta, world)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -459,13 +459,13 @@ def finish_checkpoint(folder, step, files, meta, world=1):
     manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read, for the hash
     manifest["sha256"] = _manifest_hash(manifest)
     (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _fsync(tmp / "manifest.json")
-    _fsync(tmp)
+    fsync(tmp / "manifest.json")
+    fsync(tmp)
     if folder.exists():  # a resumed run passes this step again
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     tmp.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -492,7 +492,7 @@ def _savable(group):
     return out
 
 
-def _fsync(path):
+def fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -503,7 +503,7 @@ def _fsync(path):
         os.close(fd)
 
 
-def _sha256(path):
+def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -549,7 +549,7 @@ def _verify(folder, names=None):
         try:
             if (found := (folder / file).stat().st_size) != size:
                 raise _Flaw(f"{file}: {found} bytes instead of {size}")
-            if _sha256(folder / file) != digest:
+            if sha256(folder / file) != digest:
                 raise _Flaw(f"{file}: SHA-256 differs from the manifest's, the file is damaged")
         except OSError as e:
             raise _Flaw(f"{file}: cannot be read ({e.strerror})") from None
@@ -771,7 +771,7 @@ class Metrics:
                 return
             except Exception as e:  # no package, no key, no network, no space: none of them is worth a run
                 instead = "offline" if mode == "online" else "without it"
-                print0(f"warning: wandb {mode} failed ({_one_line(e)}), going on {instead}")
+                print0(f"warning: wandb {mode} failed ({one_line(e)}), going on {instead}")
                 self.run = None
 
     def add(self, **values):
@@ -821,7 +821,7 @@ class Metrics:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path)
             except OSError as e:
-                print0(f"warning: {path}: {_one_line(e)}; the picture is not saved")
+                print0(f"warning: {path}: {one_line(e)}; the picture is not saved")
         if self.run:
             self._log({"trainer/step": step}, pictures)
 
@@ -841,7 +841,7 @@ class Metrics:
         except Exception as e:  # a full disk raises OSError here, out of the middle of a training step
             self.failures += 1
             if self.failures == 1:
-                print0(f"warning: wandb.log failed ({_one_line(e)}), going on")
+                print0(f"warning: wandb.log failed ({one_line(e)}), going on")
             if self.failures == 5:
                 print0("warning: wandb.log failed 5 times in a row, going on without it")
                 self.run = None
@@ -852,7 +852,7 @@ class Metrics:
             try:
                 self.run.finish()
             except Exception as e:
-                print0(f"warning: wandb.finish failed ({_one_line(e)})")
+                print0(f"warning: wandb.finish failed ({one_line(e)})")
         if self.file:
             self.file.close()
         self.run = self.file = None
@@ -868,7 +868,7 @@ def _wandb_key():
         return False
 
 
-def _one_line(e):
+def one_line(e):
     return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 

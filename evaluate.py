@@ -67,7 +67,7 @@ from scene_edits import EditScenes
 class Config:
     task: tyro.conf.Positional[Literal["parser", "scenes", "edits", "compare", "prefs"]]
     ckpt: str = ""  # checkpoints or folders of saved pictures, with commas; prefs: the base
-    out: str = "out/evaluate"  # folder for results.json and the sheet, for the parser, or for the preferences
+    out: str = "out/evaluate"  # folder for results and the sheet, for the parser, or for the preferences
     save: str = ""  # scenes, edits: also keep the pictures here, a folder each, for a later `compare`
     parser: str = "assets/parser"  # the judge's parser
     n: int = 500  # scenes for each task (and prompts of --t2i); prefs: prompts
@@ -421,13 +421,16 @@ def run_scenes(cfg: Config, device: torch.device) -> None:
     net = load_parser(cfg.parser, device)
     results, cases, seeds = gather(cfg, device, "scenes")
     truth = known("truth", cases)
-    report = {}
+    report, scores = {}, {}
     for task, c in cases.items():
-        report[task] = {r.name: judge_result(r.pictures[task], c, net)[1] for r in [*results, truth]}
+        judged = {r.name: judge_result(r.pictures[task], c, net) for r in [*results, truth]}
+        report[task] = {name: summary for name, (_, summary) in judged.items()}
+        scores[task] = [judged[r.name][0] for r in results]
         names = [k for k in ORDER if k in report[task]["truth"]]
         print(f"\n{task}: {len(c.indices)} held-out scenes, {len(seeds)} seed(s), mean [95% interval]")
         rows = [[k, *(cell(k, v[k]) for v in report[task].values())] for k in names]
         print(table(["", *report[task]], rows))
+    save_scores(cfg, results, scores)
     finish(cfg, started, results, cases, seeds, {"tasks": report})
 
 
@@ -435,6 +438,14 @@ def known(which: str, cases: AnyCases) -> Result:
     """A column of bounds: the "truth", or the "image" as it was given."""
     pictures = {k: to_uint8(getattr(c, which))[None].numpy() for k, c in cases.items()}
     return Result("", "source" if which == "image" else which, 0, 1, pictures)
+
+
+def save_scores(cfg: Config, results: list[Result], scores: dict[str, list[dict[str, np.ndarray]]]) -> None:
+    """OUT/scores.npz, for differences of any two: "names", and by "KEY/METRIC" [editors, scenes], means
+    of the noise seeds. scores: by key of the cases the metrics [S, N] of each editor."""
+    rows = {f"{key}/{k}": np.stack([m[k].mean(0) for m in of_editors]).astype(np.float32)
+            for key, of_editors in scores.items() for k in of_editors[0]}
+    np.savez_compressed(Path(cfg.out) / "scores.npz", names=[r.name for r in results], **rows)
 
 
 def finish(cfg: Config, started: float, results: list[Result], cases: AnyCases, seeds: list[int],
@@ -459,7 +470,7 @@ def run_edits(cfg: Config, device: torch.device) -> None:
         raise SystemExit("error: --base: is empty: --t2i needs the base that the editors were trained from")
     base = load_editor(cfg.base, device, cfg.bf16, "t2i") if cfg.t2i else None
     results, cases, seeds = gather(cfg, device, "edits")
-    columns, report = [*results, known("image", cases), known("truth", cases)], {}
+    columns, report, every = [*results, known("image", cases), known("truth", cases)], {}, {}
     for aspect in dict.fromkeys(k.split("/")[0] for k in cases):
         own = {k.split("/")[1]: c for k, c in cases.items() if k.split("/")[0] == aspect}
         asked = {task: ask(c, net) for task, c in own.items()}
@@ -470,6 +481,7 @@ def run_edits(cfg: Config, device: torch.device) -> None:
                       for task, c in own.items()}
             for task, (scores, features) in judged.items():
                 tasks[task][r.name] = summary_of([scores], [features])
+                every.setdefault(f"{aspect}/{task}", []).append(scores)
             tasks["mean"][r.name] = summary_of(*zip(*judged.values()))
         limits = {task: {k: bootstrap(v) for k, v in found.items()} for task, found in limits.items()}
         h, w = next(iter(own.values())).image.shape[2:]
@@ -482,6 +494,7 @@ def run_edits(cfg: Config, device: torch.device) -> None:
         heads = list(next(iter(limits.values())))
         print("\n" + table(["the parser", *heads], [[task, *(cell(k, v[k]) for k in heads)]
                                                     for task, v in limits.items()]))
+    save_scores(cfg, results, {key: rows[:len(results)] for key, rows in every.items()})
     content = {"aspects": report}
     if cfg.t2i:
         content["t2i"] = run_t2i(cfg, base, device, net, seeds)

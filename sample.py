@@ -225,7 +225,7 @@ def generate(editor: model.Editor, space, captions: list[str], mask: Tensor, mas
 
         def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             tick()
-            return editor(x.repeat(2, 1, 1, 1), t.repeat(2), *both).float().chunk(2)
+            return editor(x.repeat(2, 1, 1, 1), t.repeat(2), *both).chunk(2)
 
         denoise = plain if guidance == 1 else flow.guide(pair, guidance)
         back = dict(known=known[1], noise=noise, mask=mask) if keep_known else {}

@@ -143,7 +143,7 @@ def save_checkpoint(out_dir, step, tensors, optimizer, meta, keep=2, dist=common
 
         def finish():
             if first:
-                common._fsync(tmp / "dcp")
+                common.fsync(tmp / "dcp")
                 common.finish_checkpoint(folder, step, files, meta, dist.world)
                 if keep:
                     common.prune(folder, step, keep)
@@ -163,7 +163,7 @@ def _attempt(dist, act):
     except (OSError, dcp.api.CheckpointException) as e:
         if isinstance(e, dcp.api.CheckpointException):  # on all ranks alike: {rank: (error, traceback)}
             e = next(iter(e.failures.values()))[0]
-        flaw = common._one_line(e)
+        flaw = common.one_line(e)
     everyone = [None] * dist.world
     td.all_gather_object(everyone, flaw)
     return next((f for f in everyone if f), "")
@@ -201,12 +201,12 @@ def write_gathered(path, tensors, first):
     if error:
         raise error
     if first:
-        common._fsync(path)
+        common.fsync(path)
         return _entry(path)
 
 
 def _entry(path):
-    return {"bytes": path.stat().st_size, "sha256": common._sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": common.sha256(path)}
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ The same command again resumes. Data: "scenes", a folder of pictures, or parquet
 edit "scenes" or pairs in a published form, such as omniedit:PATH (see edits.py).
 """
 
-import contextlib
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
@@ -92,10 +91,12 @@ def main(cfg: Config) -> None:
     # 1) model: from scratch, or from a checkpoint; a base's patch embedding gets zero columns for the mask
     #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
-    with torch.device("meta") if cfg.dry_run else contextlib.nullcontext():
+    if cfg.dry_run:
+        with torch.device("meta"):
+            editor, surroundings = build(cfg)
+            space = frozen.PixelSpace() if editor.cfg.txt_bytes else frozen.VAE()
+    else:
         editor, surroundings = build(cfg)
-        space = None if not cfg.dry_run else frozen.PixelSpace() if editor.cfg.txt_bytes else frozen.VAE()
-    if not cfg.dry_run:
         if not cfg.fsdp:
             editor.to(device)
         space, surroundings, cached = stack.surround(editor, surroundings, device, f"--init: {cfg.init}",

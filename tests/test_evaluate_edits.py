@@ -1,6 +1,9 @@
 """The judge of instruction editors: true targets pass, untouched sources and wrong edits do not."""
 
 import json
+import math
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -260,6 +263,30 @@ def test_edits_then_compare_with_the_saved_pictures(folders, tmp_path):
         assert task["gsb"]["overall"]["good"] == task["gsb"]["error"]["bad"] == 0
         assert task["difference"]["error"]["mean"] == 0
     assert report["1x1/all"]["gsb"]["overall"]["same"] == 7 * 3 * 2
+
+
+@pytest.mark.usefixtures("one_thread_and_own_signals")
+def test_seeds_as_one_row(folders, tmp_path, capsys):
+    for name, variant in (("one0", "editnet"), ("one1", "editnet"), ("two0", "concat"), ("two1", "editnet")):
+        (tmp_path / name).symlink_to(folders / variant)
+    names = [str(tmp_path / name) for name in ("one0", "one1", "two0", "two1")]
+    results = call(folders, tmp_path / "o", ckpt=",".join(names))["aspects"]["1x1"]["tasks"]
+    table = runpy.run_path(str(ROOT / "runs/table.py"))
+    capsys.readouterr()
+    table["main"](str(tmp_path / "o"), ["error", "edit"])
+    rows = dict(re.findall(r"^\| ([\w -]+) \| (.*) \|$", capsys.readouterr().out.split("edit 1x1")[0], re.M))
+    assert list(rows) == ["one", "two", "two - one"]
+    for i, task in enumerate((*SOURCE.tasks, "mean")):
+        one, _, two, _ = (results[task][f"{name}@2"]["error"]["mean"] for name in names)
+        got = [float(rows[k].split(" | ")[i].split(" ± ")[0]) for k in rows]
+        assert got == pytest.approx([one, (one + two) / 2, (two - one) / 2], abs=1e-4)
+    # by hand: the seeds' mean of two scenes is 1.5 and 3.5, variance 2; the seeds' 2 and 3, variance 0.5
+    values = np.array([[1.0, 3.0, math.nan], [2.0, 4.0, math.nan]])
+    assert table["cell"]([values], False) == f"2.5000 ± {1.96 * math.sqrt(2 / 2 + 0.5 / 2):.4f}"
+    with pytest.raises(SystemExit, match="no metric 'edits': use one of edit, kept"):
+        table["main"](str(tmp_path / "o"), ["edits"])
+    with pytest.raises(SystemExit, match="scores.npz: missing or damaged"):
+        table["main"](str(tmp_path), ["edit"])
 
 
 @pytest.mark.usefixtures("one_thread_and_own_signals")
