@@ -2,8 +2,8 @@
 
 Reads scores.npz of `evaluate.py edits` or `scenes --out OUT`, for checkpoints NAME0, NAME1, ... of k seeds,
 and prints markdown tables: the mean, and each NAME minus the first, seed by seed and scene by scene. After ±:
-half a 95 % interval, 1.96 sqrt(e^2 + s^2 / k), with e the error over scenes of the seeds' mean and s the spread
-of the seeds. Rates are percent.
+half a 95 % interval, 1.96 sqrt(e^2 + s^2 / k), with e the error over scenes of the seeds' mean and s the
+spread of the seeds. Rates are percent.
 """
 
 import math
@@ -56,7 +56,8 @@ def main(out: str, metrics: list[str]) -> None:
             print(f"\n{f'{metric} {aspect}'.strip()}\n")
             print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
             shown = [(group, at, None) for group, at in groups.items()]
-            shown += [(f"{group} - {first}", at, of_first) for group, at in others if len(at) == len(of_first)]
+            shown += [(f"{group} - {first}", at, of_first) for group, at in others
+                      if len(at) == len(of_first)]
             for title, at, less in shown:
                 row = [cell([r[at] - (r[less] if less else 0) for r in rows], metric in RATES)
                        for rows in columns.values()]
