@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -105,10 +106,21 @@ def print0(*words):
         sys.stdout.flush()
 
 
+class _Lines:
+    """stderr in a file, for tqdm: a bar that is drawn again and again would run into the lines of errors."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip("\r\n") + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress(total, start=0, desc="", dist=Dist()):
     """A tqdm bar on rank 0 (on stderr; a line every 30 s at most when stderr is a file), silent elsewhere."""
-    return tqdm(total=total, initial=start, desc=desc, disable=dist.rank != 0, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 30)
+    to = dict(mininterval=0.2) if sys.stderr.isatty() else dict(mininterval=30, file=_Lines(), ncols=100)
+    return tqdm(total=total, initial=start, desc=desc, disable=dist.rank != 0, dynamic_ncols=True, **to)
 
 
 def sync_flags(dist, bad=False):
@@ -379,6 +391,16 @@ def load_optimizer_tensors(opt, tensors):
                              "resume with the checkpoint's architecture, or start in a new folder")
         state.setdefault(int(i), {})[key] = value.clone()  # load_state_dict would alias it
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+
+
+def check_writable(out_dir):
+    """SystemExit if no file can be made in `out_dir`, which is created; a full disk is not noticed here."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as e:
+        raise SystemExit(f"error: --out: {out_dir}: cannot be written ({e.strerror}): give another folder "
+                         "or correct its permissions") from None
 
 
 def save_checkpoint(out_dir, step, tensors, meta, keep=2, dist=Dist()):

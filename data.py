@@ -31,6 +31,7 @@ from pictures import (
     MAX_CAPTION,
     SUFFIXES,
     BadFile,
+    EmptyPart,
     RowGroups,
     checked,
     clean_caption,
@@ -176,7 +177,7 @@ def open_source(spec, split="train"):
         files, split = files_of(path, split, ".parquet")
     source = Parquet(files, str(path), split, share) if files else Folder(path, split, share)
     if not len(source):
-        raise SystemExit(f"error: {spec}: no pictures in its {split} part: add some, or open split all")
+        raise EmptyPart(f"error: {spec}: no pictures in its {split} part: add some")
     return source
 
 
@@ -206,6 +207,15 @@ def open_edits(spec, split="train"):
         raise SystemExit(f"error: {spec}: not a set of edit pairs: give scenes, PATH.jsonl, or one of "
                          f"{', '.join(edits.PRESETS)} with :PATH")
     return edits.open_preset(kind, rest, split)
+
+
+def heldout_or(train, open_part, spec):
+    """The held-out part of a set, or `train` with a note where the set is too small to have one."""
+    try:
+        return open_part(spec, "heldout")
+    except EmptyPart:
+        print(f"note: {spec}: nothing is held out: sample sheets show what is trained on", file=sys.stderr)
+        return train
 
 
 #### 2. cropping #############################################################################################
@@ -433,7 +443,7 @@ def edit_weights(source, balance):
         return dict.fromkeys((*source.tasks, ""), 1.0) if balance else None
     for t, p in balance.items():
         if t not in (*source.tasks, "") or not 0 <= p < math.inf:
-            raise SystemExit(f"error: tasks: {t}={p}: use numbers >= 0 for {', '.join(source.tasks)}")
+            raise SystemExit(f"error: --tasks: {t}={p}: use numbers >= 0 for {', '.join(source.tasks)}")
     return balance
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 from pictures import (
     HELDOUT,
     BadFile,
+    EmptyPart,
     RowGroups,
     checked,
     files_of,
@@ -185,7 +186,7 @@ class _Edits:
 
 def _named(file, folder, name, what):
     """Picture of a row as (path, name for messages); BadFile if it leaves the folder."""
-    return inside(folder, file), f"{name}, {what} {file}"
+    return inside(folder, file, f"{name}, {what}"), f"{name}, {what} {file}"
 
 
 class EditParquet(_Edits):
@@ -327,6 +328,6 @@ def open_preset(preset, path, split):
         else:
             raise SystemExit(f"error: {spec}: no .parquet or .jsonl in it: give such a file or folder")
     if not len(source):
-        raise SystemExit(f"error: {spec}: no usable pairs in its {split} part: see the lines above, or "
-                         "open another split")
+        raise EmptyPart(f"error: {spec}: no usable pairs in its {split} part: add some, or see the lines "
+                        "above")
     return source

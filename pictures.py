@@ -33,6 +33,10 @@ class BadFile(SystemExit):
         super().__init__(f"error: {printable(str(name))}: {problem}: {fix}")
 
 
+class EmptyPart(SystemExit):
+    """A set that can be read, and has nothing in the split that was asked for."""
+
+
 def printable(text):
     """Text with every run of spaces and control characters (they would reach terminals) made one space."""
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+", " ", text).strip()
@@ -166,14 +170,16 @@ def clean_caption(text):
     return raw[:MAX_CAPTION].decode("utf-8", "ignore"), cut
 
 
-def inside(root, name):
-    """Path of `name` under the folder `root`; BadFile if it leaves it (absolute, "..", a symbolic link)."""
+def inside(root, name, place=None):
+    """Path of `name` under the folder `root`; BadFile if it leaves it (absolute, "..", a symbolic link).
+    place: the file and line that say so, for the message."""
     if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
-        raise BadFile(root, f"{str(name)[:80]!r} is not a file name", "correct the row")
+        raise BadFile(place or root, f"{str(name)[:80]!r} is not a file name", "correct the row")
     base = os.path.realpath(root)
     path = os.path.realpath(os.path.join(base, name))
     if os.path.isabs(name) or os.path.commonpath([base, path]) != base:
-        raise BadFile(name, f"leaves the data folder {root}", "move the file into it")
+        where = f"{place}: {name}" if place else name
+        raise BadFile(where, f"leaves the data folder {root}", "move the file into it")
     return path
 
 
@@ -200,13 +206,19 @@ def json_lines(path, starts=None):
     """Yields (name for messages, row or ValueError) for each line; `starts` gets its number and offset."""
     with open(path, "rb") as f:
         for n, line in enumerate(iter(lambda: f.readline(1 << 20), b""), 1):
+            start, row = f.tell() - len(line), None
             try:
-                row = json.loads(line) if line.strip() else None
+                if len(line) == 1 << 20 and line[-1:] != b"\n":
+                    while (rest := f.readline(1 << 20)) and rest[-1:] != b"\n":
+                        pass
+                    row = ValueError("longer than 1 MiB")
+                elif line.strip():
+                    row = json.loads(line)
             except (ValueError, RecursionError):
-                row = ValueError("not JSON, or longer than 1 MiB")
+                row = ValueError("not JSON in UTF-8")
             if line.strip():
                 if starts is not None:
-                    starts.extend((n, f.tell() - len(line)))
+                    starts.extend((n, start))
                 yield f"{path} line {n}", row
 
 

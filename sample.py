@@ -296,6 +296,9 @@ def check(cfg: Config) -> None:
     if cfg.keep_known and cfg.blend:
         raise SystemExit("error: --blend: True: not together with --keep_known, which blends at every step: "
                          "give one of them")
+    if cfg.blend and not (cfg.mask or cfg.jsonl or Path(cfg.image or "").is_dir() or has_mask(cfg.image)):
+        raise SystemExit("error: --blend: True: puts back what is outside a region: give --mask, or leave it "
+                         "out")
     if cfg.jsonl and cfg.image and not (cfg.task == "edit" and Path(cfg.image).is_dir()):
         raise SystemExit(f"error: --jsonl: {cfg.jsonl}: not together with --image: give one of them")
 
@@ -387,7 +390,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
             try:
                 yield f"{path}:{n}", json.loads(line)
             except (ValueError, RecursionError):
-                yield f"{path}:{n}", ValueError("not JSON")
+                yield f"{path}:{n}", ValueError("not JSON in UTF-8")
 
 
 def kept(rows: Iterable[tuple[str, dict | ValueError]], make: Callable[[dict], dict]) -> tuple[list, int]:
@@ -756,11 +759,16 @@ def find_mask(item: dict, h: int, w: int) -> tuple[np.ndarray, Path]:
     return mask, path
 
 
+def has_mask(image: str) -> bool:
+    """Is there a mask beside the picture: NAME.mask.png?"""
+    return any(Path(image).with_suffix(f".mask{suffix}").is_file() for suffix in pictures.SUFFIXES)
+
+
 def find_regions(item: dict, h: int, w: int) -> list[tuple[np.ndarray, str | None]]:
     """(mask, its path) of every turn of an edit; without one, ones and None: a free-form edit."""
     image, found = item["image"] if isinstance(item["image"], str) else item["key"], {}
     for name in dict.fromkeys(item["masks"]):
-        if name or any(Path(image).with_suffix(f".mask{suffix}").is_file() for suffix in pictures.SUFFIXES):
+        if name or has_mask(image):
             mask, path = find_mask({"image": image, "mask": name}, h, w)
             found[name] = mask, str(path.resolve())
         else:

@@ -11,6 +11,7 @@ The same command again resumes. Data: "scenes", a folder of pictures, or parquet
 edit "scenes" or pairs in a published form, such as omniedit:PATH (see edits.py).
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
@@ -45,6 +46,7 @@ class Config:
     lora: int = 16  # edit: rank of the base's update with --tune_base lora
     weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: Eq. 6's lambda from the score
     min_score: float = 9.0  # edit: threshold gives 1 from this score on and 0 below; "score" is score / 10
+    tasks: str = "balanced"  # edit: tasks alike; "as_is", as often as in the data; or weights, remove=2,add=1
     p_region: float = 0.3  # edit: share of the pairs with a mask that are shown it; the rest is free-form
     drop_edit: float = 0.05  # edit: share without text, share without source, and share without both
     image_size: int = 32  # side of the square (or of the square of equal area, with --aspects)
@@ -145,6 +147,7 @@ def main(cfg: Config) -> None:
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
         common.warn_changed(cfg.out, manifest["config"], asdict(cfg))
+    common.check_writable(cfg.out)
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     if cfg.compile:
         editor.compile(dynamic=False)
@@ -158,11 +161,13 @@ def main(cfg: Config) -> None:
     if cached and cached.made["latents"]:
         source, space = stack.latents(cached, source, space, cfg, stride)
     if cfg.stage == "edit":
-        loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region, **at)
+        loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region,
+                                       balance=edit_tasks(cfg.tasks), **at)
+        weightless(cfg, source)
     else:
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
     common.print0(loader.summary)
-    grid = sample_inputs(cfg, stride, source)
+    grid = sample_inputs(cfg, stride, source) if cfg.sample_every else None
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
     perf = common.Perf()
     bad_steps = lost_saves = 0
@@ -278,6 +283,8 @@ def check(cfg: Config) -> None:
                          "--init assets/base")
     if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.cached or cfg.tune_base):
         refuse("stage", "--variant, --cached and --tune_base concern --stage edit only")
+    if cfg.stage == "edit":
+        edit_tasks(cfg.tasks)
     if cfg.cached and cfg.variant != "editnet":
         refuse("variant", "has no source tokens to cache: leave out --cached")
     if cfg.tune_base == "lora" and cfg.lora < 1:
@@ -360,6 +367,29 @@ def importance(cfg: Config, batch: dict) -> torch.Tensor:
     return torch.where(score.isnan(), 1.0, weight)
 
 
+def weightless(cfg: Config, source) -> None:
+    """Say how many of up to 1,000 pairs Eq. 6 gives no weight; SystemExit if it is all of them."""
+    scores = [math.nan if (s := source.score(i)) is None else s for i in range(min(len(source), 1000))]
+    nothing = int((importance(cfg, {"caption": scores, "score": torch.tensor(scores)}) == 0).sum())
+    if nothing == len(scores):
+        raise SystemExit(f"error: --min_score: {cfg.min_score}: the first {nothing:,} pairs of {cfg.data} "
+                         "score less and weigh nothing: lower it, or give --weighting score or none")
+    if nothing:
+        common.print0(f"{nothing:,} of the first {len(scores):,} pairs weigh nothing (--weighting "
+                      f"{cfg.weighting})")
+
+
+def edit_tasks(text: str) -> bool | dict[str, float]:
+    """--tasks -> `balance` of data.make_edit_loader."""
+    if text in ("balanced", "as_is"):
+        return text == "balanced"
+    try:
+        return {name.strip(): float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise SystemExit(f"error: --tasks: {text}: use balanced, as_is, or weights such as remove=2,add=1"
+                         ) from None
+
+
 def tokens_a_block(cfg: Config, editor: model.Editor | model.EditNet, latents: tuple, words: int) -> str:
     """How many tokens attend to each other in a block of the base and of the branch, for one picture."""
     img = latents[2] * latents[3] // editor.cfg.patch**2
@@ -384,10 +414,10 @@ def sample_inputs(cfg: Config, stride: int, source) -> dict:
     known = isinstance(source, cache.Latents)
     at = dict(stride=stride, aspects=known and cfg.aspects)
     if cfg.stage == "edit":
-        source = source if known else data.open_edits(cfg.data, "heldout")
+        source = source if known else data.heldout_or(source, data.open_edits, cfg.data)
         return next(data.make_edit_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
                                                 p_region=cfg.p_region, **at))
-    source = source if known else data.open_source(cfg.data, "heldout")
+    source = source if known else data.heldout_or(source, data.open_source, cfg.data)
     return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
                                        task_mixture(cfg), **at))
 

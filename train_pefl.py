@@ -119,6 +119,9 @@ def main(cfg: Config) -> None:
     base = copy.deepcopy(editor).requires_grad_(False).to(device)
     instructed = isinstance(editor, model.EditNet)
     if cfg.lora:
+        if instructed and editor.variant == "concat":
+            raise SystemExit(f"error: --lora: {cfg.lora}: {cfg.base} is a concat, which has no branch to "
+                             "update: leave it out")
         torch.manual_seed(cfg.seed)  # LoRA's A: the same on every rank
         model.add_lora(editor, cfg.lora)
         editor.to(device)
@@ -173,6 +176,7 @@ def main(cfg: Config) -> None:
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
         common.warn_changed(cfg.out, saved["config"], asdict(cfg))
+    common.check_writable(cfg.out)
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id=run_id, resumed_from=step or None)
 
     # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions
@@ -189,7 +193,7 @@ def main(cfg: Config) -> None:
         loader = data.make_loader(source, image_size, cfg.batch_size, tasks, **at, prompt_free={
             "outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
     common.print0(loader.summary)
-    grid = heldout_grid(cfg, instructed, image_size, tasks, stride)
+    grid = heldout_grid(cfg, source, instructed, image_size, tasks, stride)
     reward_loss = {
         "neg_log_sigmoid": lambda r: -F.logsigmoid(r),
         "relu_margin": lambda r: F.relu(2 - r),  # ImageReward's
@@ -416,7 +420,8 @@ def prepare(batch: dict, space, device: torch.device) -> tuple:
 
     Inpainting: x (1 - m); m, x (1 - m); the captions, none for the erase prompt; m; x everywhere.
     Instructions: the source; source, region; captions of the target where the data has them; where target and
-    source differ by more than 0.1 (JPEG stays below); the source in the rest.
+    source differ by more than 0.1; the source in the rest. Some pixels of a JPEG (6 % at quality 90) differ
+    by more without being edited.
     """
     x, mask = batch["image"].to(device), batch["mask"].to(device)
     if "source" not in batch:
@@ -505,13 +510,13 @@ def seam(mask: torch.Tensor) -> torch.Tensor:
     return (F.max_pool2d(mask, 5, 1, 2) > 0) & (F.max_pool2d(1 - mask, 5, 1, 2) > 0)
 
 
-def heldout_grid(cfg: Config, instructed: bool, image_size: int, tasks: dict, stride: int) -> dict:
-    """The fixed held-out pictures, masks and captions of the judge and its sheet."""
+def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, tasks: dict, stride: int) -> dict:
+    """The fixed held-out pictures, masks and captions of the judge and its sheet. train: the other part."""
     if instructed:
-        source = data.open_edits(cfg.data, "heldout")
+        source = data.heldout_or(train, data.open_edits, cfg.data)
         return next(data.make_edit_eval_batches(source, range(min(32, len(source))), image_size, 32,
                                                 stride=stride, p_region=cfg.p_region))
-    source = data.open_source(cfg.data, "heldout")
+    source = data.heldout_or(train, data.open_source, cfg.data)
     indices = range(min(32, len(source)))
     return next(data.make_eval_batches(source, indices, image_size, 32, tasks, stride=stride))
 

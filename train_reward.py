@@ -128,6 +128,7 @@ def main(cfg: Config) -> None:
         common.load_optimizer_tensors(opt, tensors["optimizer"])
         step, val, run_id = manifest["step"], manifest["meta"]["val"], manifest["meta"]["run_id"]
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
+    common.check_writable(cfg.out)
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
 
     # 5) data: batch s is a function of (seed, s, rank, world)

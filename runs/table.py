@@ -2,8 +2,8 @@
 
 Reads scores.npz of `evaluate.py edits` or `scenes --out OUT`, for checkpoints NAME0, NAME1, ... of k seeds,
 and prints markdown tables: the mean, and each NAME minus the first, seed by seed and scene by scene. After ±:
-half a 95 % interval, 1.96 sqrt(e^2 + s^2 / k), with e the error over scenes of the seeds' mean and s the
-spread of the seeds. Rates are percent.
+half a 95 % interval, t sqrt(e^2 + s^2 / k), with e the error over scenes of the seeds' mean, s the spread of
+the seeds, and Student's t for Satterthwaite's degrees of freedom. Rates are percent.
 """
 
 import math
@@ -17,18 +17,30 @@ import numpy as np
 RATES = ("edit", "kept", "kept_share", "success", "attributes")
 
 
-def cell(tasks: list[np.ndarray], percent: bool) -> str:
+def cell(tasks: list[np.ndarray], percent: bool, shared: bool) -> str:
     """Values [k, N] of k seeds and N scenes (not-a-number: not asked of it), for each task -> "mean ± half
-    width" of the mean over tasks."""
-    tasks = [t[:, ~np.isnan(t[0])] for t in tasks]
-    tasks = [t for t in tasks if t.shape[1] > 1]  # nothing to over-edit in a whole picture
+    width" of the mean over tasks. shared: all tasks are asked of the same scenes."""
+    asked = [~np.isnan(t[0]) for t in tasks]
+    tasks = [t for t, a in zip(tasks, asked) if a.sum() > 1]  # nothing to over-edit in a whole picture
+    asked = [a for a in asked if a.sum() > 1]
     if not tasks:
         return "-"
-    k, means = len(tasks[0]), np.mean([t.mean(1) for t in tasks], 0)
-    scene = sum(t.mean(0).var(ddof=1) / t.shape[1] for t in tasks) / len(tasks) ** 2
-    seed = means.var(ddof=1) / k if k > 1 else 0.0
+    k, means = len(tasks[0]), np.mean([np.nanmean(t, 1) for t in tasks], 0)
+    # what each scene adds to the deviation of the mean; over the scenes of a task it sums to 0
+    parts = [np.where(a, t.mean(0) - np.nanmean(t), 0) / np.sqrt(a.sum() * (a.sum() - 1)) / len(tasks)
+             for t, a in zip(tasks, asked)]
+    scene = float((np.sum(parts, 0) ** 2).sum() if shared else sum((p**2).sum() for p in parts))
+    seed = float(means.var(ddof=1)) / k if k > 1 else 0.0
+    wide = quantile((k - 1) * ((scene + seed) / seed) ** 2) if seed else 1.96
     scale, digits = (100, 0) if percent else (1, 4)
-    return f"{scale * means.mean():.{digits}f} ± {scale * 1.96 * math.sqrt(scene + seed):.{digits}f}"
+    return f"{scale * means.mean():.{digits}f} ± {scale * wide * math.sqrt(scene + seed):.{digits}f}"
+
+
+def quantile(freedom: float) -> float:
+    """97.5 % of Student's t (Cornish-Fisher; 3 % too small at 2 degrees of freedom, exact at many)."""
+    z, v = 1.959964, freedom
+    return (z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3))
 
 
 def main(out: str, metrics: list[str]) -> None:
@@ -39,9 +51,10 @@ def main(out: str, metrics: list[str]) -> None:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         raise SystemExit(f"error: {path}: missing or damaged: name a folder that `evaluate.py edits` or "
                          "`scenes` wrote") from None
-    groups = {}  # NAME -> rows
+    groups = {}  # NAME@STEPS -> rows
     for i, name in enumerate(names):
-        groups.setdefault(re.sub(r"\d*(@\d+)?$", "", name.split("/")[-1]), []).append(i)
+        parts = re.match(r"(?:.*/)?([^/]*?)(\d*)(/step_\d+)?(@\d+)?(?: \(\d+\))?$", name)
+        groups.setdefault("".join(filter(None, (parts[1], parts[3], parts[4]))), []).append(i)
     (first, of_first), *others = groups.items()
     keys = [key.rsplit("/", 1) for key in found]
     for metric in metrics:
@@ -59,7 +72,7 @@ def main(out: str, metrics: list[str]) -> None:
             shown += [(f"{group} - {first}", at, of_first) for group, at in others
                       if len(at) == len(of_first)]
             for title, at, less in shown:
-                row = [cell([r[at] - (r[less] if less else 0) for r in rows], metric in RATES)
+                row = [cell([r[at] - (r[less] if less else 0) for r in rows], metric in RATES, not aspect)
                        for rows in columns.values()]
                 print(f"| {title} | {' | '.join(row)} |")
 

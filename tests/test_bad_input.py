@@ -127,6 +127,14 @@ def test_only_checkpoint_of_a_run_is_damaged(made, tmp_path, script):
     assert "none of 1 checkpoints verifies" in refused(made, tmp_path, script)
 
 
+@pytest.mark.parametrize("script", [train_omni, train_pefl, train_reward])
+def test_out_cannot_be_written(made, tmp_path, script):
+    """Before step 0, not after the last one."""
+    (tmp_path / "file").write_text("")
+    line = refused(made, tmp_path / "file/out", script)
+    assert f"--out: {tmp_path / 'file/out'}: cannot be written" in line
+
+
 @contextlib.contextmanager
 def small_files():
     """Files cannot grow, as on a full disk; only around the call, since pytest's log may be a file."""

@@ -281,6 +281,26 @@ def test_bad_lines_are_named_counted_and_limited(tmp_path, capsys):
         open_edits(str(path), "all")
 
 
+@pytest.mark.parametrize("more", [0, 1 << 20])  # ends at, and within, a block of the reader
+def test_a_line_that_is_too_long_is_one_bad_line(tmp_path, capsys, more):
+    path = jsonl(tmp_path, 3)
+    add_line(path, instruction="a" * (1 << 20) + "b" * more)
+    add_line(path, instruction="after it")
+    with open(path, "ab") as f:
+        f.write('{"instruction": "café"}\n'.encode("latin-1"))
+    source = open_edits(str(path), "all")
+    err = capsys.readouterr().err
+    assert len(source) == 4 and source.bad_lines == 2 and source.load(3, 8, 8)["caption"] == "after it"
+    assert "line 4: longer than 1 MiB" in err and "line 6: not JSON in UTF-8" in err
+
+
+def test_a_picture_outside_is_named_with_its_line(tmp_path):
+    path = jsonl(tmp_path, 3)
+    add_line(path, source="/etc/passwd")
+    with pytest.raises(BadFile, match="line 4, source: /etc/passwd: leaves the data folder"):
+        open_edits(str(path), "all").load(3, 8, 8)
+
+
 def test_bad_scores_and_instructions_in_parquet(tmp_path, capsys):
     scores = [9.0, float("nan"), None, 11.0, 10.0, 0.0]
     words = [["a"], ["b"], ["c"], ["d"], [" ", ""], []]
@@ -470,7 +490,7 @@ def test_weights_and_min_score(mixed):
     with pytest.raises(SystemExit, match="^error: min_score, tasks: 9.5"):
         drawn(mixed, 1, min_score=9.5)
     for balance in ({"paint": 1}, {"swap": -1}, {"swap": float("nan")}):
-        with pytest.raises(SystemExit, match="^error: tasks: "):
+        with pytest.raises(SystemExit, match="^error: --tasks: "):
             batches(mixed, 1, balance=balance)
     with pytest.raises(SystemExit, match="none of the 40"):
         batches(mixed, 1, balance={"style": 1})

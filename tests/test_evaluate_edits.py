@@ -274,15 +274,25 @@ def test_seeds_as_one_row(folders, tmp_path, capsys):
     table = runpy.run_path(str(ROOT / "runs/table.py"))
     capsys.readouterr()
     table["main"](str(tmp_path / "o"), ["error", "edit"])
-    rows = dict(re.findall(r"^\| ([\w -]+) \| (.*) \|$", capsys.readouterr().out.split("edit 1x1")[0], re.M))
-    assert list(rows) == ["one", "two", "two - one"]
+    rows = dict(re.findall(r"^\| ([\w@ -]+) \| (.*) \|$", capsys.readouterr().out.split("edit 1x1")[0], re.M))
+    assert list(rows) == ["one@2", "two@2", "two@2 - one@2"]
     for i, task in enumerate((*SOURCE.tasks, "mean")):
         one, _, two, _ = (results[task][f"{name}@2"]["error"]["mean"] for name in names)
         got = [float(rows[k].split(" | ")[i].split(" ± ")[0]) for k in rows]
         assert got == pytest.approx([one, (one + two) / 2, (two - one) / 2], abs=1e-4)
     # by hand: the seeds' mean of two scenes is 1.5 and 3.5, variance 2; the seeds' 2 and 3, variance 0.5
     values = np.array([[1.0, 3.0, math.nan], [2.0, 4.0, math.nan]])
-    assert table["cell"]([values], False) == f"2.5000 ± {1.96 * math.sqrt(2 / 2 + 0.5 / 2):.4f}"
+    def cell(*args):
+        return [float(x) for x in table["cell"](*args).split(" ± ")]
+
+    alone = [2.5, 2.0595 * math.sqrt(2 / 2 + 0.5 / 2)]  # Student's t at 1 (1.25 / 0.25)^2 = 25
+    for tasks in ([values], [values, values]):  # the same scenes in both
+        assert cell(tasks, False, True) == pytest.approx(alone, abs=1e-3)
+    twice = [2.5, 2.2622 * math.sqrt(2 / 4 + 0.5 / 2)]  # other scenes for each task; 9 degrees of freedom
+    assert cell([values, values], False, False) == pytest.approx(twice, abs=1e-3)
+    assert table["cell"]([np.full((2, 3), math.nan)], True, False) == "-"
+    for freedom, t in ((2, 4.303), (4, 2.776), (10, 2.228), (1e9, 1.960)):
+        assert table["quantile"](freedom) == pytest.approx(t, rel=0.035)
     with pytest.raises(SystemExit, match="no metric 'edits': use one of edit, kept"):
         table["main"](str(tmp_path / "o"), ["edits"])
     with pytest.raises(SystemExit, match="scores.npz: missing or damaged"):

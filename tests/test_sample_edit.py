@@ -368,6 +368,7 @@ BAD = {  # name -> (flags, words of the line)
     "no benchmark": ({"image": None, "jsonl": "list.json"}, "list.json: not a JSON object"),
     "several samples in a tree": ({"layout": "imgedit", "num_samples": 2}, "--num_samples: 2"),
     "task for the tree": ({"layout": "gedit"}, "--task: ''"),
+    "blend of nothing": ({"blend": True}, "give --mask, or leave it out"),
     "both blends": ({"blend": True, "keep_known": True}, "--blend: True"),
     "guidance": ({"guidance": -1.0}, "--guidance: -1.0"),
     "image guidance": ({"image_guidance": float("inf")}, "--image_guidance: inf"),

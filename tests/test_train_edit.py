@@ -4,8 +4,10 @@ import json
 import re
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_train import (
     OMNI_FILES,
     PEFL_FILES,
@@ -21,6 +23,7 @@ from test_train import (
 )
 
 import common
+import data
 import frozen
 import model
 import train_omni
@@ -128,14 +131,54 @@ def test_importance():
 
 
 def test_wrong_pairs_weigh_nothing(made, tmp_path):
-    """Eq. 6: with only wrong pairs nothing is learned; unweighted, something is."""
-    flags = edit(made, data="scenes:wrong=1", steps=2, save_every=2)
+    """Eq. 6: steps that meet wrong pairs alone learn nothing; unweighted, they do."""
+    flags = edit(made, data="scenes:wrong=0.99", steps=2, save_every=2)
     call(made, tmp_path / "weighted", train_omni, **flags)
     call(made, tmp_path / "plain", train_omni, weighting="none", **flags)
     still = common.load_checkpoint(tmp_path / "weighted", "model")[0]["model"]
     assert all(torch.equal(still[k], torch.zeros_like(still[k])) for k in still if k.startswith("img_out."))
     moved = common.load_checkpoint(tmp_path / "plain", "model")[0]["model"]
     assert any(moved[k].abs().max() > 0 for k in moved if k.startswith("img_out."))
+
+
+def test_pairs_without_weight_are_counted(made, tmp_path, capsys):
+    call(made, tmp_path / "a", train_omni, **edit(made, data="scenes:wrong=0.3", steps=1))
+    said = re.search(r"(\d+) of the first 1,000 pairs weigh nothing \(--weighting threshold\)",
+                     capsys.readouterr().out)
+    assert 250 < int(said[1]) < 350
+    call(made, tmp_path / "b", train_omni, **edit(made, data="scenes:wrong=0.3", steps=1, weighting="score"))
+    assert "weigh nothing" not in capsys.readouterr().out
+    refused(made, tmp_path / "c", train_omni, "the first 1,000 pairs of scenes:wrong=1 score less",
+            **edit(made, data="scenes:wrong=1"))
+
+
+def small_set(folder, n):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        for k in "ab":
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}{k}.png")
+    rows = [{"source": f"{i}a.png", "edited": f"{i}b.png", "instruction": "make it snow"} for i in range(n)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
+def test_a_set_too_small_to_hold_pairs_out(made, tmp_path, capsys, script):
+    flags = edit(made, steps=1) if script is train_omni else dict(base=made["editnet"], phases="3/2/1x1")
+    call(made, tmp_path / "out", script, data=small_set(tmp_path, 3), sample_every=1, **flags)
+    assert "nothing is held out: sample sheets show what is trained on" in capsys.readouterr().err
+    assert list((tmp_path / "out/images").glob("*.png"))
+
+
+def test_task_weights(made, tmp_path):
+    """--tasks reaches the order of the pairs: only what has weight is drawn."""
+    for tasks, allowed in (("style=1", {"style"}), ("remove=2, add=1", {"remove", "add"}), ("as_is", None)):
+        loader = data.make_edit_loader(data.open_edits("scenes"), 32, 16, workers=0, stride=4,
+                                       balance=train_omni.edit_tasks(tasks))
+        drawn = {t for _ in range(3) for t in next(loader)["task"]}
+        assert drawn == allowed if allowed else len(drawn) == 7
+        loader.close()
+    call(made, tmp_path / "out", train_omni, **edit(made, tasks="style=1", steps=1))
 
 
 def test_goes_on_from_an_editor(made, tmp_path):
@@ -179,12 +222,19 @@ def test_dry_run_says_what_it_needs(made, tmp_path, capsys):
     ("holds --variant concat: give the same", dict(init="concat")),
     ("--init: .*aesthetic: holds a 'reward'", dict(init="aesthetic")),
     ("--init: .*latent: .*give --sd3", dict(init="latent")),
+    ("--tasks: style: use balanced, as_is, or weights", dict(tasks="style")),
+    ("--tasks: paint=1.0: use numbers >= 0 for swap", dict(tasks="paint=1")),
     ("wrong=2", dict(data="scenes:wrong=2")),
     ("pictures: not a set of edit pairs", dict(data="pictures")),
     ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, cached=True)),
 ])
 def test_bad_values(made, tmp_path, text, flags):
     refused(made, tmp_path / "out", train_omni, text, **edit(made) | flags)
+
+
+def test_feedback_cannot_update_a_branch_that_is_not_there(made, tmp_path):
+    refused(made, tmp_path, train_pefl, "--lora: 2: .* is a concat, which has no branch",
+            base=made["concat"], lora=2)
 
 
 def test_another_variant_in_the_run_folder(made, tmp_path):
