@@ -518,7 +518,9 @@ class EditNet(nn.Module):
 
     Sums enter through zero Linears, new input columns are zero (ours: OmniEdit is silent). An instruction is
     read by a trainable copy of a built-in text encoder, since the base's has only read captions; `base` alone
-    is untouched. Free-form edits have a region of ones (UltraEdit); the null image is zeros and ones.
+    is untouched. Base blocks read that copy too, so a ControlNet gets a text that learns, which the published
+    ones, on frozen encoders, do not: `--text_lr 0` compares as the paper does. Free-form edits have a region
+    of ones (UltraEdit); the null image is zeros and ones.
 
     `cached` (editnet): source tokens attend to source and text only and are modulated as at t = 0, so that
     their keys and values are computed once per edit (`remember`) instead of at every step. Ours.

@@ -65,7 +65,7 @@ class Config:
     t_shift: float = 3.0  # moves training times towards noise, where captions decide (SD3: 3 at 1024^2)
     t_weight: float = 1.0  # the squared error of v counts t ** t_weight: 0 is v's own error, 2 that of x_0
     shift: float | None = None  # of the sampler's times, for sample.py, train_pefl.py; None = as --init, or 1
-    text_lr: float = 0.2  # factor on lr for the text encoder, whose words otherwise collapse into one
+    text_lr: float = 0.2  # factor on lr for the text encoder, whose words else collapse into one; 0 = frozen
     p_t2i: float = 0.25  # inpainting stage: share of pictures generated whole; data.TASKS divides the rest
     drop_caption: float = 0.1  # captions replaced by "", for classifier-free guidance
     bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32

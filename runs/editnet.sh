@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=${OUT:-out/editnet}
-PARTS=${PARTS:-variants weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} N=${N:-300}
+PARTS=${PARTS:-variants frozen_text weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} N=${N:-300}
 PEFL_REWARDS=${PEFL_REWARDS:-out/pefl_scenes}  # aesthetic and alignment rewards of runs/pefl_scenes.sh
 JOBS=${JOBS:-4}  # trainings side by side
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
@@ -51,8 +51,8 @@ mkdir -p "$OUT"
 pids=() begun=""
 for part in $PARTS; do
     case $part in
-        variants | weights | region | aspects | pefl) ;;
-        *) echo "error: PARTS: $part: use variants, weights, region, aspects, pefl" >&2; exit 2 ;;
+        variants | frozen_text | weights | region | aspects | pefl) ;;
+        *) echo "error: PARTS: $part: use variants, frozen_text, weights, region, aspects, pefl" >&2; exit 2 ;;
     esac
 done
 for seed in $SEEDS; do
@@ -61,6 +61,9 @@ for seed in $SEEDS; do
             variants)  # paper Table 7, Fig. 10 and 11; and the cached form
                 train editnet; train cached --cached True; train controlnet --variant controlnet
                 train textcontrol --variant textcontrol; train concat --variant concat ;;
+            frozen_text)  # the text encoder as it is, as in the paper: only the branch can change what the base reads
+                train ft_editnet --text_lr 0; train ft_controlnet --variant controlnet --text_lr 0
+                train ft_textcontrol --variant textcontrol --text_lr 0 ;;
             weights)  # paper Table 6: half of the pairs are wrong, and scored
                 train weighted --data scenes:wrong=0.5; train unweighted --data scenes:wrong=0.5 --weighting none ;;
             region) train editnet; train freeform --p_region 0 ;;  # UltraEdit: region data helps free-form editing
@@ -84,6 +87,7 @@ for part in $PARTS; do
     [ "${JUDGE:-1}" = 1 ] || continue
     case $part in
         variants) judge variants --t2i True --base assets/base -- editnet cached controlnet textcontrol concat ;;
+        frozen_text) judge frozen_text --guidance 3 --image_guidance 1.5 -- ft_editnet ft_controlnet ft_textcontrol ;;
         weights) judge weights -- weighted unweighted ;;
         region) judge region -- editnet freeform ;;
         aspects) judge aspects --aspects 9:16,2:3,1:1,3:2,16:9 -- editnet aspects ;;

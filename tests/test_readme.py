@@ -122,6 +122,8 @@ def test_editnet_claims(checkout):
     small = {"PARTS": "weights", "SEEDS": "3", "STEPS": "2", "N": "2"}
     out = run(["bash", "runs/editnet.sh"], checkout, OUT="out/claims", **small)
     assert "weighted3" in out and (checkout / "out/claims/judge_weights/results.json").is_file()
+    table = run([sys.executable, "runs/table.py", "out/claims/judge_weights", "edit", "over"], checkout)
+    assert "| unweighted@20 - weighted@20 |" in table
 
 
 def test_ship_editnet(checkout):
