@@ -4,7 +4,7 @@
 #   bash runs/editnet.sh                                       all of it: hours on 4 cores, less than one on a GPU
 #   PARTS=variants SEEDS=0 STEPS=600 bash runs/editnet.sh      a part of it
 #   JUDGE=0 bash runs/editnet.sh                               the trainings without the evaluations
-#   STEPS=1600 bash runs/editnet.sh ship                       trains assets/editnet anew, half an hour on 4 quiet cores
+#   STEPS=1600 bash runs/editnet.sh ship                       trains assets/editnet anew, an hour on 4 quiet cores
 # What is done already is not done again; a run that was cut resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,9 +20,11 @@ SHORT="$RECIPE --batch_size 32 --warmup 100 --lr_schedule constant --ema 0.997"
 
 if [ "${1:-}" = ship ]; then
     export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=ACTIVE
-    $PY -m torch.distributed.run --standalone --nproc_per_node=2 train_omni.py $RECIPE --batch_size 64 --warmup 200 --data scenes --steps "$STEPS" \
-        --sample_every 250 --save_every 250 --out "$OUT/ship"
-    exec $PY runs/ship.py assets/editnet "STEPS=$STEPS bash runs/editnet.sh ship" "$OUT/ship"
+    part() { $PY -m torch.distributed.run --standalone --nproc_per_node=2 train_omni.py $RECIPE --batch_size 64 --data scenes \
+        --sample_every 250 --save_every 250 "$@"; }
+    part --steps "$STEPS" --warmup 200 --out "$OUT/ship1"
+    part --steps $((STEPS * 3 / 4)) --warmup 60 --init "$OUT/ship1" --lr 7e-4 --ema 0.998 --seed 1 --out "$OUT/ship2"
+    exec $PY runs/ship.py assets/editnet "STEPS=$STEPS bash runs/editnet.sh ship" "$OUT/ship1" "$OUT/ship2"
 elif [ -n "${1:-}" ]; then
     echo "error: $1: the only word is ship" >&2; exit 2
 fi

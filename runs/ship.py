@@ -1,7 +1,7 @@
 """Store the averaged weights of a run as a shipped folder: bf16 safetensors, provenance in manifest.json.
 
     python runs/ship.py assets/base "bash runs/base.sh" out/base/t2i out/base/inpaint
-    python runs/ship.py assets/editnet "bash runs/editnet.sh" out/editnet
+    python runs/ship.py assets/editnet "bash runs/editnet.sh ship" out/editnet/ship1 out/editnet/ship2
 
 The runs are the stages in order: the last one's weights are stored, pictures and minutes are summed over all.
 An instruction editor whose frozen base is a shipped folder beside it leaves those weights there.
@@ -50,7 +50,7 @@ def main(out: str, command: str, *runs: str) -> None:
         "stages": [{k: v for k, v in m["config"].items() if k not in ("out", "init")} for _, m in stages]}
     meta = {"arch": manifest["arch"], "config": config, "samples": seen, "provenance": provenance}
     if manifest["arch"]["kind"] == "editnet":
-        weights, meta["shared"] = without_base(weights, Path(out), manifest["config"]["init"])
+        weights, meta["shared"] = without_base(weights, Path(out), stages[0][1]["config"]["init"])
     folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, meta)
     size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
     print(f"{folder}: step {manifest['step']}, {seen:,} pictures seen, {size:.1f} MiB")
