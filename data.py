@@ -214,7 +214,8 @@ def heldout_or(train, open_part, spec):
     try:
         return open_part(spec, "heldout")
     except EmptyPart:
-        print(f"note: {spec}: nothing is held out: sample sheets show what is trained on", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"note: {spec}: nothing is held out: sample sheets show what is trained on", file=sys.stderr)
         return train
 
 
