@@ -215,7 +215,8 @@ def heldout_or(train, open_part, spec):
         return open_part(spec, "heldout")
     except EmptyPart:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"note: {spec}: nothing is held out: sample sheets show what is trained on", file=sys.stderr)
+            print(f"note: {spec}: nothing is held out: sample sheets show what is trained on",
+                  file=sys.stderr)
         return train
 
 
