@@ -119,8 +119,10 @@ class _Lines:
 
 def progress(total, start=0, desc="", dist=Dist()):
     """A tqdm bar on rank 0 (on stderr; a line every 30 s at most when stderr is a file), silent elsewhere."""
-    to = dict(mininterval=0.2) if sys.stderr.isatty() else dict(mininterval=30, file=_Lines(), ncols=100)
-    return tqdm(total=total, initial=start, desc=desc, disable=dist.rank != 0, dynamic_ncols=True, **to)
+    look = dict(mininterval=30, file=_Lines(), ncols=100)
+    if sys.stderr.isatty():
+        look = dict(mininterval=0.2, dynamic_ncols=True)
+    return tqdm(total=total, initial=start, desc=desc, disable=dist.rank != 0, **look)
 
 
 def sync_flags(dist, bad=False):

@@ -296,7 +296,8 @@ def check(cfg: Config) -> None:
     if cfg.keep_known and cfg.blend:
         raise SystemExit("error: --blend: True: not together with --keep_known, which blends at every step: "
                          "give one of them")
-    if cfg.blend and not (cfg.mask or cfg.jsonl or Path(cfg.image or "").is_dir() or has_mask(cfg.image)):
+    alone = cfg.image and not (cfg.jsonl or Path(cfg.image).is_dir())
+    if cfg.blend and alone and not (cfg.mask or has_mask(cfg.image)):
         raise SystemExit("error: --blend: True: puts back what is outside a region: give --mask, or leave it "
                          "out")
     if cfg.jsonl and cfg.image and not (cfg.task == "edit" and Path(cfg.image).is_dir()):

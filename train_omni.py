@@ -161,9 +161,9 @@ def main(cfg: Config) -> None:
     if cached and cached.made["latents"]:
         source, space = stack.latents(cached, source, space, cfg, stride)
     if cfg.stage == "edit":
+        weightless(cfg, source)
         loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region,
                                        balance=edit_tasks(cfg.tasks), **at)
-        weightless(cfg, source)
     else:
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
     common.print0(loader.summary)
@@ -281,10 +281,10 @@ def check(cfg: Config) -> None:
     if cfg.stage == "edit" and not cfg.init:
         raise SystemExit("error: --stage: edit: needs a trained model to build on: give --init, such as "
                          "--init assets/base")
-    if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.cached or cfg.tune_base):
-        refuse("stage", "--variant, --cached and --tune_base concern --stage edit only")
-    if cfg.stage == "edit":
-        edit_tasks(cfg.tasks)
+    if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.cached or cfg.tune_base
+                                or cfg.tasks != "balanced"):
+        refuse("stage", "--variant, --cached, --tune_base and --tasks concern --stage edit only")
+    edit_tasks(cfg.tasks)
     if cfg.cached and cfg.variant != "editnet":
         refuse("variant", "has no source tokens to cache: leave out --cached")
     if cfg.tune_base == "lora" and cfg.lora < 1:
@@ -368,15 +368,16 @@ def importance(cfg: Config, batch: dict) -> torch.Tensor:
 
 
 def weightless(cfg: Config, source) -> None:
-    """Say how many of up to 1,000 pairs Eq. 6 gives no weight; SystemExit if it is all of them."""
-    scores = [math.nan if (s := source.score(i)) is None else s for i in range(min(len(source), 1000))]
+    """Say how many of up to 1,000 pairs, from all over the set, Eq. 6 gives no weight; SystemExit if it is
+    all of them."""
+    n, k = len(source), min(len(source), 1000)  # files may be sorted by score: the first 1,000 would not do
+    scores = [math.nan if (s := source.score(i * n // k)) is None else s for i in range(k)]
     nothing = int((importance(cfg, {"caption": scores, "score": torch.tensor(scores)}) == 0).sum())
-    if nothing == len(scores):
-        raise SystemExit(f"error: --min_score: {cfg.min_score}: the first {nothing:,} pairs of {cfg.data} "
-                         "score less and weigh nothing: lower it, or give --weighting score or none")
+    if nothing == k:
+        raise SystemExit(f"error: --min_score: {cfg.min_score}: {k:,} of {k:,} pairs of {cfg.data} score "
+                         "less and weigh nothing: lower it, or give --weighting score or none")
     if nothing:
-        common.print0(f"{nothing:,} of the first {len(scores):,} pairs weigh nothing (--weighting "
-                      f"{cfg.weighting})")
+        common.print0(f"{nothing:,} of {k:,} pairs weigh nothing (--weighting {cfg.weighting})")
 
 
 def edit_tasks(text: str) -> bool | dict[str, float]:

@@ -20,15 +20,14 @@ RATES = ("edit", "kept", "kept_share", "success", "attributes")
 def cell(tasks: list[np.ndarray], percent: bool, shared: bool) -> str:
     """Values [k, N] of k seeds and N scenes (not-a-number: not asked of it), for each task -> "mean ± half
     width" of the mean over tasks. shared: all tasks are asked of the same scenes."""
-    asked = [~np.isnan(t[0]) for t in tasks]
-    tasks = [t for t, a in zip(tasks, asked) if a.sum() > 1]  # nothing to over-edit in a whole picture
-    asked = [a for a in asked if a.sum() > 1]
+    tasks = [t for t in tasks if (~np.isnan(t[0])).sum() > 1]  # nothing to over-edit in a whole picture
     if not tasks:
         return "-"
     k, means = len(tasks[0]), np.mean([np.nanmean(t, 1) for t in tasks], 0)
     # what each scene adds to the deviation of the mean; over the scenes of a task it sums to 0
-    parts = [np.where(a, t.mean(0) - np.nanmean(t), 0) / np.sqrt(a.sum() * (a.sum() - 1)) / len(tasks)
-             for t, a in zip(tasks, asked)]
+    asked = [(~np.isnan(t[0])).sum() for t in tasks]
+    parts = [np.nan_to_num(t.mean(0) - np.nanmean(t)) / math.sqrt(n * (n - 1)) / len(tasks)
+             for t, n in zip(tasks, asked)]
     scene = float((np.sum(parts, 0) ** 2).sum() if shared else sum((p**2).sum() for p in parts))
     seed = float(means.var(ddof=1)) / k if k > 1 else 0.0
     wide = quantile((k - 1) * ((scene + seed) / seed) ** 2) if seed else 1.96
@@ -37,7 +36,7 @@ def cell(tasks: list[np.ndarray], percent: bool, shared: bool) -> str:
 
 
 def quantile(freedom: float) -> float:
-    """97.5 % of Student's t (Cornish-Fisher; 3 % too small at 2 degrees of freedom, exact at many)."""
+    """97.5 % of Student's t (Cornish-Fisher; 3 % too small at 2 degrees of freedom, a quarter at 1)."""
     z, v = 1.959964, freedom
     return (z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3))

@@ -143,12 +143,12 @@ def test_wrong_pairs_weigh_nothing(made, tmp_path):
 
 def test_pairs_without_weight_are_counted(made, tmp_path, capsys):
     call(made, tmp_path / "a", train_omni, **edit(made, data="scenes:wrong=0.3", steps=1))
-    said = re.search(r"(\d+) of the first 1,000 pairs weigh nothing \(--weighting threshold\)",
+    said = re.search(r"(\d+) of 1,000 pairs weigh nothing \(--weighting threshold\)",
                      capsys.readouterr().out)
     assert 250 < int(said[1]) < 350
     call(made, tmp_path / "b", train_omni, **edit(made, data="scenes:wrong=0.3", steps=1, weighting="score"))
     assert "weigh nothing" not in capsys.readouterr().out
-    refused(made, tmp_path / "c", train_omni, "the first 1,000 pairs of scenes:wrong=1 score less",
+    refused(made, tmp_path / "c", train_omni, "1,000 of 1,000 pairs of scenes:wrong=1 score less",
             **edit(made, data="scenes:wrong=1"))
 
 
@@ -227,6 +227,7 @@ def test_dry_run_says_what_it_needs(made, tmp_path, capsys):
     ("wrong=2", dict(data="scenes:wrong=2")),
     ("pictures: not a set of edit pairs", dict(data="pictures")),
     ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, cached=True)),
+    ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, tasks="style=1")),
 ])
 def test_bad_values(made, tmp_path, text, flags):
     refused(made, tmp_path / "out", train_omni, text, **edit(made) | flags)
