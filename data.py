@@ -156,16 +156,20 @@ class Parquet:
 
 
 def open_source(spec, split="train"):
-    """"scenes", a folder of pictures, a parquet file or a folder of them -> source; SystemExit on all else.
+    """"scenes", "scenes:hard", a folder of pictures, a parquet file or a folder of them -> source; SystemExit
+    on all else.
 
     split "train", "heldout" or "all". A folder's held-out part is its subfolder or parquet files of a name in
     HELDOUT_NAMES, otherwise 5% of the rows, by a hash of the file name or row number."""
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
-    if spec == "scenes":
-        from scenes import Scenes
+    if spec.partition(":")[0] == "scenes":
+        from scenes import Scenes, parse_spec
 
-        return Scenes(split)
+        level, wrong = parse_spec(spec)
+        if wrong is not None:
+            raise SystemExit(f"error: {spec}: only edit pairs can be wrong: leave out wrong=")
+        return Scenes("train" if split == "all" else split, level)
     path, share = Path(spec), HELDOUT
     if not path.exists() or path.is_file() and path.suffix != ".parquet":
         problem = "not a data source" if path.exists() else "no such file or folder"
@@ -184,23 +188,19 @@ def open_source(spec, split="train"):
 def open_edits(spec, split="train"):
     """Edit pairs -> source (see edits.py); SystemExit with one line on all else.
 
-    spec: "scenes", procedural pairs; "scenes:wrong=0.5", half of them wrong, and scored; "omniedit:PATH",
-    "ip2p:PATH", "magicbrush:PATH", "ultraedit:PATH", "jsonl:PATH" or PATH.jsonl, a file or a folder of files.
+    spec: "scenes" or "scenes:hard", procedural pairs; "scenes:wrong=0.5" or "scenes:hard,wrong=0.5", half of
+    them wrong, and scored; "omniedit:PATH", "ip2p:PATH", "magicbrush:PATH", "ultraedit:PATH", "jsonl:PATH" or
+    PATH.jsonl, a file or a folder of files.
     split "train", "heldout" or "all" (of scenes: train)."""
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
     kind, colon, rest = spec.partition(":")
     if kind == "scenes":
         from scene_edits import EditScenes
+        from scenes import parse_spec
 
-        try:
-            key, _, wrong = rest.partition("=") if colon else ("wrong", "", 0)
-            wrong = float(wrong)
-        except ValueError:
-            key = None
-        if key != "wrong" or not 0 <= wrong <= 1:
-            raise SystemExit(f"error: {spec}: {rest!r}: say scenes, or scenes:wrong=SHARE from 0 to 1")
-        return EditScenes("train" if split == "all" else split, wrong=wrong)
+        level, wrong = parse_spec(spec)
+        return EditScenes("train" if split == "all" else split, wrong or 0.0, level)
     if not colon and spec.endswith(".jsonl"):
         kind, rest = "jsonl", spec
     if kind not in edits.PRESETS or not rest:
@@ -583,9 +583,10 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
 
     if limit < 1:
         raise SystemExit(f"error: --limit: {limit}: look at one picture at least")
-    if ":" in spec and not Path(spec).exists() or spec.endswith(".jsonl"):
+    pairs = "wrong=" in spec if spec.startswith("scenes") else ":" in spec or spec.endswith(".jsonl")
+    if pairs and not Path(spec).exists() or spec.endswith(".jsonl"):
         return check_edits(open_edits(spec, "all"), image_size, stride, limit, out)
-    source = open_source(spec, "train" if spec == "scenes" else "all")
+    source = open_source(spec, "all")
     picks = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist()
     used, notes, lengths, areas, bad, rows = Counter(), Counter(), [], {t: [] for t in TASKS}, [], []
     for n, i in enumerate(tqdm(picks, disable=None, leave=False)):

@@ -3,17 +3,18 @@
     python evaluate.py parser  --out assets/parser --steps 6000          # the judge's parser
     python evaluate.py scenes  --ckpt assets/base,out/pefl --n 500       # tables, results.json, contact sheet
     python evaluate.py edits   --ckpt out/editnet,out/concat --n 300     # the same, of instruction editors
+    python evaluate.py t2i     --ckpt assets/base --guidance 3           # the same, of text to image
     python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad, of either
     python evaluate.py prefs   --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8
 
 A scene's description is known, so the judge needs no human: a parser network (judge.py) reads attributes back
 from the picture, and the exact picture that belongs there is drawn again. `scenes` has the tasks of ByteEdit
-(judge_holes.py), `edits` the seven of OmniEdit (judge_edits.py). Masks and instructions depend on the scene,
-noise on (seed, scene): equal for every checkpoint, so that all comparisons are paired. Intervals are 95%
-bootstraps over scenes. Every picture is judged as 8 bits per channel, a filled hole with the known pixels
-pasted back.
+(judge_holes.py), `edits` the seven of OmniEdit and `t2i` text to image (judge_edits.py). Masks and
+instructions depend on the scene, noise on (seed, scene): equal for every checkpoint, so that all comparisons
+are paired. Intervals are 95% bootstraps over scenes. Every picture is judged as 8 bits per channel, a filled
+hole with the known pixels pasted back.
 
-    1. Config     2. Results: pictures of an editor     3. parser, scenes, edits, compare, prefs
+    1. Config     2. Results: pictures of an editor     3. parser, scenes, edits, t2i, compare, prefs
 """
 
 import datetime
@@ -42,7 +43,6 @@ import model
 import scenes
 from judge import (
     SIDE,
-    Parser,
     bootstrap,
     frechet_interval,
     load_parser,
@@ -65,13 +65,13 @@ from scene_edits import EditScenes
 
 @dataclass
 class Config:
-    task: tyro.conf.Positional[Literal["parser", "scenes", "edits", "compare", "prefs"]]
+    task: tyro.conf.Positional[Literal["parser", "scenes", "edits", "t2i", "compare", "prefs"]]
     ckpt: str = ""  # checkpoints or folders of saved pictures, with commas; prefs: the base
     out: str = "out/evaluate"  # folder for results and the sheet, for the parser, or for the preferences
     save: str = ""  # scenes, edits: also keep the pictures here, a folder each, for a later `compare`
     parser: str = "assets/parser"  # the judge's parser
-    n: int = 500  # scenes for each task (and prompts of --t2i); prefs: prompts
-    data: str = "scenes"  # prefs: "scenes", a folder of captioned pictures or a parquet file
+    n: int = 500  # scenes for each task; t2i, prefs: prompts
+    data: str = "scenes"  # scenes or scenes:hard; prefs: also a folder of captioned pictures or a .parquet
     offset: int = 0  # first scene
     steps: str = "20"  # of sampling, for all or for each checkpoint (prefs: each of k); parser: of training
     guidance: float = 1.0  # classifier-free guidance, of the instruction in edits; 1 = off
@@ -79,8 +79,6 @@ class Config:
     region: bool = False  # edits: show the editor which region changes
     aspects: str = "1:1"  # width:height, with commas; edits: each is judged on its own; parser: it sees all
     image_size: int = 0  # edits: side of the square of equal area; 0 = what the editor was trained at
-    t2i: bool = False  # edits: also judge what is left of text to image, against --base
-    base: str = ""  # edits, --t2i: the base that the editors were trained from
     solver: Literal["euler", "heun"] = "euler"  # of the sampler
     seeds: str = "0"  # noise seeds, with commas
     captions: int = 0  # prefs: further true pictures for alignment pairs alone
@@ -125,7 +123,7 @@ class Editor:
 
 def load_editor(path: str, device: torch.device, bf16: bool, kind: str | None = "scenes") -> Editor:
     """Averaged weights if there are any; SystemExit unless it is of the kind, in pixel space. kind None: an
-    editor of either kind; "t2i": any text-to-image editor."""
+    editor of either kind, or a text-to-image base."""
     weights, manifest = common.load_checkpoint(path, ("ema", "model"))
     arch = manifest.get("arch", {})
     if kind is None:
@@ -270,11 +268,19 @@ def aspect_sizes(aspects: str, size: int, stride: int) -> dict[str, tuple[int, i
     return found
 
 
+def level_of(cfg: Config) -> str:
+    """The level of scenes that --data names; SystemExit on all else: of other pictures no truth is known."""
+    if (found := scenes.parse_spec(cfg.data)) is None or found[1] is not None:
+        raise SystemExit(f"error: --data: {cfg.data}: the judge knows the truth of scenes only: use scenes "
+                         "or scenes:hard")
+    return found[0]
+
+
 def gather_cases(cfg: Config, kind: str, size: int, stride: int) -> AnyCases:
     if kind == "scenes":
-        source, tasks = scenes.Scenes("heldout"), TASKS
+        source, tasks = scenes.Scenes("heldout", level_of(cfg)), TASKS
     else:
-        source = EditScenes("heldout")
+        source = EditScenes("heldout", level=level_of(cfg))
         tasks = source.tasks
     most = len(source) // (1 if kind == "scenes" else len(tasks))
     if cfg.n < 2 or cfg.offset < 0 or cfg.offset + cfg.n > most:
@@ -329,12 +335,13 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
 
 
 ####################################################################################################
-# 3. parser, scenes, edits, compare, prefs
+# 3. parser, scenes, edits, t2i, compare, prefs
 ####################################################################################################
 
 # printed in percent
-SHARE = ("success", "edit", "kept", "kept_share", "shape", "colour", "material", "objects", "background",
-         "environment", "style", "empty", "attributes", "judged", "truth_read", "source_read", "kept_asked")
+SHARE = ("drawn", "named", "success", "edit", "kept", "kept_share", "shape", "colour", "material",
+         "objects", "background", "environment", "style", "empty", "attributes", "judged", "truth_read",
+         "source_read", "kept_asked")
 ORDER = (*SHARE, "exact", "over", "error", "hole", "seam", "sharpness", "outside_raw", "outside", "frechet",
          "frechet_hole")
 
@@ -466,9 +473,6 @@ def run_edits(cfg: Config, device: torch.device) -> None:
     started = time.time()
     open_out(cfg.out)
     net = load_parser(cfg.parser, device)
-    if cfg.t2i and not cfg.base:
-        raise SystemExit("error: --base: is empty: --t2i needs the base that the editors were trained from")
-    base = load_editor(cfg.base, device, cfg.bf16, "t2i") if cfg.t2i else None
     results, cases, seeds = gather(cfg, device, "edits")
     columns, report, every = [*results, known("image", cases), known("truth", cases)], {}, {}
     for aspect in dict.fromkeys(k.split("/")[0] for k in cases):
@@ -495,10 +499,7 @@ def run_edits(cfg: Config, device: torch.device) -> None:
         print("\n" + table(["the parser", *heads], [[task, *(cell(k, v[k]) for k in heads)]
                                                     for task, v in limits.items()]))
     save_scores(cfg, results, {key: rows[:len(results)] for key, rows in every.items()})
-    content = {"aspects": report}
-    if cfg.t2i:
-        content["t2i"] = run_t2i(cfg, base, device, net, seeds)
-    finish(cfg, started, results, cases, seeds, content)
+    finish(cfg, started, results, cases, seeds, {"aspects": report})
 
 
 def summary_of(scores: list[dict], features: list[tuple]) -> dict:
@@ -509,24 +510,34 @@ def summary_of(scores: list[dict], features: list[tuple]) -> dict:
     return found | {"frechet": frechet_interval(*(np.concatenate(x, 1) for x in zip(*features)))}
 
 
-def run_t2i(cfg: Config, base: Editor, device: torch.device, net: Parser, seeds: list[int]) -> dict:
-    """Captions of held-out scenes drawn by the base that was given, by each editor's own base with the branch
-    off, and by the editor with a null picture, which takes the caption as an instruction (OmniEdit Fig. 10)
-    -> {name: {metric: mean and interval}}."""
-    indices = list(range(cfg.offset, cfg.offset + cfg.n))
-    p = prompts(indices, base.size, scenes.Scenes("heldout"))
-    steps = numbers(cfg.steps, "steps", 1)
-    painters = [(f"{cfg.base.rstrip('/')}@{steps[0]}", base, steps[0])]
+def run_t2i(cfg: Config, device: torch.device) -> None:
+    """Captions of held-out scenes drawn by every entry of --ckpt; by an instruction editor twice: by its own
+    base, with the branch off, and with a null picture, which takes the caption as an instruction (OmniEdit
+    Fig. 10). Controls: the scene itself, and another prompt's."""
+    started = time.time()
+    out, net = open_out(cfg.out), load_parser(cfg.parser, device)
     entries = [x.strip() for x in cfg.ckpt.split(",") if x.strip()]
+    seeds, steps = numbers(cfg.seeds, "seeds", 0), numbers(cfg.steps, "steps", 1)
+    if not entries or len(steps) not in (1, len(entries)):
+        raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: give checkpoints, and in --steps one number or one "
+                         "for each")
+    painters = []
     for entry, k in zip(entries, steps * (len(entries) // len(steps))):
-        if not (Path(entry) / "judge.json").is_file():
-            e = load_editor(entry, device, cfg.bf16, "edits")
-            name = f"{entry.rstrip('/')}@{k}"
-            painters += [(f"{name}, branch off", replace(e, kind="t2i", net=e.net.base), k),
+        e = load_editor(entry, device, cfg.bf16, None)
+        name = f"{entry.rstrip('/')}@{k}"
+        if e.kind == "edits":
+            painters += [(f"{name}, branch off", replace(e, kind="scenes", net=e.net.base), k),
                          (f"{name}, null picture", e, k)]
-    columns = {}
+        else:
+            painters.append((name, e, k))
+    if len(sizes := {e.size for _, e, _ in painters}) > 1:
+        raise SystemExit(f"error: --ckpt: pictures of {sorted(sizes)} pixels: compare editors of one size")
+    source, indices = scenes.Scenes("heldout", level_of(cfg)), list(range(cfg.offset, cfg.offset + cfg.n))
+    if cfg.n < 2 or cfg.offset < 0 or indices[-1] >= len(source):
+        raise SystemExit(f"error: --n: {cfg.n}: use 2 to {len(source)} scenes, --offset included")
+    p, columns = prompts(indices, painters[0][1].size, source), {}
     for name, e, k in painters:
-        got = []
+        got, bar = [], common.progress(len(seeds) * cfg.n, desc=name)
         for seed in seeds:
             parts = []
             for i in range(0, cfg.n, cfg.batch_size):
@@ -537,8 +548,10 @@ def run_t2i(cfg: Config, base: Editor, device: torch.device, net: Parser, seeds:
                 draw = generate_edit if e.kind == "edits" else generate
                 x = draw(e, nothing, ones, p.caption[part], noise, k, cfg.guidance, solver=cfg.solver)
                 parts.append(to_uint8(x))
+                bar.update(len(x))
             got.append(torch.cat(parts).numpy())
         columns[name] = np.stack(got)
+        bar.close()
     columns["another's picture"] = to_uint8(p.truth.roll(1, 0))[None].numpy()
     columns["truth"] = to_uint8(p.truth)[None].numpy()
     report = {}
@@ -549,7 +562,11 @@ def run_t2i(cfg: Config, base: Editor, device: torch.device, net: Parser, seeds:
     print(f"\ntext to image: {cfg.n} held-out captions, {len(seeds)} seed(s), mean [95% interval]")
     print(table(["", *report], [[k, *(cell(k, v[k]) for v in report.values())]
                                 for k in ORDER if k in report["truth"]]))
-    return report
+    shown = [name for name in columns if name != "another's picture"]
+    rows = [[to_float(columns[name][0][i]) for name in shown] for i in range(min(4 * cfg.rows, cfg.n))]
+    common.contact_sheet(rows, shown, row_titles=p.caption).save(out / "sheet.png")
+    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "t2i": report})
+    print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
 
 
 def verdicts(a: np.ndarray, b: np.ndarray, higher: bool, tie: float) -> np.ndarray:
@@ -649,8 +666,8 @@ def main(cfg: Config) -> None:
         raise SystemExit("error: torchrun: several processes would judge the same: start one, without it")
     device = common.setup(cfg.device).device
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
-    run = {"parser": run_parser, "scenes": run_scenes, "edits": run_edits, "compare": run_compare,
-           "prefs": run_prefs}
+    run = {"parser": run_parser, "scenes": run_scenes, "edits": run_edits, "t2i": run_t2i,
+           "compare": run_compare, "prefs": run_prefs}
     try:
         run[cfg.task](cfg, device)
     except (OSError, SafetensorError) as e:  # what is read is read by data.py and common.py, which say so

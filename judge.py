@@ -198,12 +198,12 @@ class ParserBatches(torch.utils.data.Dataset):
     """Item s is a batch of clean renders: pictures, labels, a box on each object and one on free background.
 
     Boxes are off by up to an eighth of a radius and a tenth in size, since an edited object need not sit
-    where the original did. Batches are drawn at the sizes (h, w) in turn.
+    where the original did. Pictures are of the sources in turn, batches at the sizes (h, w) in turn.
     """
 
-    def __init__(self, source: scenes.Scenes, start: int, batch_size: int, steps: int,
+    def __init__(self, sources: list[scenes.Scenes], start: int, batch_size: int, steps: int,
                  sizes: list[tuple[int, int]], jitter: bool):
-        self.source, self.start, self.batch_size, self.steps = source, start, batch_size, steps
+        self.sources, self.start, self.batch_size, self.steps = sources, start, batch_size, steps
         self.sizes, self.jitter = sizes, jitter
 
     def __len__(self) -> int:
@@ -214,12 +214,14 @@ class ParserBatches(torch.utils.data.Dataset):
         images, pictures, which, boxes, objects = [], [], [], [], []
         for j in range(self.batch_size):
             index = self.start + step * self.batch_size + j
-            s, rng = self.source.scene(index), scenes.rng_for(self.source.seed, index, 11)
+            source = self.sources[j % len(self.sources)]
+            s, rng = source.scene(index), scenes.rng_for(source.seed, index, 11)
             images.append(scenes.draw(s, h, w))
             pictures.append(picture_labels(s))
             places = [(o.x, o.y, scenes.RADIUS[o.size], object_labels(o)) for o in s.objects]
             for _ in range(8):
-                x, y, r = *rng.uniform(0.1, 0.9, 2), list(scenes.RADIUS.values())[rng.integers(3)]
+                sizes = scenes.LEVELS[s.level].sizes
+                x, y, r = *rng.uniform(0.1, 0.9, 2), scenes.RADIUS[sizes[rng.integers(len(sizes))]]
                 # as near to objects as scenes puts them to each other: what erasing leaves behind
                 if all(math.hypot(x - o.x, y - o.y) > scenes.RADIUS[o.size] + 0.7 * r for o in s.objects):
                     places.append((x, y, r, [-100, -100, -100, 0]))  # -100: cross_entropy's ignore_index
@@ -241,13 +243,14 @@ def one_thread(_: int) -> None:
 
 def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True,
                  sizes: list[tuple[int, int]] = [(SIDE, SIDE)]) -> Parser:
-    """A parser trained from scratch on train scenes drawn at each of the sizes (h, w): three batches of four,
-    and the fourth at twice the size."""
+    """A parser trained from scratch on train scenes of every level in turn, drawn at each of the sizes
+    (h, w): three batches of four, and the fourth at twice the size."""
     torch.manual_seed(0)
     net = Parser().to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.param_groups(net, 0.05), lr=lr, betas=(0.9, 0.99))
     turns = [turn for h, w in sizes for turn in ((h, w), (h, w), (h, w), (2 * h, 2 * w))]
-    batches = ParserBatches(scenes.Scenes("train"), 0, batch_size, steps, turns, jitter=True)
+    levels = [scenes.Scenes("train", level) for level in scenes.LEVELS]
+    batches = ParserBatches(levels, 0, batch_size, steps, turns, jitter=True)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, worker_init_fn=one_thread)
     bar = common.progress(steps, desc="parser")
     for step, batch in enumerate(loader):
@@ -271,13 +274,14 @@ def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, b
 
 
 @torch.inference_mode()
-def parser_accuracy(net: Parser, size: tuple[int, int], n: int,
-                    device: torch.device) -> dict[str, np.ndarray]:
+def parser_accuracy(net: Parser, size: tuple[int, int], n: int, device: torch.device,
+                    level: str = "easy") -> dict[str, np.ndarray]:
     """Right or wrong (1, 0) of every head on clean held-out renders of size (h, w); NaN: a box without an
     object."""
-    start = len(scenes.Scenes("heldout")) - 20_000  # far from the scenes that checkpoints are judged on
+    source = scenes.Scenes("heldout", level)
+    start = len(source) - 20_000  # far from the scenes that checkpoints are judged on
     right = {k: [] for k in (*PICTURE_HEADS, *OBJECT_HEADS)}
-    batches = ParserBatches(scenes.Scenes("heldout"), start, 100, n // 100, [size], jitter=False)
+    batches = ParserBatches([source], start, 100, n // 100, [size], jitter=False)
     for images, pictures, which, boxes, objects in map(batches.__getitem__, range(len(batches))):
         said = net(to_float(images.to(device)), which.to(device), boxes.to(device))
         for logits, labels in zip(said, (pictures, objects)):

@@ -120,7 +120,7 @@ def free_places(seed: int, index: int, before: scenes.Scene, after: scenes.Scene
     rng, found = scenes.rng_for(seed, index, 9), []
     known = (*before.objects, *after.objects)
     for x, y, u in rng.random((24, 3)).tolist():
-        size = scenes.pick(scenes.SIZES, u)
+        size = scenes.pick(scenes.LEVELS[before.level].sizes, u)
         o = scenes.Object("", "", "", size, 0.1 + 0.8 * x, 0.1 + 0.8 * y)
         free = scenes.gap(o.x, o.y, 0.7 * scenes.RADIUS[size], known) > 0
         if free and place_of(o) != avoid and len(found) < 4:
@@ -261,6 +261,7 @@ class Prompts:
     pictures: Tensor  # [N, 3] labels of PICTURE_HEADS, NOT_ASKED where the caption is silent
     which: Tensor  # [K] scene of a named object
     objects: Tensor  # [K, 4] labels of OBJECT_HEADS, NOT_ASKED where the caption is silent
+    grid: Tensor  # [P, 4] boxes in which objects are looked for
 
 
 def prompts(indices: list[int], size: int, source: scenes.Scenes) -> Prompts:
@@ -284,13 +285,13 @@ def prompts(indices: list[int], size: int, source: scenes.Scenes) -> Prompts:
         captions.append(text)
         pictures.append(labels)
     return Prompts(list(indices), to_float(np.stack(images)), captions, torch.tensor(pictures),
-                   torch.tensor(which), torch.tensor(objects))
+                   torch.tensor(which), torch.tensor(objects), places(size, source.level))
 
 
-def places(size: int) -> Tensor:
-    """Boxes [P, 4] that cover a square picture: each object size, 0.6 radii apart."""
+def places(size: int, level: str) -> Tensor:
+    """Boxes [P, 4] that cover a square picture: each object size of the level, 0.6 radii apart."""
     found = []
-    for r in scenes.RADIUS.values():
+    for r in (scenes.RADIUS[name] for name in scenes.LEVELS[level].sizes):
         steps = np.linspace(r, 1 - r, 1 + math.ceil((1 - 2 * r) / (0.6 * r))).tolist()
         found += [object_box(x, y, r, size, size) for x in steps for y in steps]
     return torch.tensor(found)
@@ -299,9 +300,10 @@ def places(size: int) -> Tensor:
 def judge_t2i(x: Tensor, p: Prompts, net: Parser) -> dict[str, np.ndarray]:
     """Metrics [N] of pictures x [N, 3, S, S] in [-1, 1] for the prompts, the share of what they name that is
     right: background, environment, style, objects (read with all named attributes in some box: a place of
-    `places`), attributes (mean of these). What a box reads by accident counts: compare with the picture of
-    another prompt."""
-    grid = places(x.shape[-1])
+    `places`), attributes (mean of these). drawn: of prompts for a single object, whether its shape and its
+    colour are read in some box. What a box reads by accident counts: compare with the picture of another
+    prompt."""
+    grid = p.grid
     which = torch.arange(len(x)).repeat_interleave(len(grid))
     pictures, objects = read(x, which, grid.repeat(len(x), 1), net, part=8)
     objects = objects.view(len(x), len(grid), 4)
@@ -315,4 +317,9 @@ def judge_t2i(x: Tensor, p: Prompts, net: Parser) -> dict[str, np.ndarray]:
                     for y in (there, torch.ones_like(there)))
     out["objects"] = torch.where(count > 0, total / count.clamp(min=1), math.nan).numpy()
     out["attributes"] = np.nanmean(np.stack(list(out.values())), 0)  # the background is always named
+    kinds = [list(OBJECT_HEADS).index(kind) for kind in ("shape", "colour")]
+    single = torch.bincount(p.which, minlength=len(x)) == 1
+    seen = (objects[p.which] == wanted)[..., kinds].all(2).any(1)                            # [K]
+    out["drawn"] = np.full(len(x), math.nan)
+    out["drawn"][single.numpy()] = seen[single[p.which]].double().numpy()
     return out

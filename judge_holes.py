@@ -141,7 +141,8 @@ def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
     """Metrics [N] of pictures raw [N, 3, H, W] in [-1, 1]; not-a-number where a scene does not ask.
 
     Higher is better: shape, colour, material (mean over the judged objects), background, environment,
-    style, empty (erase: no object at the box), attributes (mean of all that the task asks). Lower is
+    style, empty (erase: no object at the box), attributes (mean of all that the task asks), named (edit: the
+    object in the hole has the shape, the colour and, if it is said, the material of the caption). Lower is
     better: exact (mean |x - truth| over pixels whose truth is determined), hole (over all of the hole),
     seam, outside_raw (change of known pixels before pasting), outside (after). sharpness: gradient in the
     hole over the truth's; 1 is right, below is blur, above noise.
@@ -168,6 +169,8 @@ def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
     stacked = np.stack(list(out.values()))
     out["attributes"] = np.nansum(stacked, 0) / np.maximum((~np.isnan(stacked)).sum(0), 1)
     out["attributes"][np.isnan(stacked).all(0)] = math.nan
+    if c.task == "edit":
+        out["named"] = (np.nan_to_num(stacked, nan=1.0) == 1).all(0).astype(np.float64)
     error = (x - c.truth).abs() / 2
     out["exact"] = masked_mean(error, c.certain)
     out["hole"] = masked_mean(error, c.mask)

@@ -31,14 +31,10 @@ from scene_text import (
     plainly_off,
 )
 from scenes import (
-    BACKGROUNDS,
     CLASH,
-    COLOURS,
     ENVIRONMENTS,
-    MATERIALS,
+    LEVELS,
     RADIUS,
-    SHAPES,
-    SIZES,
     STYLES,
     Object,
     Scene,
@@ -185,16 +181,21 @@ def _other(options, u, *known):
     return pick([o for o in options if o not in known], u)
 
 
+def _level(scene):
+    return LEVELS[scene.level]
+
+
 def _colours_on(scene):
-    return [c for c in COLOURS if c not in CLASH[scene.background]]
+    return _level(scene).colours_on(scene.background)
 
 
 def swap(scene, rng):
     """Object swap: another shape, colour and material in the place and size of an object."""
     k, old = refer(scene, rng)
     u, o = rng.random(5).tolist(), scene.objects[k]
-    new = replace(o, shape=_other(SHAPES, u[0], o.shape), colour=_other(_colours_on(scene), u[1], o.colour),
-                  material=pick(MATERIALS, u[2]))  # fmt: skip
+    of = _level(scene)
+    new = replace(o, shape=_other(of.shapes, u[0], o.shape), material=pick(of.materials, u[2]),
+                  colour=_other(_colours_on(scene), u[1], o.colour))  # fmt: skip
     what = article(f"{new.colour} {pick(MATERIAL_WORDS[new.material], u[3])} {new.shape}")
     return Edit("swap", _with(scene, k, new), pick(SWAP_TEXTS, u[4]).format(old, what), (k + 1,))
 
@@ -208,13 +209,13 @@ def remove(scene, rng):
 def add(scene, rng):
     """Object addition in a free place (of 32 tried the freest, at most slightly overlapping), on top of the
     others."""
-    u = rng.random(73).tolist()
-    sizes = SIZES[: 1 + int(u[0] * 3)][::-1]
+    u, of = rng.random(73).tolist(), _level(scene)
+    sizes = of.sizes[: 1 + int(u[0] * 3)][::-1]
     places = ((s, free_place(scene.objects, s, u[9:], -0.05)) for s in sizes)
     size, place = next(((s, p) for s, p in places if p), (None, None))
     if place is None:
-        size, place = "small", free_place(scene.objects, "small", u[9:], -99.0)
-    new = Object(pick(SHAPES, u[1]), pick(_colours_on(scene), u[2]), pick(MATERIALS, u[3]), size,
+        size, place = of.sizes[0], free_place(scene.objects, of.sizes[0], u[9:], -99.0)
+    new = Object(pick(of.shapes, u[1]), pick(_colours_on(scene), u[2]), pick(of.materials, u[3]), size,
                  round(place[0], 4), round(place[1], 4), round((u[4] - 0.5) * 24, 2))  # fmt: skip
     material = pick(MATERIAL_WORDS[new.material], u[6])
     what = article(f"{pick(SIZE_WORDS[size], u[7])} {new.colour} {material} {new.shape}")
@@ -227,13 +228,13 @@ def attribute(scene, rng):
     k, old = refer(scene, rng)
     u, o = rng.random(4).tolist(), scene.objects[k]
     rest = _without(scene, k).objects
-    sizes = [s for s in SIZES if s != o.size and gap(o.x, o.y, RADIUS[s], rest) > -0.05
+    sizes = [s for s in _level(scene).sizes if s != o.size and gap(o.x, o.y, RADIUS[s], rest) > -0.05
              and min(o.x, o.y, 1 - o.x, 1 - o.y) > RADIUS[s]]  # fmt: skip
     if u[0] < 0.5:
         field, value = "colour", _other(_colours_on(scene), u[1], o.colour)
         word = value
     elif u[0] < 0.8 or not sizes:
-        field, value = "material", _other(MATERIALS, u[1], o.material)
+        field, value = "material", _other(_level(scene).materials, u[1], o.material)
         word = pick(MATERIAL_WORDS[value], u[3])
     else:
         field, value = "size", pick(sizes, u[1])
@@ -245,7 +246,7 @@ def attribute(scene, rng):
 def background(scene, rng):
     """Background swap; prefers backgrounds on which no object's colour would vanish."""
     u = rng.random(3).tolist()
-    others = [b for b in BACKGROUNDS if b != scene.background]
+    others = [b for b in _level(scene).backgrounds if b != scene.background]
     b = pick([b for b in others if not any(o.colour in CLASH[b] for o in scene.objects)] or others, u[0])
     text = pick(BACKGROUND_TEXTS, u[1]).format(_BACKGROUND_NOUNS[b], pick(BACKGROUND_WORDS[b], u[2]))
     return Edit("background", replace(scene, background=b), text, None)
@@ -276,12 +277,13 @@ WHOLE = ("background", "environment", "style")  # tasks named after the field of
 
 def chain(scene, rng, n):
     """n edits in turn: list of (instruction, scene after it). Tasks are drawn uniformly among those the scene
-    allows: the last object is not removed, a seventh not added."""
+    allows: the last object is not removed, and no more added than the level has."""
     out = []
     for _ in range(n):
         count = len(scene.objects)
-        tasks = [t for t in TASKS if t in WHOLE or (t == "add" and count < 6) or count > (t == "remove")
-                 and t != "add"]  # fmt: skip
+        allowed = dict.fromkeys(TASKS, count > 0) | dict.fromkeys(WHOLE, True)
+        allowed |= {"add": count < _level(scene).most, "remove": count > 1}
+        tasks = [t for t in TASKS if allowed[t]]
         edit = EDITS[pick(tasks, rng.random())](scene, rng)
         scene = edit.target
         out.append((edit.instruction, scene))
@@ -340,6 +342,13 @@ WRONG = {
 }  # fmt: skip
 
 
+def _options(scene):
+    """The values that each field of a scene and of its objects may take."""
+    of = _level(scene)
+    return {"background": of.backgrounds, "environment": ENVIRONMENTS, "style": STYLES, "shape": of.shapes,
+            "colour": _colours_on(scene), "material": of.materials, "size": of.sizes}  # fmt: skip
+
+
 def _fewer(edit, scene, rng, kept):
     """A swap of which `kept` of the fields that change are left as they were, but at least one changes."""
     k = edit.ids[0] - 1
@@ -354,22 +363,24 @@ def _another(edit, scene, rng):
     """The edit done to another object, or with another result than asked."""
     u = rng.random(4).tolist()
     if edit.task in WHOLE:
-        options = {"background": BACKGROUNDS, "environment": ENVIRONMENTS, "style": STYLES}[edit.task]
+        options = _options(scene)[edit.task]
         was, asked = getattr(scene, edit.task), getattr(edit.target, edit.task)
         return replace(scene, **{edit.task: _other(options, u[0], was, asked)})
     colours, k = _colours_on(scene), edit.ids[0] - 1
     if edit.task == "add":
         new = edit.target.objects[k]
-        new = replace(new, shape=_other(SHAPES, u[0], new.shape), colour=_other(colours, u[1], new.colour))
+        new = replace(new, shape=_other(_level(scene).shapes, u[0], new.shape),
+                      colour=_other(colours, u[1], new.colour))  # fmt: skip
         return _with(edit.target, k, new)
     others, old = [j for j in range(len(scene.objects)) if j != k], scene.objects[k]
     if edit.task == "remove":
         if others:
             return _without(scene, pick(others, u[2]))
-        shape, colour = _other(SHAPES, u[0], old.shape), _other(colours, u[1], old.colour)
+        shape = _other(_level(scene).shapes, u[0], old.shape)
+        colour = _other(colours, u[1], old.colour)
         return _with(scene, k, replace(old, shape=shape, colour=colour))
     new = edit.target.objects[k]
-    options = {"shape": SHAPES, "colour": colours, "material": MATERIALS, "size": SIZES}
+    options = _options(scene)
     fields = {f: getattr(new, f) for f in options if getattr(new, f) != getattr(old, f)}
     others = [j for j in others if replace(scene.objects[j], **fields) != scene.objects[j]]
     if others:
@@ -390,11 +401,10 @@ def _more(edit, rng, slight):
         o = target.objects[k]
         if u[1] < 0.4:
             return _without(target, k)
-        return _with(target, k, replace(o, shape=_other(SHAPES, u[2], o.shape),
+        return _with(target, k, replace(o, shape=_other(_level(target).shapes, u[2], o.shape),
                                         colour=_other(_colours_on(target), u[3], o.colour)))  # fmt: skip
     field = _other(WHOLE, u[0], edit.task)
-    options = {"background": BACKGROUNDS, "environment": ENVIRONMENTS, "style": STYLES}[field]
-    return replace(target, **{field: _other(options, u[1], getattr(target, field))})
+    return replace(target, **{field: _other(_options(target)[field], u[1], getattr(target, field))})
 
 
 def _partly(a, b, changed, done, rng):
@@ -451,15 +461,16 @@ class EditScenes:
     """Edit source over the scenes of a split: pair i is scene i with an edit of task i % 7. wrong: the
     share of pairs, drawn by index, that are wrong in one of the ways of WRONG and scored below 9; right
     pairs then score 9 to 10, and 10 when wrong is 0. The pairs that stay right are the same for every
-    share. The held-out split has right pairs only. SystemExit on an unknown split or a share outside 0..1."""
+    share. The held-out split has right pairs only. SystemExit on an unknown split or level, or a share
+    outside 0..1."""
 
-    name, tasks = "scenes", list(TASKS)
+    tasks = list(TASKS)
 
-    def __init__(self, split="train", wrong=0.0):
+    def __init__(self, split="train", wrong=0.0, level="easy"):
         if not 0 <= wrong <= 1:
             raise SystemExit(f"error: scenes: wrong={wrong}: use a share from 0 to 1")
-        self.scenes, self.wrong = Scenes(split), wrong if split == "train" else 0.0
-        self.seed = self.scenes.seed
+        self.scenes, self.wrong = Scenes(split, level), wrong if split == "train" else 0.0
+        self.seed, self.name = self.scenes.seed, self.scenes.name
 
     def __len__(self):
         return len(self.scenes)
@@ -497,9 +508,14 @@ class EditScenes:
         return np.concatenate([self._score(*_uniforms(self.seed, i)).astype(np.float32) for i in parts])
 
     def edit(self, i):
-        """(scene, Edit) of pair i: what is asked, whether or not the pair shows it."""
-        before = self.scenes.scene(i)
-        return before, EDITS[self.task(i)](before, rng_for(self.seed, i, 4))
+        """(scene, Edit) of pair i: what is asked, whether or not the pair shows it. Large objects leave no
+        room for one more: a scene to which one is added then loses those that stand in the way."""
+        before, task, rng = self.scenes.scene(i), self.task(i), rng_for(self.seed, i, 4)
+        most, smallest = _level(before).most, _level(before).sizes[0]
+        while task == "add" and before.objects and (len(before.objects) >= most or free_place(
+                before.objects, smallest, rng_for(self.seed, i, 9).random(64).tolist(), -0.05) is None):
+            before = _without(before, len(before.objects) - 1)
+        return before, EDITS[task](before, rng)
 
     def load(self, i, h, w):
         """dict(image, the target, and source uint8 [h, w, 3]; caption, the instruction; target_caption, a
@@ -542,7 +558,8 @@ class EditScenes:
 # ---- contact sheets ------------------------------------------------------------------------------
 
 
-def write_sheet(out: str, n: int = 28, size: int = 64, split: str = "train", wrong: float = 0.0):
+def write_sheet(out: str, n: int = 28, size: int = 64, split: str = "train", wrong: float = 0.0,
+                level: str = "easy"):
     """Source | target with task and score | region mask of the first pairs.
 
     Args:
@@ -551,8 +568,9 @@ def write_sheet(out: str, n: int = 28, size: int = 64, split: str = "train", wro
         size: width and height in pixels
         split: train or heldout
         wrong: share of wrong pairs, named under the mask; train only
+        level: easy or hard, see LEVELS of scenes.py
     """
-    source, rows = EditScenes(split, wrong), []
+    source, rows = EditScenes(split, wrong, level), []
     for i in range(n):
         got = source.load_exact(i, size, size)
         mask = np.repeat((got["mask"] * 255).astype(np.uint8)[..., None], 3, -1)
@@ -561,7 +579,8 @@ def write_sheet(out: str, n: int = 28, size: int = 64, split: str = "train", wro
     _save(rows, 2, out)
 
 
-def write_chain(out: str, n: int = 6, size: int = 64, split: str = "train", turns: int = 5):
+def write_chain(out: str, n: int = 6, size: int = 64, split: str = "train", turns: int = 5,
+                level: str = "easy"):
     """The first scenes, each edited several times in turn.
 
     Args:
@@ -570,8 +589,9 @@ def write_chain(out: str, n: int = 6, size: int = 64, split: str = "train", turn
         size: width and height in pixels
         split: train or heldout
         turns: how many edits
+        level: easy or hard, see LEVELS of scenes.py
     """
-    source, rows = EditScenes(split), []
+    source, rows = EditScenes(split, level=level), []
     for i in range(n):
         before = source.scenes.scene(i)
         later = chain(before, rng_for(source.seed, i, 7), turns)

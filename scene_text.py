@@ -6,11 +6,11 @@ single fact can be said in the same words. Everything random comes from the gene
 
 from dataclasses import dataclass, replace
 
-from scenes import BACKGROUNDS, COLOURS, ENVIRONMENTS, MATERIALS, SHAPES, SIZES, STYLES, pick, scene
+from scenes import ENVIRONMENTS, LEVELS, MATERIALS, STYLES, pick, scene
 
-MAX_BYTES = 128  # of a caption: byte-level text encoders see all of it
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
-SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big")}
+SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big"),
+              "huge": ("huge", "very large"), "giant": ("giant", "enormous")}  # fmt: skip
 MATERIAL_WORDS = {m: (m, m) for m in MATERIALS} | {
     "matte": ("matte", "plain"), "metal": ("metal", "metallic"), "dotted": ("dotted", "spotted")}  # fmt: skip
 BACKGROUND_WORDS = {  # the first of each is the shortest
@@ -124,11 +124,13 @@ def _facts(scene, u, level):
     """Facts to say of a scene. level 0 says most; 1 drops places, 2 sizes, 3 materials; from 5 on only some
     objects are named."""
     material, size = level < 3 and u[0] < 0.92, level < 2 and u[1] < 0.45
+    plain = LEVELS[scene.level].plain
     place = level < 1 and u[2] < (0.5 if len(scene.objects) == 1 else 0.2)
     order = sorted(range(len(scene.objects)), key=lambda k: u[12 + k % 8])
     groups = {}
     for o in (scene.objects[k] for k in order):
-        g = _Group(0, o.shape, o.colour, o.material if material else None, o.size if size else None,
+        said = material and o.material != plain
+        g = _Group(0, o.shape, o.colour, o.material if said else None, o.size if size else None,
                    place_of(o) if place else None)  # fmt: skip
         groups[g] = groups.get(g, 0) + 1
     groups = tuple(replace(g, count=n) for g, n in groups.items())
@@ -191,31 +193,34 @@ def _say(facts, u, short=False):
 
 def _fitting(scene, u):
     """The fullest facts whose sentence fits: (facts, short, text)."""
-    for level in range(8):
+    of = LEVELS[scene.level]
+    for level in range(of.says, 8):
         facts = _facts(scene, u, level)
         for short in (False, True):
             text = _say(facts, u, short)
-            if len(text) <= MAX_BYTES:
+            if len(text) <= of.max_bytes:
                 return facts, short, text
     raise AssertionError(text)
 
 
 def caption(scene, rng):
-    """A true caption of a scene, ASCII, at most 128 bytes. Names every object (with fewer words when there
-    are many), the background, the environment unless clear and the style unless photo (those two are said
-    now and then)."""
+    """A true caption of a scene, ASCII, at most its level's max_bytes. Names every object (with fewer words
+    when there are many), the background, the environment unless clear and the style unless photo (those two
+    are said now and then)."""
     return _fitting(scene, rng.random(_DRAWS).tolist())[2]
 
 
 def _wrong(facts, kind, scene, rng):
     """Facts with one statement of the given kind changed to a false one, or None when there is no such
     statement."""
+    of = LEVELS[scene.level]
+
     def other(options, true):
         return pick([o for o in options if o != true], rng.random())
 
     if kind in ("background", "environment", "style"):
         true = getattr(facts, kind)
-        options = {"background": BACKGROUNDS, "environment": ENVIRONMENTS, "style": STYLES}[kind]
+        options = {"background": of.backgrounds, "environment": ENVIRONMENTS, "style": STYLES}[kind]
         return None if true is None else replace(facts, **{kind: other(options, true)})
     if kind == "relation":
         return None if facts.relation is None else replace(facts, relation=_OPPOSITE[facts.relation])
@@ -231,7 +236,7 @@ def _wrong(facts, kind, scene, rng):
             return None
         total = None if facts.total is None else facts.total + changed.count - g.count
         return replace(facts, groups=facts.groups[:k] + (changed,) + facts.groups[k + 1 :], total=total)
-    options = {"shape": SHAPES, "colour": tuple(COLOURS), "material": MATERIALS, "size": SIZES,
+    options = {"shape": of.shapes, "colour": of.colours, "material": of.materials, "size": of.sizes,
                "place": _PLACES}[kind]  # fmt: skip
     if getattr(g, kind) is None:
         return None
@@ -244,9 +249,9 @@ def _wrong(facts, kind, scene, rng):
     return replace(facts, groups=facts.groups[:k] + (changed,) + facts.groups[k + 1 :])
 
 
-def _stranger(rng):
-    """A random scene from a generator."""
-    return scene(int(rng.random() * 2**48), 0)
+def _stranger(level, rng):
+    """A random scene of a level from a generator."""
+    return scene(int(rng.random() * 2**48), 0, level)
 
 
 FALSE_KINDS = ("colour", "shape", "material", "size", "place", "relation", "count", "background",
@@ -267,10 +272,10 @@ def false_caption(scene, rng, kind=None):
     for name in kinds:
         for _ in range(4):
             if name == "scene":
-                wrong, _, text = _fitting(_stranger(rng), u)
+                wrong, _, text = _fitting(_stranger(scene.level, rng), u)
             else:
                 wrong = _wrong(facts, name, scene, rng)
                 text = _say(wrong, u, short) if wrong is not None else ""
-            if wrong is not None and len(text) <= MAX_BYTES and not _holds(wrong, scene):
+            if wrong is not None and len(text) <= LEVELS[scene.level].max_bytes and not _holds(wrong, scene):
                 return text, name
     raise AssertionError("no false caption")  # unreachable: the background is always named

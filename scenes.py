@@ -1,12 +1,15 @@
 """Scenes: procedural captioned pictures whose every fact is known (numpy + PIL only).
 
 A `Scene` is a small description: objects (shape, colour, material, size, place) on a background, in an
-environment (weather, time of day) and a style. From it follow, exactly: the picture at any size, the
-instance label map, what lies under an object (draw the scene without it), true and false captions
-(scene_text.py) and the seven edits of OmniEdit Table 2 with their targets and masks (scene_edits.py).
+environment (weather, time of day) and a style. What scenes are made of is a level (LEVELS): "easy", one or
+two large objects of few kinds, which a small model learns in hours on a CPU and a person reads at a glance
+at 64x64; "hard", up to four small objects of every kind there is. From a scene follow, exactly: the picture
+at any size, the instance label map, what lies under an object (draw the scene without it), true and false
+captions (scene_text.py) and the seven edits of OmniEdit Table 2 with their targets and masks
+(scene_edits.py).
 
     python scenes.py --sheet sheet.png --n 64 --size 64
-    python scenes.py --export data/scenes --n 1000 --size 64 --split heldout
+    python scenes.py --export data/scenes --n 1000 --size 64 --split heldout --level hard
 
 Everything is a function of (seed, index). No global random state is used, and nothing drawn for one object
 depends on another, so removing an object leaves every other pixel bit for bit the same. The drawings are
@@ -24,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZES = ("small", "medium", "large")
-RADIUS = {"small": 0.135, "medium": 0.18, "large": 0.24}  # of the short side
+RADIUS = {"small": 0.135, "medium": 0.18, "large": 0.24, "huge": 0.30, "giant": 0.36}  # of the short side
+SIZES = tuple(RADIUS)
 COLOURS = {
     "red": (0.86, 0.12, 0.14), "orange": (0.97, 0.53, 0.06), "yellow": (0.98, 0.86, 0.14),
     "green": (0.16, 0.62, 0.22), "cyan": (0.16, 0.82, 0.87), "blue": (0.13, 0.27, 0.86),
@@ -58,13 +61,14 @@ class Object:
 @dataclass(frozen=True)
 class Scene:
     """A picture's whole description. objects: drawn in order, later ones on top. seed: phase and tone of the
-    textures."""
+    textures. level: the key of LEVELS whose words its edits and false captions are made of."""
 
     objects: tuple[Object, ...]
     background: str
     environment: str
     style: str
     seed: int
+    level: str = "hard"
 
 
 def to_dict(scene):
@@ -117,28 +121,27 @@ def free_place(objects, size, us, worst=-0.3):
     return best[1:] if best[0] > worst * r else None
 
 
-def scene(seed, index):
-    """Scene number `index` of stream `seed`: 1 to 4 objects, attributes independent and uniform apart from
-    CLASH and that about one scene in eight repeats one object. Half of the scenes are photos, two fifths
-    have clear weather."""
-    us = iter(rng_for(seed, index, 1).random(200).tolist())
-    background = pick(BACKGROUNDS, next(us))
-    environment = "clear" if next(us) < 0.3 else pick(ENVIRONMENTS, next(us))
-    style = "photo" if next(us) < 0.4 else pick(STYLES, next(us))
-    n = (1, 1, 2, 2, 2, 3, 3, 3, 4, 4)[int(next(us) * 10)]
+def scene(seed, index, level="easy"):
+    """Scene number `index` of stream `seed`: objects as the level has them, attributes independent and
+    uniform apart from CLASH and that about one scene in eight repeats one object."""
+    us, of = iter(rng_for(seed, index, 1).random(200).tolist()), LEVELS[level]
+    background = pick(of.backgrounds, next(us))
+    environment = "clear" if next(us) < of.p_clear else pick(ENVIRONMENTS, next(us))
+    style = "photo" if next(us) < of.p_photo else pick(STYLES, next(us))
+    n = pick(of.counts, next(us))
     alike = next(us) < 0.12
-    colours = [c for c in COLOURS if c not in CLASH[background]]
+    colours = of.colours_on(background)
     texture_seed = int(next(us) * 2**48)
     objects = []
     for _ in range(n):
-        kind = pick(SHAPES, next(us)), pick(colours, next(us)), pick(MATERIALS, next(us))
-        size, angle = pick(SIZES[: 2 if n == 4 else 3], next(us)), round((next(us) - 0.5) * 24, 2)
+        kind = pick(of.shapes, next(us)), pick(colours, next(us)), pick(of.materials, next(us))
+        size, angle = pick(of.sizes[: of.fitting[n - 1]], next(us)), round((next(us) - 0.5) * 24, 2)
         place = free_place(objects, size, [next(us) for _ in range(36)])
         if alike and objects:
             kind = objects[0].shape, objects[0].colour, objects[0].material
         if place is not None:
             objects.append(Object(*kind, size, round(place[0], 4), round(place[1], 4), angle))
-    return Scene(tuple(objects), background, environment, style, texture_seed)
+    return Scene(tuple(objects), background, environment, style, texture_seed, level)
 
 
 # ---- coordinates and noise -----------------------------------------------------------------------
@@ -607,6 +610,45 @@ def _reach(style, g):
     return {"sketch": k, "watercolor": 2 * k}.get(style, 0)
 
 
+# ---- levels --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Level:
+    """What scenes are drawn from. Environments and styles are the same on every level; p_clear and p_photo
+    are the shares that get none, the rest is uniform."""
+
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    materials: tuple[str, ...]
+    sizes: tuple[str, ...]  # keys of RADIUS, small ones first
+    backgrounds: tuple[str, ...]
+    counts: tuple[int, ...]  # the number of objects is one of these
+    fitting: tuple[int, ...]  # how many of the sizes are used where there are 1, 2, ... objects
+    most: int  # objects a scene may have after edits
+    p_clear: float
+    p_photo: float
+    says: int  # how much captions leave out from the first (scene_text._facts): 0 nothing, 2 places and sizes
+    plain: str | None  # the material that captions do not mention
+    max_bytes: int  # of captions and instructions: byte-level text encoders see all of them
+
+    def colours_on(self, background):
+        """Colours that do not vanish on a background."""
+        return [c for c in self.colours if c not in CLASH[background]]
+
+
+LEVELS = {
+    "easy": Level(("circle", "square", "triangle", "star", "heart", "ring"),
+                  ("red", "yellow", "green", "blue", "purple", "white"), ("matte", "striped"),
+                  ("large", "huge", "giant"), ("sky", "grass", "wood", "brick", "snow", "space"),
+                  counts=(1, 1, 1, 1, 1, 1, 1, 2, 2, 2), fitting=(3, 1), most=2, p_clear=0.5, p_photo=0.75,
+                  says=2, plain="matte", max_bytes=96),
+    "hard": Level(SHAPES, tuple(COLOURS), MATERIALS, ("small", "medium", "large"), BACKGROUNDS,
+                  counts=(1, 1, 2, 2, 2, 3, 3, 3, 4, 4), fitting=(3, 3, 3, 2), most=6, p_clear=0.3,
+                  p_photo=0.4, says=0, plain=None, max_bytes=128),
+}  # fmt: skip
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 
@@ -674,15 +716,41 @@ def footprint(objects, style, h, w):
 SPLITS = {"train": (1, 10_000_000), "heldout": (2, 100_000)}  # seed, number of scenes
 
 
+def parse_spec(spec):
+    """"scenes", "scenes:hard", "scenes:wrong=0.5", "scenes:hard,wrong=0.5" -> (level, share of wrong pairs or
+    None); None if it is no spec of scenes at all. SystemExit on an unknown level or an impossible share."""
+    kind, _, rest = spec.partition(":")
+    if kind != "scenes":
+        return None
+    level, wrong = "easy", None
+    for part in rest.split(",") if rest else ():
+        key, equals, value = part.partition("=")
+        if not equals and key in LEVELS:
+            level = key
+        elif key == "wrong" and equals:
+            try:
+                wrong = float(value)
+            except ValueError:
+                wrong = -1.0
+            if not 0 <= wrong <= 1:
+                raise SystemExit(f"error: {spec}: wrong={value}: use a share from 0 to 1")
+        else:
+            raise SystemExit(f"error: {spec}: {part!r}: the levels of scenes are {', '.join(LEVELS)} "
+                             "(scenes:hard); edit pairs also take wrong=SHARE")
+    return level, wrong
+
+
 class Scenes:
-    """Source of captioned pictures (see data.py). split: train or heldout, which share no seed."""
+    """Source of captioned pictures (see data.py). split: train or heldout, which share no seed; level: a key
+    of LEVELS. SystemExit on others."""
 
-    name = "scenes"
-
-    def __init__(self, split="train"):
+    def __init__(self, split="train", level="easy"):
         if split not in SPLITS:
             raise SystemExit(f"error: scenes.py: split {split!r}: use one of {', '.join(SPLITS)}")
+        if level not in LEVELS:
+            raise SystemExit(f"error: scenes.py: level {level!r}: use one of {', '.join(LEVELS)}")
         self.seed, self.length = SPLITS[split]
+        self.level, self.name = level, "scenes" if level == "easy" else f"scenes:{level}"
 
     def __len__(self):
         return self.length
@@ -694,7 +762,7 @@ class Scenes:
     def scene(self, i):
         if not 0 <= i < self.length:
             raise IndexError(f"scene {i} of {self.length}")
-        return scene(self.seed, i)
+        return scene(self.seed, i, self.level)
 
     def load(self, i, h, w):
         """dict(image uint8 [h, w, 3], caption str, segments uint8 [h, w]), fixed for (split, i, h, w)."""
@@ -753,10 +821,11 @@ class Config:
     n: int = 64  # how many scenes
     size: int = 64  # width and height in pixels
     split: str = "train"  # train or heldout
+    level: str = "easy"  # easy or hard, see LEVELS
 
 
 def main(cfg):
-    source = Scenes(cfg.split)
+    source = Scenes(cfg.split, cfg.level)
     if not (cfg.sheet or cfg.export):
         raise SystemExit("error: scenes.py: nothing to do: give --sheet FILE.png or --export FOLDER")
     if not 0 < cfg.n <= len(source):
