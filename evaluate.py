@@ -410,9 +410,10 @@ def run_parser(cfg: Config, device: torch.device) -> None:
     weights = {k: v.bfloat16() for k, v in net.state_dict().items()}
     net.load_state_dict({k: v.float() for k, v in weights.items()})  # judged as it ships
     held = {}
-    for h, w in [*sizes, *((2 * h, 2 * w) for h, w in sizes)]:
-        right = parser_accuracy(net, (h, w), 5000 if (h, w) in sizes else 2000, device)
-        held[f"{w}x{h}"] = {k: bootstrap(v) for k, v in right.items()}
+    for level in scenes.LEVELS:
+        for h, w in [*sizes, *((h // 2, w // 2) for h, w in sizes)]:
+            right = parser_accuracy(net, (h, w), 3000 if (h, w) in sizes else 1000, device, level)
+            held[f"{level} {w}x{h}"] = {k: bootstrap(v) for k, v in right.items()}
     heads = list(next(iter(held.values())))
     print("held-out accuracy on clean renders, percent [95% interval]")
     print(table(["", *held], [[k, *(cell("shape", v[k]) for v in held.values())] for k in heads]))

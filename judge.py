@@ -113,7 +113,7 @@ def gradient(x: Tensor) -> Tensor:
 # 3. Parser: what does the picture show? Trained on clean renders of train scenes, never a reward
 ####################################################################################################
 
-SIDE = 32  # pixels of what the network sees, crops and whole pictures alike
+SIDE = 64  # pixels of what the network sees, crops and whole pictures alike
 CONTEXT = 1.35  # half side of an object's crop in radii
 PICTURE_HEADS = {"background": scenes.BACKGROUNDS, "environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}
 OBJECT_HEADS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "material": scenes.MATERIALS,
@@ -133,9 +133,9 @@ class Parser(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.trunk = nn.Sequential(
-            conv(3, 48, 5, 2), conv(48, 64, 3, 1), conv(64, 96, 3, 2), conv(96, 128, 3, 1),
-            conv(128, 96, 3, 2), nn.Flatten(), nn.Linear(96 * 16, 128), nn.SiLU())
+        self.trunk = nn.Sequential(  # unshuffled: a style's single pixels are seen at the cost of half the side
+            nn.PixelUnshuffle(2), conv(12, 48, 5, 2), conv(48, 64, 3, 1), conv(64, 96, 3, 2),
+            conv(96, 128, 3, 1), conv(128, 96, 3, 2), nn.Flatten(), nn.Linear(96 * 16, 128), nn.SiLU())
         self.join = nn.Sequential(nn.Linear(256, 128), nn.SiLU())
         self.picture = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in PICTURE_HEADS.items()})
         self.object = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in OBJECT_HEADS.items()})
@@ -244,11 +244,11 @@ def one_thread(_: int) -> None:
 def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True,
                  sizes: list[tuple[int, int]] = [(SIDE, SIDE)]) -> Parser:
     """A parser trained from scratch on train scenes of every level in turn, drawn at each of the sizes
-    (h, w): three batches of four, and the fourth at twice the size."""
+    (h, w): three batches of four, and the fourth at half the size."""
     torch.manual_seed(0)
     net = Parser().to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.param_groups(net, 0.05), lr=lr, betas=(0.9, 0.99))
-    turns = [turn for h, w in sizes for turn in ((h, w), (h, w), (h, w), (2 * h, 2 * w))]
+    turns = [turn for h, w in sizes for turn in ((h, w), (h, w), (h, w), (h // 2, w // 2))]
     levels = [scenes.Scenes("train", level) for level in scenes.LEVELS]
     batches = ParserBatches(levels, 0, batch_size, steps, turns, jitter=True)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, worker_init_fn=one_thread)
