@@ -691,8 +691,8 @@ class CoherenceConfig:
 
 REWARD_PRESETS: dict[str, RewardConfig] = {
     "test": RewardConfig(32, 8, 32, 2, 2, 32, 2, 2, 64, 512, 40, 64),
-    "tiny": RewardConfig(32, 4, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
-    "tiny-p8": RewardConfig(32, 8, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
+    "tiny": RewardConfig(64, 8, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
+    "tiny-p16": RewardConfig(64, 16, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
     "imagereward": RewardConfig(),
 }
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

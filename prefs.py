@@ -126,6 +126,7 @@ def make_prefs(cfg, out: Path, source, size: int, steps: list[int], seed: int,
     -> counts for results.json. BadFile when too many pictures cannot be read.
     """
     (out / "images").mkdir(exist_ok=True)
+    drawn = isinstance(source, scenes.Scenes)  # false captions of a scene are wrong in a known fact
     items, captions, wins, bad, read = [], [], 0, 0, 0
     bar = common.progress(cfg.n, desc="preferences")
     for start in range(cfg.offset, cfg.offset + cfg.n, cfg.batch_size):
@@ -181,7 +182,7 @@ def make_prefs(cfg, out: Path, source, size: int, steps: list[int], seed: int,
 
             # 3) false captions: of a scene, one that its picture belies (of a generated one: its known
             #    part); of a photo, the caption of another that says something else
-            if cfg.data == "scenes":
+            if drawn:
                 s = source.scene(index)
                 captions += false_captions(s, seed, index, files["truth"],
                                            draw_kinds(seed, index, cfg.mismatched))
@@ -192,7 +193,7 @@ def make_prefs(cfg, out: Path, source, size: int, steps: list[int], seed: int,
                                  "kind": "other"})
     bar.close()
     first = cfg.offset + cfg.n
-    for index in range(first, first + cfg.captions if cfg.data == "scenes" else first):
+    for index in range(first, first + cfg.captions if drawn else first):
         file = f"images/{index:08d}_truth.png"
         Image.fromarray(source.load(index, size, size)["image"]).save(out / file)
         captions += false_captions(source.scene(index), seed, index, file,
