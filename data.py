@@ -571,7 +571,7 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
     """Open a data source and report counts, bad files, shapes, captions and mask areas; draw a sheet.
 
     Args:
-        spec: scenes, a folder of pictures, a parquet file or a folder of them; or edit pairs:
+        spec: scenes, scenes:hard, a folder of pictures, a parquet file or a folder of them; or edit pairs:
             scenes:wrong=SHARE, omniedit:PATH, ip2p:PATH, magicbrush:PATH, ultraedit:PATH, PATH.jsonl
         image_size: side of the square, or of the square of equal area
         stride: sides are multiples of it
@@ -583,8 +583,8 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
 
     if limit < 1:
         raise SystemExit(f"error: --limit: {limit}: look at one picture at least")
-    pairs = "wrong=" in spec if spec.startswith("scenes") else ":" in spec or spec.endswith(".jsonl")
-    if pairs and not Path(spec).exists() or spec.endswith(".jsonl"):
+    marked = "wrong=" in spec if spec.partition(":")[0] == "scenes" else ":" in spec  # as edit pairs
+    if marked and not Path(spec).exists() or spec.endswith(".jsonl"):
         return check_edits(open_edits(spec, "all"), image_size, stride, limit, out)
     source = open_source(spec, "all")
     picks = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist()

@@ -123,13 +123,14 @@ class Editor:
 
 def load_editor(path: str, device: torch.device, bf16: bool, kind: str | None = "scenes") -> Editor:
     """Averaged weights if there are any; SystemExit unless it is of the kind, in pixel space. kind None: an
-    editor of either kind, or a text-to-image base."""
+    editor of either kind; "t2i": that, or a text-to-image base."""
     weights, manifest = common.load_checkpoint(path, ("ema", "model"))
     arch = manifest.get("arch", {})
-    if kind is None:
+    fills_holes = kind != "t2i"
+    if kind in (None, "t2i"):
         kind = "edits" if arch.get("kind") == "editnet" else "scenes"
     net = model.build_editnet(arch, path) if kind == "edits" else model.build_editor(arch, path)
-    if kind == "scenes" and not net.cfg.inpaint:
+    if kind == "scenes" and fills_holes and not net.cfg.inpaint:
         raise SystemExit(f"error: {path}: is a text-to-image base without mask input: train it with"
                          " `train_omni.py --stage inpaint`")
     if not net.cfg.txt_bytes:
@@ -524,7 +525,7 @@ def run_t2i(cfg: Config, device: torch.device) -> None:
                          "for each")
     painters = []
     for entry, k in zip(entries, steps * (len(entries) // len(steps))):
-        e = load_editor(entry, device, cfg.bf16, None)
+        e = load_editor(entry, device, cfg.bf16, "t2i")
         name = f"{entry.rstrip('/')}@{k}"
         if e.kind == "edits":
             painters += [(f"{name}, branch off", replace(e, kind="scenes", net=e.net.base), k),

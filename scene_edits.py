@@ -126,6 +126,7 @@ _SAYS = (("shape",), ("shape", "colour"), ("shape", "colour", "material"), ("sha
          ("shape", "colour", "place"), ("shape", "place"), ("shape", "material"), ("shape", "size"),
          ("shape", "colour", "material", "size"), ("shape", "colour", "material", "size", "place"),
          ("colour",), ("colour", "material"), ("place",), ())  # fmt: skip
+_AROUND = 41  # most bytes of an instruction that are not words about the object meant: a swap's
 
 
 def refer(scene, rng):
@@ -138,7 +139,8 @@ def refer(scene, rng):
         o = scene.objects[k]
         plain = min(abs(v - n / 3) for v in (o.x, o.y) for n in (1, 2)) > 0.04  # not between two thirds
         unique = [f for f in _SAYS if (plain or "place" not in f)
-                  and sum(_same(o, q, f) for q in scene.objects) == 1]  # fmt: skip
+                  and sum(_same(o, q, f) for q in scene.objects) == 1
+                  and len(_phrase(o, f, u[-4:-1])) <= _level(scene).max_bytes - _AROUND]  # fmt: skip
         if unique:
             short = [f for f in unique if f in _SAYS[:2]][-1:] or unique[:1]
             return k, _phrase(o, short[0] if u[-1] < 0.4 else pick(unique, (u[-1] - 0.4) / 0.6), u[-4:-1])
@@ -207,8 +209,9 @@ def remove(scene, rng):
 
 
 def add(scene, rng):
-    """Object addition in a free place (of 32 tried the freest, at most slightly overlapping), on top of the
-    others."""
+    """Object addition in a free place (of 32 tried the freest, at most slightly overlapping: by 5% of its
+    radius), on top of the others. Where no size fits, the smallest goes where it overlaps least, see
+    crowded."""
     u, of = rng.random(73).tolist(), _level(scene)
     sizes = of.sizes[: 1 + int(u[0] * 3)][::-1]
     places = ((s, free_place(scene.objects, s, u[9:], -0.05)) for s in sizes)
@@ -221,6 +224,17 @@ def add(scene, rng):
     what = article(f"{pick(SIZE_WORDS[size], u[7])} {new.colour} {material} {new.shape}")
     text = pick(ADD_TEXTS, u[5]).format(what, _where(place_of(new), u[8]))
     return Edit("add", replace(scene, objects=(*scene.objects, new)), text, (len(scene.objects) + 1,))
+
+
+def crowded(edit):
+    """Whether an addition has no place on its level: it overlaps another object by more than 5% of its
+    radius, or is one too many. False of other edits, and where the level allows it."""
+    of = _level(edit.target)
+    if edit.task != "add" or of.crowds:
+        return False
+    *others, new = edit.target.objects
+    r = RADIUS[new.size]
+    return len(others) >= of.most or gap(new.x, new.y, r, others) < -0.05 * r - 1e-4  # places are rounded
 
 
 def attribute(scene, rng):
@@ -277,7 +291,7 @@ WHOLE = ("background", "environment", "style")  # tasks named after the field of
 
 def chain(scene, rng, n):
     """n edits in turn: list of (instruction, scene after it). Tasks are drawn uniformly among those the scene
-    allows: the last object is not removed, and no more added than the level has."""
+    allows: the last object is not removed, and none added that has no place."""
     out = []
     for _ in range(n):
         count = len(scene.objects)
@@ -285,6 +299,8 @@ def chain(scene, rng, n):
         allowed |= {"add": count < _level(scene).most, "remove": count > 1}
         tasks = [t for t in TASKS if allowed[t]]
         edit = EDITS[pick(tasks, rng.random())](scene, rng)
+        if crowded(edit):
+            edit = EDITS[pick([t for t in tasks if t != "add"], rng.random())](scene, rng)
         scene = edit.target
         out.append((edit.instruction, scene))
     return out
@@ -381,13 +397,17 @@ def _another(edit, scene, rng):
         return _with(scene, k, replace(old, shape=shape, colour=colour))
     new = edit.target.objects[k]
     options = _options(scene)
-    fields = {f: getattr(new, f) for f in options if getattr(new, f) != getattr(old, f)}
+    fields = {f: getattr(new, f) for f in ("shape", "colour", "material", "size")
+              if getattr(new, f) != getattr(old, f)}  # fmt: skip
     others = [j for j in others if replace(scene.objects[j], **fields) != scene.objects[j]]
     if others:
         j = pick(others, u[2])
         return _with(scene, j, replace(scene.objects[j], **fields))
     for draw_of, (f, asked) in zip(u, fields.items()):
-        fields[f] = _other(options[f], draw_of, getattr(old, f), asked)
+        rest = [v for v in options[f] if v not in (getattr(old, f), asked)]
+        fields[f] = pick(rest, draw_of) if rest else getattr(old, f)  # of two materials none is left
+    if fields == {"material": old.material}:
+        fields["colour"] = _other(colours, u[3], old.colour)
     return _with(scene, k, replace(old, **fields))
 
 
@@ -510,12 +530,10 @@ class EditScenes:
     def edit(self, i):
         """(scene, Edit) of pair i: what is asked, whether or not the pair shows it. Large objects leave no
         room for one more: a scene to which one is added then loses those that stand in the way."""
-        before, task, rng = self.scenes.scene(i), self.task(i), rng_for(self.seed, i, 4)
-        most, smallest = _level(before).most, _level(before).sizes[0]
-        while task == "add" and before.objects and (len(before.objects) >= most or free_place(
-                before.objects, smallest, rng_for(self.seed, i, 9).random(64).tolist(), -0.05) is None):
+        before = self.scenes.scene(i)
+        while crowded(edit := EDITS[self.task(i)](before, rng_for(self.seed, i, 4))):
             before = _without(before, len(before.objects) - 1)
-        return before, EDITS[task](before, rng)
+        return before, edit
 
     def load(self, i, h, w):
         """dict(image, the target, and source uint8 [h, w, 3]; caption, the instruction; target_caption, a

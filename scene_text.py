@@ -121,10 +121,12 @@ _DRAWS = 24  # uniform draws a caption takes from its generator, whatever the sc
 
 
 def _facts(scene, u, level):
-    """Facts to say of a scene. level 0 says most; 1 drops places, 2 sizes, 3 materials; from 5 on only some
-    objects are named."""
-    material, size = level < 3 and u[0] < 0.92, level < 2 and u[1] < 0.45
+    """Facts to say of a scene. level 0 says most; 1 drops places, 2 sizes, 3 materials (except where all but
+    the plain one are always said), 4 relation and number; from 5 on only some objects are named."""
     plain = LEVELS[scene.level].plain
+    if plain is not None and level == 3:
+        level = 4
+    material, size = plain is not None or level < 3 and u[0] < 0.92, level < 2 and u[1] < 0.45
     place = level < 1 and u[2] < (0.5 if len(scene.objects) == 1 else 0.2)
     order = sorted(range(len(scene.objects)), key=lambda k: u[12 + k % 8])
     groups = {}
@@ -238,7 +240,11 @@ def _wrong(facts, kind, scene, rng):
         return replace(facts, groups=facts.groups[:k] + (changed,) + facts.groups[k + 1 :], total=total)
     options = {"shape": of.shapes, "colour": of.colours, "material": of.materials, "size": of.sizes,
                "place": _PLACES}[kind]  # fmt: skip
-    if getattr(g, kind) is None:
+    if kind == "material" and of.plain is not None:
+        options = [m for m in options if m not in (of.plain, g.material)]  # no caption says plain
+    elif getattr(g, kind) is None:
+        return None
+    if not options:
         return None
     changed = replace(g, **{kind: other(options, getattr(g, kind))})
     meant = [o for o in scene.objects if g.matches(o)]

@@ -626,10 +626,11 @@ class Level:
     counts: tuple[int, ...]  # the number of objects is one of these
     fitting: tuple[int, ...]  # how many of the sizes are used where there are 1, 2, ... objects
     most: int  # objects a scene may have after edits
+    crowds: bool  # whether one is added even where there is no room, upon another
     p_clear: float
     p_photo: float
     says: int  # how much captions leave out from the first (scene_text._facts): 0 nothing, 2 places and sizes
-    plain: str | None  # the material that captions do not mention
+    plain: str | None  # the material that captions do not mention; all others are then always said
     max_bytes: int  # of captions and instructions: byte-level text encoders see all of them
 
     def colours_on(self, background):
@@ -641,11 +642,11 @@ LEVELS = {
     "easy": Level(("circle", "square", "triangle", "star", "heart", "ring"),
                   ("red", "yellow", "green", "blue", "purple", "white"), ("matte", "striped"),
                   ("large", "huge", "giant"), ("sky", "grass", "wood", "brick", "snow", "space"),
-                  counts=(1, 1, 1, 1, 1, 1, 1, 2, 2, 2), fitting=(3, 1), most=2, p_clear=0.5, p_photo=0.75,
-                  says=2, plain="matte", max_bytes=96),
+                  counts=(1, 1, 1, 1, 1, 1, 1, 2, 2, 2), fitting=(3, 1), most=2, crowds=False, p_clear=0.5,
+                  p_photo=0.75, says=2, plain="matte", max_bytes=96),
     "hard": Level(SHAPES, tuple(COLOURS), MATERIALS, ("small", "medium", "large"), BACKGROUNDS,
-                  counts=(1, 1, 2, 2, 2, 3, 3, 3, 4, 4), fitting=(3, 3, 3, 2), most=6, p_clear=0.3,
-                  p_photo=0.4, says=0, plain=None, max_bytes=128),
+                  counts=(1, 1, 2, 2, 2, 3, 3, 3, 4, 4), fitting=(3, 3, 3, 2), most=6, crowds=True,
+                  p_clear=0.3, p_photo=0.4, says=0, plain=None, max_bytes=128),
 }  # fmt: skip
 
 
@@ -718,16 +719,17 @@ SPLITS = {"train": (1, 10_000_000), "heldout": (2, 100_000)}  # seed, number of 
 
 def parse_spec(spec):
     """"scenes", "scenes:hard", "scenes:wrong=0.5", "scenes:hard,wrong=0.5" -> (level, share of wrong pairs or
-    None); None if it is no spec of scenes at all. SystemExit on an unknown level or an impossible share."""
-    kind, _, rest = spec.partition(":")
+    None); None if it is no spec of scenes at all. SystemExit on an unknown level, an impossible share, or
+    anything said twice."""
+    kind, colon, rest = spec.partition(":")
     if kind != "scenes":
         return None
-    level, wrong = "easy", None
-    for part in rest.split(",") if rest else ():
+    level = wrong = None
+    for part in rest.split(",") if colon else ():
         key, equals, value = part.partition("=")
-        if not equals and key in LEVELS:
-            level = key
-        elif key == "wrong" and equals:
+        if part in LEVELS and level is None:
+            level = part
+        elif key == "wrong" and equals and wrong is None:
             try:
                 wrong = float(value)
             except ValueError:
@@ -737,7 +739,7 @@ def parse_spec(spec):
         else:
             raise SystemExit(f"error: {spec}: {part!r}: the levels of scenes are {', '.join(LEVELS)} "
                              "(scenes:hard); edit pairs also take wrong=SHARE")
-    return level, wrong
+    return level or "easy", wrong
 
 
 class Scenes:
