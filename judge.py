@@ -239,7 +239,7 @@ def one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True,
+def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool,
                  sizes: list[tuple[int, int]] = [(SIDE, SIDE)]) -> Parser:
     """A parser trained from scratch on train scenes drawn at each of the sizes (h, w): three batches of four,
     and the fourth at twice the size."""

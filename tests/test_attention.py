@@ -335,13 +335,18 @@ def test_more_than_four_streams_are_refused():
         joint_attention(x, x, x)
 
 
-def test_cpu_results_without_extras_are_what_they_were():
-    """The CPU's path is the one before kernels: joined streams, two products. To the bit."""
+@pytest.mark.parametrize("limit", [55, 56])
+def test_a_cpu_joins_the_streams(limit, monkeypatch):
+    """Without extras: two products up to so many keys, torch's fused kernel above. To the bit."""
+    monkeypatch.setattr(attention, "CPU_MATH_TOKENS", {torch.float32: limit})
     g = torch.Generator().manual_seed(3)
     q, k, v = ([torch.randn(2, n, 3, 64, generator=g) for n in (16, 40)] for _ in range(3))
     qs, ks, vs = (torch.cat(x, 1).transpose(1, 2) for x in (q, k, v))
     plain = ((qs * 64**-0.5) @ ks.mT).softmax(-1) @ vs
-    assert torch.equal(torch.cat(joint_attention(q, k, v), 1), plain.transpose(1, 2))
+    fused = torch.nn.functional.scaled_dot_product_attention(qs, ks, vs)
+    assert not torch.equal(plain, fused)
+    got = torch.cat(joint_attention(q, k, v), 1).transpose(1, 2)
+    assert torch.equal(got, plain if limit == 56 else fused)
 
 
 ####################################################################################################

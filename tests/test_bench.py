@@ -132,8 +132,8 @@ def test_as_a_command(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--adamw"], ["--fp32", "--compile"], ["--editnet"], ["--frozen"],
-                                   ["--forward"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--adamw"], ["--precision", "bf16", "--compile"], ["--editnet"],
+                                   ["--frozen"], ["--forward"]], ids=" ".join)
 def test_whole_networks(flags, tmp_path, threads, monkeypatch):
     pytest.importorskip("diffusers")
     from dataclasses import replace

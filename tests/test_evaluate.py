@@ -96,7 +96,7 @@ def judge_net():
     """The shipped parser, else one trained for a moment, of which only the plainest verdicts are asked."""
     if (ROOT / "assets/parser/manifest.json").exists():
         return judge.load_parser(str(ROOT / "assets/parser"), torch.device("cpu")), True
-    return judge.train_parser(60, 32, 2e-3, torch.device("cpu")), False
+    return judge.train_parser(60, 32, 2e-3, torch.device("cpu"), False), False
 
 
 def test_cases(cases):

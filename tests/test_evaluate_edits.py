@@ -225,7 +225,8 @@ def folders(tmp_path_factory):
 
 
 def call(folders, out, task="edits", **flags):
-    flags = dict(ckpt="editnet", parser="parser", n=3, steps="2", device="cpu", bf16=False, rows=1) | flags
+    flags = dict(ckpt="editnet", parser="parser", n=3, steps="2", device="cpu", precision="fp32",
+                 rows=1) | flags
     names = {p.name: str(p) for p in folders.iterdir()}
     flags = {k: ",".join(names.get(x, x) for x in v.split(",")) if isinstance(v, str) else v
              for k, v in flags.items()}

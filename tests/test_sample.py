@@ -79,7 +79,7 @@ def run(*args):
 
 def ask(at, out, task="inpaint", **kw):
     """The same in this process -> {file: uint8 array} of the results."""
-    kw = {"ckpt": at / "run", "steps": 2, "bf16": False, "device": "cpu", "out": out} | kw
+    kw = {"ckpt": at / "run", "steps": 2, "precision": "fp32", "device": "cpu", "out": out} | kw
     kw = {k: str(v) if isinstance(v, Path) else v for k, v in kw.items()}
     sample.main(sample.Config(task=task, **kw))
     files = [json.loads(line)["file"] for line in (Path(out) / "samples.jsonl").read_text().splitlines()]

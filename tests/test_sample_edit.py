@@ -75,7 +75,7 @@ def run(*args):
 
 def ask(at, out, **kw):
     """sample.py edit in this process -> {file: uint8 array} of the results."""
-    kw = {"ckpt": at / "editnet", "steps": 2, "bf16": False, "device": "cpu", "out": out} | kw
+    kw = {"ckpt": at / "editnet", "steps": 2, "precision": "fp32", "device": "cpu", "out": out} | kw
     kw = {k: str(v) if isinstance(v, Path) else v for k, v in kw.items()}
     sample.main(sample.Config(task="edit", **kw))
     return {row["file"]: pixels(Path(out) / row["file"]) for row in rows(out)}

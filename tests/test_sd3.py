@@ -66,7 +66,7 @@ def sd3(tmp_path_factory, files):  # noqa: F811
 
 def flags_of(sd3, out, **flags):
     return dict(tokenizers=sd3["tokenizers"], out=str(out), device="cpu", wandb="off", workers=0, log_every=1,
-                sample_every=0, bf16=False) | flags
+                sample_every=0, precision="fp32") | flags
 
 
 def omni(sd3, out, **flags):

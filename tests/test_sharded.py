@@ -170,7 +170,7 @@ def test_what_cannot_be_sharded(text, change):
     change(net)
     with pytest.raises(SystemExit, match=f"error: --fsdp: .*{text}"):
         try:
-            sharded.shard(net, common.Dist())
+            sharded.shard(net, common.Dist(), False)
         finally:
             common.cleanup()
 

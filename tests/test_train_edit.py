@@ -69,7 +69,7 @@ def test_edit_resumes(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(tune_base="lora", lora=2), dict(variant="concat", aspects=True),
-                                   dict(cached=True, bf16=True)])
+                                   dict(cached=True, precision="bf16")])
 def test_variants_resume(made, tmp_path, flags):
     files = OMNI_FILES | ({"lora", "lora_ema"} if "lora" in flags else set())
     resumes(made, tmp_path, train_omni, files, **edit(made, **flags))

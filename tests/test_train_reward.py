@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 def command(pairs, out, **flags):
     flags = {"preset": "test", "steps": 40, "lr": 1e-3, "batch_size": 16, "workers": 0, "device": "cpu",
-             "wandb": "off", "bf16": False, "log_every": 10, "eval_every": 0} | flags
+             "wandb": "off", "precision": "fp32", "log_every": 10, "eval_every": 0} | flags
     return ["train_reward.py", f"--pairs={pairs}", f"--out={out}", *(f"--{k}={v}" for k, v in flags.items())]
 
 
@@ -71,12 +71,13 @@ def tensors(out, step):
 
 @pytest.mark.parametrize("file", ["captions.jsonl", "pictures.json"])
 def test_learns(folder, tmp_path, file):
-    run(command(folder / file, tmp_path, bf16=True, augment=1))
+    run(command(folder / file, tmp_path, precision="bf16", augment=1))
     train, val = rows(tmp_path)
     assert train[-1]["train/loss"] < 0.3
     assert val[-1]["val/acc"] > 0.9 and val[-1]["val/low"] < val[-1]["val/acc"] and val[-1]["val/pairs"] >= 5
     manifest = json.loads((tmp_path / "step_00000040/manifest.json").read_text())
     assert manifest["meta"]["val"]["val/best"] > 0.9 and manifest["samples"] == 640
+    assert manifest["precision"] == "bf16"
     net = model.build_reward(manifest["arch"])  # the folder needs nothing else
     net.load_state_dict(load_file(tmp_path / "step_00000040/model.safetensors"))
     ids, attend = net.tokenize(["a red picture", "a blue picture"])
