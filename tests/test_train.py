@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
+from inprocess import run_ranks, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
@@ -97,9 +98,7 @@ def command(made, out, script, **flags):
 
 
 def run(argv, ranks=1):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
-    argv = [sys.executable, *torchrun, *argv]
-    done = subprocess.run(argv, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = run_script(*argv) if ranks == 1 else run_ranks(ranks, argv)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -80,7 +80,8 @@ def test_pefl_resumes(made, tmp_path):
     resumes(made, tmp_path, train_pefl, PEFL_FILES, base=made["editnet"])
 
 
-@pytest.mark.parametrize("script", [train_omni, pytest.param(train_pefl, marks=pytest.mark.slow)])
+@pytest.mark.slow  # sharded and quicker in test_sharded_scripts.py
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
 def test_two_ranks(made, tmp_path, script):
     flags = edit(made) if script is train_omni else {"base": made["editnet"]}
     two_ranks_agree(made, tmp_path, script, flags)
