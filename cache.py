@@ -43,6 +43,7 @@ import common
 import data
 import weights
 from edits import PRESETS
+from kernels import dispatch
 from order import bucket, shapes, size_of
 from pictures import MAX_BAD, MAX_CAPTION, BadFile, clean_caption, printable, too_many
 
@@ -62,7 +63,7 @@ class Config:
     tokenizers: str | None = None  # folder of the tokenizers, where they do not come with the text encoders
     t5: bool = True  # False: zeros in place of T5's tokens, which are not stored
     t5_length: int = 77  # T5's tokens: part of what the model is trained on
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the text encoders and of what they put out
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the stored text features
     latents: bool = True  # False: text only, for training on pictures (PeFL)
     image_size: int = 512  # side of the square (or of the square of equal area, with --aspects)
     aspects: bool = False  # buckets from 1:4 to 4:1 instead of squares
@@ -104,7 +105,9 @@ def main(cfg: Config) -> None:
     todo = [name for name in missing if name in texts]
     text = None
     if todo:
-        text = weights.load_text(cfg.text or cfg.base, cfg.tokenizers, DTYPES[cfg.dtype], dist.device, cfg.t5,
+        # the encoders compute in it too, but not where torch would emulate 16 bits
+        computes = DTYPES[cfg.dtype] if dispatch.has_bf16(dist.device) else torch.float32
+        text = weights.load_text(cfg.text or cfg.base, cfg.tokenizers, computes, dist.device, cfg.t5,
                                  cfg.t5_length)
         if cfg.t5 and text.t5xxl is None:
             raise SystemExit(f"error: {cfg.text or cfg.base}: holds no T5: name encoders with --text, or say "
@@ -115,7 +118,8 @@ def main(cfg: Config) -> None:
     room(cfg, out, every, texts, text, vae)
     bar = common.progress(sum(len(texts[name]) for name in todo), 0, "text", dist)
     for name in todo:
-        write(out / name, text_shard(text, [captions[k] for k in texts[name]], cfg.text_batch, bar))
+        shard = [captions[k] for k in texts[name]]
+        write(out / name, text_shard(text, shard, DTYPES[cfg.dtype], cfg.text_batch, bar))
     bar.close()
     del text
     if dist.device.type == "cuda":
@@ -346,12 +350,12 @@ def room(cfg: Config, out: Path, every: dict, texts: dict, text, vae) -> None:
 ####################################################################################################
 
 
-def text_shard(text, captions: list[str], batch: int, bar) -> dict[str, Tensor]:
-    """clip [n, 77, Dl + Dg], t5 [n, T, D] (none without T5), pooled [n, El + Eg], in the encoders' dtype, and
-    crc [n]. width: of the context, as a scalar."""
+def text_shard(text, captions: list[str], dtype: torch.dtype, batch: int, bar) -> dict[str, Tensor]:
+    """clip [n, 77, Dl + Dg], t5 [n, T, D] (none without T5), pooled [n, El + Eg], in `dtype`, and crc [n].
+    width: of the context, as a scalar."""
     wide, parts = text.clip_l.cfg.width + text.clip_g.cfg.width, []
     for k in range(0, len(captions), batch):
-        txt, vec = (t.cpu() for t in text.encode_text(captions[k:k + batch]))
+        txt, vec = (t.to("cpu", dtype) for t in text.encode_text(captions[k:k + batch]))
         if not (torch.isfinite(txt).all() and torch.isfinite(vec).all()):
             raise SystemExit("error: --dtype: the text encoders put out numbers that are not finite: use "
                              "bf16 or fp32, or check the weights")
@@ -645,7 +649,7 @@ class Cache:
         return tuple(row.values())
 
     def text(self, captions: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """[B] captions -> txt [B, 77 + T, D], vec [B, Dv] as SD3Text.encode_text gave them, in its dtype.
+        """[B] captions -> txt [B, 77 + T, D], vec [B, Dv] as SD3Text.encode_text gave them, in --dtype.
 
         SystemExit naming a caption that was not cached. The target captions of edits are not."""
         width, t5_length = int(self.shard("text", 0)["width"]), self.made["t5_length"]

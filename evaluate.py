@@ -89,7 +89,7 @@ class Config:
     lr: float = 2e-3  # parser: peak learning rate, cosine
     tie: float = 0.05  # compare: errors that differ by less than this fraction are a tie
     rows: int = 4  # rows of the contact sheet for each task
-    bf16: bool = True  # autocast; the samples themselves stay fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     device: str = "auto"  # auto, cpu, cuda
 
 
@@ -121,7 +121,7 @@ class Editor:
     bf16: bool
 
 
-def load_editor(path: str, device: torch.device, bf16: bool, kind: str | None = "scenes") -> Editor:
+def load_editor(path: str, device: torch.device, precision: str, kind: str | None = "scenes") -> Editor:
     """Averaged weights if there are any; SystemExit unless it is of the kind, in pixel space. kind None: an
     editor of either kind; "t2i": that, or a text-to-image base."""
     weights, manifest = common.load_checkpoint(path, ("ema", "model"))
@@ -142,7 +142,8 @@ def load_editor(path: str, device: torch.device, bf16: bool, kind: str | None = 
         raise SystemExit(f"error: {path}/manifest.json: config has no image_size: use a checkpoint that"
                          " train_omni.py or train_pefl.py wrote")
     net = net.to(device).eval().requires_grad_(False)
-    return Editor(kind, net, int(config["image_size"]), float(config.get("shift", 1.0)), device, bf16)
+    return Editor(kind, net, int(config["image_size"]), float(config.get("shift", 1.0)), device,
+                  precision == "bf16")
 
 
 @torch.inference_mode()
@@ -314,7 +315,7 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
                 raise SystemExit(f"error: {entry}: holds pictures of `evaluate.py {r.kind}`, not of {kind}:"
                                  " name another folder")
         else:
-            e = load_editor(entry, device, cfg.bf16, kind)
+            e = load_editor(entry, device, cfg.precision, kind)
             size = cfg.image_size if e.kind == "edits" and cfg.image_size else e.size
             r = Result(e.kind, f"{entry.rstrip('/')}@{k}", size, e.net.cfg.patch)
         kind = r.kind
@@ -407,7 +408,7 @@ def run_parser(cfg: Config, device: torch.device) -> None:
     started = time.time()
     (steps,) = numbers(cfg.steps, "steps", 1)[:1]
     sizes = list(aspect_sizes(cfg.aspects, SIDE, SIDE // 8).values())
-    net = train_parser(steps, cfg.batch_size, cfg.lr, device, cfg.bf16, sizes)
+    net = train_parser(steps, cfg.batch_size, cfg.lr, device, cfg.precision == "bf16", sizes)
     weights = {k: v.bfloat16() for k, v in net.state_dict().items()}
     net.load_state_dict({k: v.float() for k, v in weights.items()})  # judged as it ships
     held = {}
@@ -418,8 +419,8 @@ def run_parser(cfg: Config, device: torch.device) -> None:
     heads = list(next(iter(held.values())))
     print("held-out accuracy on clean renders, percent [95% interval]")
     print(table(["", *held], [[k, *(cell("shape", v[k]) for v in held.values())] for k in heads]))
-    meta = {"arch": net.arch, "config": asdict(cfg), "samples": steps * cfg.batch_size, "heldout": held,
-            **provenance(started)}
+    meta = {"arch": net.arch, "config": asdict(cfg), "precision": cfg.precision,
+            "samples": steps * cfg.batch_size, "heldout": held, **provenance(started)}
     common.write_checkpoint(cfg.out, steps, {"model": weights}, meta)
     print(f"wrote {cfg.out}: {common.n_params(net) / 1e6:.2f} M parameters, {time.time() - started:.0f} s")
 
@@ -525,7 +526,7 @@ def run_t2i(cfg: Config, device: torch.device) -> None:
                          "for each")
     painters = []
     for entry, k in zip(entries, steps * (len(entries) // len(steps))):
-        e = load_editor(entry, device, cfg.bf16, "t2i")
+        e = load_editor(entry, device, cfg.precision, "t2i")
         name = f"{entry.rstrip('/')}@{k}"
         if e.kind == "edits":
             painters += [(f"{name}, branch off", replace(e, kind="scenes", net=e.net.base), k),
@@ -651,7 +652,7 @@ def run_prefs(cfg: Config, device: torch.device) -> None:
         raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)}, with --captions and --offset")
     if not cfg.ckpt or "," in cfg.ckpt:
         raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: prefs needs one checkpoint folder, the base")
-    e = load_editor(cfg.ckpt, device, cfg.bf16)
+    e = load_editor(cfg.ckpt, device, cfg.precision)
     out = open_out(cfg.out)
 
     def paint(image: Tensor, mask: Tensor, prompts: list[str], noise: Tensor, steps: int) -> Tensor:
@@ -666,12 +667,13 @@ def main(cfg: Config) -> None:
         raise SystemExit(f"error: --batch_size: {cfg.batch_size}: use at least 1")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SystemExit("error: torchrun: several processes would judge the same: start one, without it")
-    device = common.setup(cfg.device).device
+    dist = common.setup(cfg.device)
+    cfg = replace(cfg, precision=common.PRECISION[common.use_bf16(cfg.precision, dist)])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
     run = {"parser": run_parser, "scenes": run_scenes, "edits": run_edits, "t2i": run_t2i,
            "compare": run_compare, "prefs": run_prefs}
     try:
-        run[cfg.task](cfg, device)
+        run[cfg.task](cfg, dist.device)
     except (OSError, SafetensorError) as e:  # what is read is read by data.py and common.py, which say so
         raise SystemExit(f"error: --out: {cfg.out}: cannot write {getattr(e, 'filename', None) or 'there'} "
                          f"({getattr(e, 'strerror', None) or e}): free some space or choose another folder"
@@ -680,6 +682,7 @@ def main(cfg: Config) -> None:
 
 if __name__ == "__main__":
     try:
+        common.refuse_old_flags()
         main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
     except KeyboardInterrupt:
         raise SystemExit("interrupted: nothing was judged") from None

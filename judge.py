@@ -133,7 +133,7 @@ class Parser(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.trunk = nn.Sequential(  # unshuffled: a style's single pixels are seen at the cost of half the side
+        self.trunk = nn.Sequential(  # unshuffled: single pixels are seen, at the cost of half the side
             nn.PixelUnshuffle(2), conv(12, 48, 5, 2), conv(48, 64, 3, 1), conv(64, 96, 3, 2),
             conv(96, 128, 3, 1), conv(128, 96, 3, 2), nn.Flatten(), nn.Linear(96 * 16, 128), nn.SiLU())
         self.join = nn.Sequential(nn.Linear(256, 128), nn.SiLU())
@@ -241,7 +241,7 @@ def one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool = True,
+def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, bf16: bool,
                  sizes: list[tuple[int, int]] = [(SIDE, SIDE)]) -> Parser:
     """A parser trained from scratch on train scenes of every level in turn, drawn at each of the sizes
     (h, w): three batches of four, and the fourth at half the size."""

@@ -162,7 +162,7 @@ class Rank:
 ########################################## 3. the steps ######################################################
 
 
-def omni(editor, latents, device, bf16=True, ranks=0, words=154):
+def omni(editor, latents, device, bf16, ranks=0, words=154):
     """A step of train_omni.py -> Rank.
 
     editor: as it will train (what is frozen, low-rank updates, checkpointing), before sharded.shard; on the
@@ -196,7 +196,7 @@ def condition(net, x):
     return (mask, torch.empty_like(x)) if net.cfg.inpaint else ()
 
 
-def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16=True, ranks=0, words=154, recompute=False):
+def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, words=154, recompute=False):
     """A step of train_pefl.py -> Rank. editor, ranks, words: as for `omni`; it is held twice, tuned and as
     it was.
 

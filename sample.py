@@ -85,7 +85,7 @@ class Config:
     layout: Literal["flat", "gedit", "imgedit", "magicbrush"] | None = None  # edit: default the input file's
     weights: Literal["auto", "ema", "model"] = "auto"  # auto: the averaged ones where the checkpoint has them
     batch_size: int = 16  # results sampled together: speed and memory only
-    bf16: bool = True  # autocast; False: fp32 throughout
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     device: str = "auto"  # auto, cpu, cuda, cuda:N
 
 
@@ -110,6 +110,8 @@ def main(cfg: Config) -> None:
     items, bad_lines = list_edits(cfg) if cfg.task == "edit" else list_items(cfg)
     many = bool(cfg.jsonl) or Path(cfg.image or "").is_dir()
     dist = common.setup(cfg.device)
+    bf16 = common.use_bf16(cfg.precision, dist)
+    cfg = replace(cfg, precision=common.PRECISION[bf16])  # as samples.jsonl has it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save; this one need not
     out = prepare_out(cfg, items, dist)
 
@@ -131,7 +133,7 @@ def main(cfg: Config) -> None:
     evaluations = sum(len(item["files"]) for item in mine) * cfg.num_samples * calls
     bar = common.progress(evaluations, desc=f"{cfg.task} steps", dist=dist)
     settings = dict(steps=cfg.steps, guidance=cfg.guidance, shift=shift, solver=cfg.solver,
-                    keep_known=cfg.keep_known, bf16=cfg.bf16)
+                    keep_known=cfg.keep_known, bf16=bf16)
     if cfg.task == "edit":
         settings |= dict(image_guidance=cfg.image_guidance, blend=cfg.blend)
     draw = edit if cfg.task == "edit" else generate
@@ -160,7 +162,7 @@ def main(cfg: Config) -> None:
                     [common.generators(job.seed, 0, [k])[0] for job, k in batch], **settings,
                     tick=lambda: bar.update(len(batch)))
                 if not x0.isfinite().all():
-                    raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --bf16=False")
+                    raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --precision fp32")
                 for (job, k), picture in zip(batch, x0.cpu()):
                     result = finish(picture, job, cfg.seam, cfg.paste)
                     save(out, job, k, result, cfg, {"shift": shift, "step": manifest["step"]})
@@ -201,7 +203,7 @@ def main(cfg: Config) -> None:
 @torch.inference_mode()
 def generate(editor: model.Editor, space, captions: list[str], mask: Tensor, masked: Tensor,
              gens: list[torch.Generator], steps: int = 20, guidance: float = 1.0, shift: float = 1.0,
-             solver: str = "euler", keep_known: bool = False, bf16: bool = True,
+             solver: str = "euler", keep_known: bool = False, bf16: bool = False,
              tick: Callable[[], object] = lambda: None) -> Tensor:
     """Sample pictures at the model's own resolution -> [B, 3, H, W], fp32, not clamped.
 
@@ -237,7 +239,7 @@ def generate(editor: model.Editor, space, captions: list[str], mask: Tensor, mas
 def edit(net: model.EditNet, space, instructions: list[str], region: Tensor, source: Tensor,
          gens: list[torch.Generator], steps: int = 20, guidance: float = 3.0, image_guidance: float = 1.5,
          shift: float = 1.0, solver: str = "euler", keep_known: bool = False, blend: bool = False,
-         bf16: bool = True, tick: Callable[[], object] = lambda: None) -> Tensor:
+         bf16: bool = False, tick: Callable[[], object] = lambda: None) -> Tensor:
     """Edit pictures at the model's own resolution -> [B, 3, H, W], fp32, not clamped.
 
     space: frozen.PixelSpace or VAE; instructions [B]; region [B, 1, H, W] in [0, 1], 1 = may change (ones: a
@@ -836,7 +838,7 @@ def ramp(mask: np.ndarray, seam: int) -> np.ndarray:
 def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dict) -> None:
     """Write one result and append its row; several ranks append to one file, a line at a time."""
     file = result_file(job.item["files"][job.turn], k, cfg.num_samples)
-    keys = ("task", "steps", "guidance", "solver", "seam", "keep_known", "weights", "bf16", "ckpt")
+    keys = ("task", "steps", "guidance", "solver", "seam", "keep_known", "weights", "precision", "ckpt")
     about = job.about | {"prompt": job.prompt}
     if cfg.task == "edit":
         keys += ("image_guidance", "blend", "paste")
@@ -889,6 +891,7 @@ def sheet_rows(job: Job) -> list[tuple[str, list[Image.Image | None]]]:
 
 if __name__ == "__main__":
     try:
+        common.refuse_old_flags()
         main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the results written so far are kept") from None

@@ -27,7 +27,7 @@ import common
 ########################################## 1. who holds what #################################################
 
 
-def shard(net, dist, bf16=True):
+def shard(net, dist, bf16):
     """Distribute an Editor or EditNet whose weights are the same on all ranks; `net` is then on dist.device.
 
     Sharded, each its own FSDP2 unit: joint blocks and control blocks that train, and the zero projections

@@ -68,7 +68,7 @@ class Config:
     text_lr: float = 0.2  # factor on lr for the text encoder, whose words else collapse into one; 0 = frozen
     p_t2i: float = 0.25  # inpainting stage: share of pictures generated whole; data.TASKS divides the rest
     drop_caption: float = 0.1  # captions replaced by "", for classifier-free guidance
-    bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     checkpointing: int = 0  # recompute every n-th block's activations: 1 = all, a third more time; 0 = none
     fsdp: bool = False  # shard the blocks that train over torchrun's ranks (sharded.py)
     compile: bool = False  # torch.compile the transformer: about a minute first, then faster
@@ -88,7 +88,8 @@ def main(cfg: Config) -> None:
     check(cfg)
     dist = common.setup(cfg.device)
     device = dist.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    bf16 = common.use_bf16(cfg.precision, dist)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     # 1) model: from scratch, or from a checkpoint; a base's patch embedding gets zero columns for the mask
     #    and the masked picture; an instruction editor begins as its base
@@ -116,11 +117,11 @@ def main(cfg: Config) -> None:
     ranks = dist.world if cfg.fsdp else 0
     words = editor.cfg.txt_bytes // 4 or 77 + surroundings.get("t5_length", 77)
     common.print0(tokens_a_block(cfg, editor, latents, words))
-    common.print0(memory.omni(editor, latents, device, cfg.bf16, ranks, words).report())
+    common.print0(memory.omni(editor, latents, device, bf16, ranks, words).report())
     if cfg.dry_run:
         return
     if cfg.fsdp:
-        sharded.shard(editor, dist, cfg.bf16)
+        sharded.shard(editor, dist, bf16)
 
     # 2) optimiser, averaged weights
     text = {id(p) for p in editor.text.parameters()} if editor.cfg.txt_bytes else {}
@@ -146,7 +147,7 @@ def main(cfg: Config) -> None:
             common.load_optimizer_tensors(opt, tensors["optimizer"])
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
-        common.warn_changed(cfg.out, manifest["config"], asdict(cfg))
+        common.warn_changed(cfg.out, manifest, asdict(cfg), bf16)
     common.check_writable(cfg.out)
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     if cfg.compile:
@@ -231,8 +232,8 @@ def main(cfg: Config) -> None:
                 metrics.images(step, {"samples": sample_sheet(cfg, editor, space, grid, device)})
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             nets = model.trained_tensors(editor, ema)
-            meta = {"arch": editor.arch, "config": asdict(cfg), "samples": step * samples_per_step,
-                    "run_id": metrics.run_id, "stack": surroundings}
+            meta = {"arch": editor.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
+                    "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings}
             if cfg.fsdp:
                 saved = sharded.save_checkpoint(cfg.out, step, nets, opt, meta, cfg.keep, dist)
             else:
@@ -455,6 +456,7 @@ def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch
 
 if __name__ == "__main__":
     try:
+        common.refuse_old_flags()
         cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
         main(tyro.cli(Config, description=__doc__, config=cli))
     except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on

@@ -84,7 +84,7 @@ class Config:
     shift: float | None = None  # of the paper steps' times; None = the base's
     checkpointing: int = 0  # recompute every n-th block of the editor, decoder and rewards; 0 = none, 1 = all
     fsdp: bool = False  # shard the editor's blocks over torchrun's ranks (sharded.py)
-    bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     seed: int = 0  # of data order, noise, t' and the coherence model
     workers: int = 1  # data processes per rank
     device: str = "auto"  # auto, cpu, cuda
@@ -98,7 +98,8 @@ def main(cfg: Config) -> None:
     check(cfg)
     dist = common.setup(cfg.device)
     device = dist.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    bf16 = common.use_bf16(cfg.precision, dist)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     phases = parse_phases(cfg.phases)
     total = sum(phase[-1] for phase in phases)
 
@@ -138,10 +139,10 @@ def main(cfg: Config) -> None:
     disc = load_coherence(cfg, image_size, patch).to(device)
     pictures, ranks = (cfg.batch_size, 3, image_size, image_size), dist.world if cfg.fsdp else 0
     vgg = perceptual if cfg.vgg else None
-    common.print0(memory.pefl(editor, space, rewards, disc, vgg, pictures, device, cfg.bf16, ranks,
+    common.print0(memory.pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks,
                               77 + surroundings.get("t5_length", 77), bool(cfg.checkpointing)).report())
     if cfg.fsdp:
-        sharded.shard(editor, dist, cfg.bf16)
+        sharded.shard(editor, dist, bf16)
     trained = [p for p in editor.parameters() if p.requires_grad]
     common.print0(
         f"editor {common.n_params(editor) / 1e6:.1f} M "
@@ -175,7 +176,7 @@ def main(cfg: Config) -> None:
         common.load_optimizer_tensors(disc_opt, tensors["coherence_optimizer"])
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
-        common.warn_changed(cfg.out, saved["config"], asdict(cfg))
+        common.warn_changed(cfg.out, saved, asdict(cfg), bf16)
     common.check_writable(cfg.out)
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id=run_id, resumed_from=step or None)
 
@@ -317,6 +318,7 @@ def main(cfg: Config) -> None:
                     "coherence_optimizer": common.optimizer_tensors(disc_opt)}
             meta = {"arch": editor.arch,
                     "config": asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T},
+                    "precision": common.PRECISION[bf16],
                     "samples": step * cfg.batch_size * cfg.accum * dist.world, "coherence_arch": disc.arch,
                     "run_id": metrics.run_id, "stack": surroundings}
             if cfg.fsdp:
@@ -573,6 +575,7 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
 
 if __name__ == "__main__":
     try:
+        common.refuse_old_flags()
         cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
         main(tyro.cli(Config, description=__doc__, config=cli))
     except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on

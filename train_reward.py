@@ -50,7 +50,7 @@ class Config:
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warm-up; cosine to 0 as ImageReward
     warmup: int = 0  # steps of linear warm-up; from scratch take 50
     grad_clip: float = 0.0  # global norm; 0 = off, as ImageReward
-    bf16: bool = True  # autocast; weights, gradients and optimiser stay fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     seed: int = 0  # of weights, data order, dropout
     workers: int = 1  # data processes per rank
     device: str = "auto"  # auto, cpu, cuda
@@ -71,7 +71,8 @@ def main(cfg: Config) -> None:
     check(cfg)
     dist = common.setup(cfg.device)
     device = dist.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16)
+    bf16 = common.use_bf16(cfg.precision, dist)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     # 1) preferences, and those held out
     if cfg.val_pairs:
@@ -87,7 +88,7 @@ def main(cfg: Config) -> None:
     found, weights = common.load_latest(cfg.out), None
     if found:
         arch = model.config_from(model.RewardConfig, found[1]["arch"], "reward", cfg.out)
-        same_run(cfg, found[1])
+        same_run(cfg, found[1], bf16)
     elif cfg.init and cfg.init.startswith(("blip:", "imagereward:")):
         arch, weights = published(cfg.init)
     elif cfg.init:
@@ -203,7 +204,8 @@ def main(cfg: Config) -> None:
         if step % cfg.save_every == 0 or last or stop:
             saved = common.save_checkpoint(
                 cfg.out, step, {"model": reward.state_dict(), "optimizer": common.optimizer_tensors(opt)},
-                {"arch": reward.arch, "config": asdict(cfg), "run_id": metrics.run_id, "val": val,
+                {"arch": reward.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
+                 "run_id": metrics.run_id, "val": val,
                  "samples": step * cfg.batch_size * dist.world * cfg.accum}, cfg.keep, dist)
             lost_saves = common.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:
@@ -256,14 +258,14 @@ def check(cfg: Config) -> None:
         refuse("dropout", "must be at least 0 and below 1")
 
 
-def same_run(cfg: Config, manifest: dict) -> None:
+def same_run(cfg: Config, manifest: dict, bf16: bool) -> None:
     """Refuse to continue a run of another model; say what else differs from the command that began it."""
     before, now = manifest["config"], asdict(cfg)
     for key in ("preset", "init", "freeze", "original_init"):
         if before[key] != now[key]:
             raise SystemExit(f"error: {cfg.out}: began with --{key} {before[key]}, not {now[key]}: repeat "
                              "that command to resume it, or give another --out")
-    common.warn_changed(cfg.out, before, now)
+    common.warn_changed(cfg.out, manifest, now, bf16)
 
 
 def open_all(paths: str, split: str, cfg: Config) -> data.Pairs:
@@ -402,6 +404,7 @@ def train_tokenizer(captions: list[str], vocab: int, length: int) -> str:
 
 if __name__ == "__main__":
     try:
+        common.refuse_old_flags()
         cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
         main(tyro.cli(Config, description=__doc__, config=cli))
     except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on

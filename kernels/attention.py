@@ -34,10 +34,11 @@ from kernels import dispatch
 from kernels.dispatch import jit, tl
 from kernels.rms_norm import rms_norm
 
-# Up to this many keys a CPU does softmax(q k^T) v as two batched products. Forward and backward, the fused
-# CPU kernel takes 3.0x their time in bf16 at 96 keys, 2.1x at 352, 1.6x at 512, but 0.75x at 1178; in fp32
-# 1.2x at 96, 0.8x at 352 (heads of 64, one AMX core, torch 2.13).
-CPU_MATH_TOKENS = {torch.bfloat16: 512, torch.float16: 512, torch.float32: 128, torch.float64: 128}
+# Up to this many keys a CPU does softmax(q k^T) v as two batched products, where they are faster than torch's
+# fused kernel. Its time in units of theirs, forward and backward, at 96, 352, 512 and 1178 keys (heads of 64,
+# torch 2.13): on an AMX core in bf16 3.0, 2.1, 1.6, 0.75, in fp32 1.2 and 0.8 at the first two; on an AVX2
+# core in fp32 0.8, 0.9, 0.5, 0.5 (forward alone 0.6, 0.7, 0.4, 0.3), in emulated bf16 0.5 at the first two.
+CPU_MATH_TOKENS = dict.fromkeys((torch.bfloat16, torch.float16), 512 if dispatch.has_bf16("cpu") else 0)
 LOG2E = math.log2(math.e)
 MAX_STREAMS = 4
 
@@ -67,7 +68,7 @@ def joint_attention_ref(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias:
     if bias is not None:
         dead = (bias == -math.inf).all(1)[:, None, None, None]
         bias = bias.masked_fill(dead[:, 0, 0], 0)  # a softmax over nothing would be NaN
-    if qs.device.type == "cpu" and ks.shape[2] <= CPU_MATH_TOKENS[ks.dtype] or ks.shape[2] == 0:
+    if qs.device.type == "cpu" and ks.shape[2] <= CPU_MATH_TOKENS.get(ks.dtype, 0) or ks.shape[2] == 0:
         out = attention_ref(qs, ks, vs, bias)
     else:
         mask = None if bias is None else bias.to(qs.dtype)[:, None, None]

@@ -31,6 +31,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from frozen import VAE, VAEConfig  # noqa: E402
 from kernels.bench import machine, quantiles, write  # noqa: E402
+from kernels.dispatch import has_bf16  # noqa: E402
 from model import PRESETS, EditNet, Editor, EditorConfig, MMDiT  # noqa: E402
 from text_encoders import CLIP_G, CLIP_L, T5_XXL, ClipText, T5Config, T5Encoder  # noqa: E402
 from weights import to_diffusers, vae_place  # noqa: E402
@@ -144,7 +145,7 @@ def build_pair(case: Case, args: argparse.Namespace):
     call_ours, call_theirs = ours, lambda *z: run_twin(theirs, *z)
     if args.compile:
         call_ours, call_theirs = torch.compile(call_ours), torch.compile(call_theirs)
-    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     if args.forward:
         return (timer(call_ours, (x, t, txt, vec), dtype), timer(call_theirs, (x, t, txt, vec), dtype))
     return (stepper(ours, call_ours, (x, t, txt, vec), args.adamw, dtype),
@@ -174,7 +175,7 @@ def frozen_pairs(full: bool, args: argparse.Namespace):
     import transformers
     from diffusers import AutoencoderKL
 
-    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     cfg = VAEConfig() if full else VAEConfig(width=32)
     side = 256 if full else 32
     ours = randomize(VAE(cfg)).eval()
@@ -242,7 +243,7 @@ def edit_steppers(case: Case, args: argparse.Namespace) -> dict:
     t, region = torch.rand(case.batch, generator=g), torch.ones_like(x[:, :1])
     txt = torch.randn(case.batch, case.txt_len, cfg.txt_dim, generator=g)
     vec = torch.randn(case.batch, cfg.vec_dim, generator=g)
-    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     steppers = {"base": stepper(base, base, (x, t, txt, vec), args.adamw, dtype)}
     for name in ("editnet", "cached", "controlnet", "textcontrol", "concat"):
         net = EditNet(cfg, "editnet" if name == "cached" else name, name == "cached")
@@ -289,7 +290,8 @@ def main() -> None:
     p.add_argument("--forward", action="store_true", help="no backward pass")
     p.add_argument("--adamw", action="store_true", help="time the optimizer's step as well")
     p.add_argument("--compile", action="store_true", help="torch.compile on both sides")
-    p.add_argument("--fp32", action="store_true", help="no bf16 autocast on either side")
+    p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16" if has_bf16("cpu") else "fp32",
+                   help="bf16 autocast on both sides or on neither; default: as this CPU has instructions")
     p.add_argument("--json", default="out/bench.json", help="where the numbers go")
     args = p.parse_args()
     torch.set_num_threads(args.threads)

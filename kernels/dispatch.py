@@ -50,6 +50,17 @@ def force(mode: str):
         _forced = before
 
 
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether `device` has bf16 instructions, asked of the hardware; without them torch emulates bf16."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return True
+    # Arm's instructions serve through oneDNN, which torch has on Linux and lacks on macOS.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("bf16")) and torch.backends.mkldnn.is_available()
+
+
 def use_triton(op: str, x: torch.Tensor, head_dim: int = 0, check: Callable[..., float] | None = None,
                fits: bool = True, wins: bool = True, variant: tuple = ()) -> bool:
     """Whether operation `op` on inputs like x runs its Triton kernels.
@@ -73,9 +84,13 @@ def mode() -> str:
     return chosen
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls this while tracing, and keeps the answer
 def _constant(*question) -> bool:
     return _decide(*question)
+
+
+# torch.compile calls it while tracing, and keeps the answer. torch.compiler.assume_constant_result sets this
+# too, and imports all of torch's compiler for it, a second at the start of every script.
+_constant._dynamo_marked_constant = True
 
 
 @functools.cache

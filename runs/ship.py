@@ -48,7 +48,8 @@ def main(out: str, command: str, *runs: str) -> None:
         "torch": manifest["torch"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "weights": "EMA, bf16",
         "stages": [{k: v for k, v in m["config"].items() if k not in ("out", "init")} for _, m in stages]}
-    meta = {"arch": manifest["arch"], "config": config, "samples": seen, "provenance": provenance}
+    meta = {"arch": manifest["arch"], "config": config, "precision": manifest.get("precision"),
+            "samples": seen, "provenance": provenance}
     if manifest["arch"]["kind"] == "editnet":
         weights, meta["shared"] = without_base(weights, Path(out), stages[0][1]["config"]["init"])
     folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, meta)

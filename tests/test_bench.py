@@ -36,7 +36,7 @@ def complete(row: dict, unit: str) -> None:
     assert "note" not in row
 
 
-@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_all_operations(dtype, tmp_path, threads, capsys):
     rows = run(tmp_path, "--shapes", "test", "--only", "eager,ours,flash,cudnn,efficient", "--dtype", dtype)
     who = {op: {w for o, _, w in rows if o == op} for op in bench.OPS}
@@ -132,8 +132,8 @@ def test_as_a_command(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--adamw"], ["--fp32", "--compile"], ["--editnet"], ["--frozen"],
-                                   ["--forward"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--adamw"], ["--precision", "bf16", "--compile"], ["--editnet"],
+                                   ["--frozen"], ["--forward"]], ids=" ".join)
 def test_whole_networks(flags, tmp_path, threads, monkeypatch):
     pytest.importorskip("diffusers")
     from dataclasses import replace

@@ -1,8 +1,10 @@
 """common.py with real files, real processes and real signals."""
+import importlib
 import json
 import math
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -13,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 import common
 from common import Dist
+from kernels import dispatch
 
 ROOT = Path(common.__file__).parent
 
@@ -441,6 +445,9 @@ from pathlib import Path
 dist = common.setup("cpu")
 out, result = Path(sys.argv[1]), {}
 common.print0("only once")
+torch.cpu._is_amx_tile_supported = lambda: dist.rank == 0  # a CPU with bf16 instructions and one without
+torch.cpu._is_avx512_bf16_supported = lambda: False
+result["bf16"] = common.use_bf16("auto", dist)
 torch.manual_seed(0)
 net = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)]).double()
 x = common.randn(common.generators(0, 0, range(8)), (4,)).double().chunk(dist.world)[dist.rank]
@@ -492,6 +499,8 @@ def test_two_ranks(tmp_path):
     for grad, p in zip(a["grads"], one.parameters()):
         assert (grad is None) == (p.grad is None)
         assert grad is None or torch.allclose(torch.tensor(grad).double(), p.grad.flatten(), rtol=1e-6)
+    assert a["bf16"] is b["bf16"] is False
+    assert "precision: fp32 (some rank's CPU has no bf16 instructions)" in out[0]
     assert a["quiet"] == [False, False] and a["nan"] == [False, True] and a["stop"] == [True, False]
     assert a["row"]["both"] == pytest.approx(2 / 3) and a["row"]["only0"] == a["row"]["only1"] == 5
     assert a["none"] == {} and a["fresh"] is None and a["resumed"] == 1
@@ -515,6 +524,85 @@ def test_signals_set_the_flag(number):
     assert child.stdout.readline() == "ready\n"
     child.send_signal(number)
     assert child.communicate(timeout=30)[0] == "saved and left\n" and child.returncode == 0
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A CPU that has the instructions it is told, by torch's answers."""
+    def has(amx=False, avx512=False, **more):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: more, raising=False)
+    return has
+
+
+def test_precision_is_what_the_cpu_has(cpu, monkeypatch, capsys):
+    for known, bf16 in ((dict(amx=True), True), (dict(avx512=True), True), (dict(bf16=True, neon=True), True),
+                        (dict(bf16=False, neon=True), False), (dict(avx2=True), False)):
+        cpu(**known)
+        assert common.use_bf16("auto", Dist()) is bf16, known
+        assert capsys.readouterr().out == (
+            "precision: bf16 (this CPU has bf16 instructions)\n" if bf16 else
+            "precision: fp32 (this CPU has no bf16 instructions)\n")
+    cpu(bf16=True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # Arm on macOS
+    assert not common.use_bf16("auto", Dist())
+    cpu()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # a torch that cannot be asked about Arm
+    assert not common.use_bf16("auto", Dist())
+
+
+def test_precision_as_asked_says_what_it_costs(cpu, capsys):
+    for known, asked, line in (
+            (dict(), "bf16", "bf16 (as asked, and emulated: this CPU has no bf16 instructions; fp32 is "
+                             "several times faster, 7 to 11 times with AVX2)"),
+            (dict(), "fp32", "fp32 (as asked)"), (dict(amx=True), "bf16", "bf16 (as asked)"),
+            (dict(amx=True), "fp32", "fp32 (as asked)")):
+        cpu(**known)
+        assert common.use_bf16(asked, Dist()) is (asked == "bf16")
+        assert capsys.readouterr().out == f"precision: {line}\n"
+
+
+def test_a_gpu_is_asked_without_its_emulation(cpu, monkeypatch):
+    cpu(amx=True)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or
+                            including_emulation)
+        assert dispatch.has_bf16("cuda:0") is native
+
+
+def test_resuming_names_another_precision(capsys):
+    run = {"config": {"precision": "auto", "lr": 1.0}, "precision": "bf16"}
+    before_the_flag = {"config": {"bf16": True, "lr": 1.0}}
+    for manifest in (run, before_the_flag):
+        for asked in ("auto", "bf16", "fp32"):  # what it comes to counts, not how it was said
+            common.warn_changed("out", manifest, {"precision": asked, "lr": 1.0}, True)
+            assert capsys.readouterr().out == ""
+            common.warn_changed("out", manifest, {"precision": asked, "lr": 1.0}, False)
+            told = capsys.readouterr().out
+            assert told == "warning: out: began with --precision bf16, goes on with fp32\n"
+
+
+def test_the_precision_stands_in_the_manifest(tmp_path):
+    common.save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(3)}}, {"precision": "fp32"})
+    assert common.load_checkpoint(tmp_path)[1]["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("script", ["train_omni", "train_pefl", "train_reward", "sample", "evaluate"])
+def test_every_script_takes_a_precision(script, monkeypatch, capsys):
+    needed = {"train_omni": [], "train_pefl": ["--base", "x"], "train_reward": ["--pairs", "x"],
+              "sample": ["t2i", "--ckpt", "x"], "evaluate": ["scenes"]}[script]
+    config = importlib.import_module(script).Config
+    assert tyro.cli(config, args=needed).precision == "auto"
+    for value in ("auto", "bf16", "fp32"):
+        assert tyro.cli(config, args=[*needed, "--precision", value]).precision == value
+    with pytest.raises(SystemExit):
+        tyro.cli(config, args=[*needed, "--precision", "fp16"])
+    capsys.readouterr()
+    for old in (["--bf16", "False"], ["--bf16=True"], ["--no-bf16"]):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *needed, *old])
+        with pytest.raises(SystemExit, match="^error: --bf16: is now --precision: auto .*, bf16 or fp32$"):
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
 
 def test_bad_device_is_one_line():

@@ -4,14 +4,13 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from inprocess import run_script
 from PIL import Image
 
 import data
@@ -640,8 +639,7 @@ def test_pairs_split_by_prompt_and_by_picture(prefs):
 
 
 def check(*argv):
-    command = [sys.executable, data.__file__, "check", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_script(data.__file__, "check", *argv)
 
 
 def test_check_command(tmp_path):

@@ -3,12 +3,11 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from inprocess import run_script
 from PIL import Image
 
 import data
@@ -547,9 +546,7 @@ def test_check_command(tmp_path):
     sizes, tasks = ((24, 32), (32, 24)), ("swap", "style")
     path = jsonl(tmp_path, 8, lambda i: sizes[i % 2], lambda i: tasks[i % 2], True, score=lambda i: i + 2)
     (tmp_path / "3t.png").unlink()
-    run = [sys.executable, data.__file__, "check", str(path), "--image-size", "32"]
-    run += ["--out", str(tmp_path / "s.png")]
-    r = subprocess.run(run, capture_output=True, text=True)
+    r = run_script(data.__file__, "check", path, "--image-size", 32, "--out", tmp_path / "s.png")
     assert r.returncode == 1 and "Traceback" not in r.stderr, r.stderr
     for words in ("8 pairs, 8 looked at, 1 cannot be used", "3t.png: no such file", "swap 4", "style 4",
                   "9 to 10", "mask area", "shape 40x24"):

@@ -4,14 +4,13 @@ import json
 import math
 import re
 import runpy
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from inprocess import run_script
 
 import common
 import evaluate as ev
@@ -225,7 +224,8 @@ def folders(tmp_path_factory):
 
 
 def call(folders, out, task="edits", **flags):
-    flags = dict(ckpt="editnet", parser="parser", n=3, steps="2", device="cpu", bf16=False, rows=1) | flags
+    flags = dict(ckpt="editnet", parser="parser", n=3, steps="2", device="cpu", precision="fp32",
+                 rows=1) | flags
     names = {p.name: str(p) for p in folders.iterdir()}
     flags = {k: ",".join(names.get(x, x) for x in v.split(",")) if isinstance(v, str) else v
              for k, v in flags.items()}
@@ -337,9 +337,7 @@ def test_mistakes_give_one_line(folders, tmp_path, change, words):
 
 
 def test_from_the_shell(folders, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", "edits", "--ckpt", folders / "concat", "--steps=1", "--n=2",
-         "--image_size=32", "--parser", folders / "parser", "--out", tmp_path, "--device=cpu"],
-        capture_output=True, text=True, timeout=300)
+    done = run_script(ROOT / "evaluate.py", "edits", "--ckpt", folders / "concat", "--steps=1", "--n=2",
+                      "--image_size=32", "--parser", folders / "parser", "--out", tmp_path, "--device=cpu")
     assert done.returncode == 0, done.stderr
     assert "success" in done.stdout and "the parser" in done.stdout and (tmp_path / "sheet.png").is_file()

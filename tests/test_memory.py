@@ -52,7 +52,7 @@ Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 cfg = script.Config(**large, out=out + "/large")
 script.main(cfg)
-B, side, on, space = cfg.batch_size, cfg.image_size, ("cpu", cfg.bf16), made["space"][0]
+B, side, on, space = cfg.batch_size, cfg.image_size, ("cpu", cfg.precision == "bf16"), made["space"][0]
 if name == "train_omni":
     net = made["build"][0]
     rank = memory.omni(net, (B, net.cfg.channels, side // space.stride, side // space.stride), *on)
@@ -97,7 +97,7 @@ def test_editnet_as_measured(tmp_path, checkpointing):
     arch = {"arch": base.arch, "config": {}}
     common.write_checkpoint(tmp_path / "base", 0, {"model": base.state_dict()}, arch)
     flags = dict(init=str(tmp_path / "base"), stage="edit", steps=2, workers=0, device="cpu", wandb="off",
-                 sample_every=0, checkpointing=checkpointing, bf16=False, batch_size=1, image_size=16)
+                 sample_every=0, checkpointing=checkpointing, precision="fp32", batch_size=1, image_size=16)
     got = measured("train_omni", flags, dict(batch_size=2, image_size=64), tmp_path)
     assert got["measured"] > 1e8 and got["counted"] == pytest.approx(got["measured"], rel=0.15)
     other = memory.omni(editnet(not checkpointing), (2, 3, 64, 64), "cpu", False).peak
@@ -109,7 +109,7 @@ def test_editnet_as_measured(tmp_path, checkpointing):
 def test_pefl_with_vae_as_measured(sd3, tmp_path, checkpointing):  # noqa: F811
     flags = dict(base=sd3["sd3"], tokenizers=sd3["tokenizers"], phases="3/2/1x2", disc_width=32, disc_depth=1,
                  alignment=imagereward(tmp_path), vgg=vgg(tmp_path), workers=0, device="cpu", wandb="off",
-                 sample_every=0, checkpointing=checkpointing, bf16=False, batch_size=1, image_size=32)
+                 sample_every=0, checkpointing=checkpointing, precision="fp32", batch_size=1, image_size=32)
     got = measured("train_pefl", flags, dict(batch_size=2, image_size=128), tmp_path)
     assert got["measured"] > 1e8 and got["counted"] == pytest.approx(got["measured"], rel=0.15)
 
@@ -164,7 +164,7 @@ def test_sharding_divides_what_trains():
 
 def test_every_second_block_recomputed_lies_between():
     nets = [editnet(n, model.replace(SMALL, depth=4)) for n in (0, 2, 1)]
-    peaks = [memory.omni(net, (4, 3, 64, 64), "cpu").peak for net in nets]
+    peaks = [memory.omni(net, (4, 3, 64, 64), "cpu", False).peak for net in nets]
     assert peaks[0] > 1.2 * peaks[1] > 1.2 * 1.2 * peaks[2]
 
 

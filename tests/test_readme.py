@@ -1,5 +1,6 @@
 """Every command of README.md runs, in order, in a folder of links to this checkout, with small sizes."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inprocess import run_script
 from PIL import Image
 from test_sd3 import imagereward, random_state, write_sd3
 from test_text_encoders import small_tokenizers
@@ -72,8 +74,12 @@ def public_files(folder: Path) -> Path:
 
 
 def run(command: list[str], folder: Path, **env: str) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env})
+    if command[0] == sys.executable and command[1] != "-m":
+        with contextlib.chdir(folder):
+            done = run_script(*command[1:])
+    else:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env})
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

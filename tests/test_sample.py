@@ -1,4 +1,4 @@
-"""sample.py as a user runs it: every task as a process, untouched pixels, determinism, bad input."""
+"""sample.py as a user runs it: every task as a command, untouched pixels, determinism, bad input."""
 import json
 import shutil
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inprocess import run_script
 from PIL import Image
 
 import common
@@ -72,14 +73,13 @@ def at(tmp_path_factory):
 
 
 def run(*args):
-    """`python sample.py ...` -> the finished process."""
-    command = [sys.executable, str(ROOT / "sample.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    """`python sample.py ...`"""
+    return run_script(ROOT / "sample.py", *args)
 
 
 def ask(at, out, task="inpaint", **kw):
     """The same in this process -> {file: uint8 array} of the results."""
-    kw = {"ckpt": at / "run", "steps": 2, "bf16": False, "device": "cpu", "out": out} | kw
+    kw = {"ckpt": at / "run", "steps": 2, "precision": "fp32", "device": "cpu", "out": out} | kw
     kw = {k: str(v) if isinstance(v, Path) else v for k, v in kw.items()}
     sample.main(sample.Config(task=task, **kw))
     files = [json.loads(line)["file"] for line in (Path(out) / "samples.jsonl").read_text().splitlines()]
@@ -97,7 +97,7 @@ def pixels(path):
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
-def test_inpaint_process(at, tmp_path):
+def test_inpaint_command(at, tmp_path):
     done = run("inpaint", "--ckpt", at / "run", "--image", at / "a.png", "--mask", at / "m.png", "--prompt",
                "a red star", "--out", tmp_path, "--steps", 3, "--num_samples", 2, "--guidance", 2,
                "--solver", "heun")
@@ -129,7 +129,7 @@ def test_seam(at, tmp_path, seam):
     assert not seam or changed[near & ~mask].mean() > 0.5
 
 
-def test_outpaint_process(at, tmp_path):
+def test_outpaint_command(at, tmp_path):
     done = run("outpaint", "--ckpt", at / "shipped", "--image", at / "a.png", "--aspect", "2:1", "--seam", 0,
                "--out", tmp_path, "--steps", 2)
     assert done.returncode == 0, done.stderr
@@ -145,7 +145,7 @@ def test_outpaint_sides(at, tmp_path):
     assert np.array_equal(after[:57, 10:], pixels(at / "a.png")[:57, 3:])
 
 
-def test_erase_process(at, tmp_path):
+def test_erase_command(at, tmp_path):
     done = run("erase", "--ckpt", at / "run", "--image", at / "many", "--out", tmp_path, "--steps", 2)
     assert done.returncode == 0, done.stderr
     assert "2 result(s)" in done.stdout and "1 input(s) skipped" in done.stdout and "z.jpg" in done.stdout
@@ -154,7 +154,7 @@ def test_erase_process(at, tmp_path):
     assert pixels(tmp_path / "y_erase.png").shape == (40, 80, 3)
 
 
-def test_t2i_process(at, tmp_path):
+def test_t2i_command(at, tmp_path):
     done = run("t2i", "--ckpt", at / "t2i_only", "--prompt", "../A red/blue\ncube", "--height", 40,
                "--width", 70, "--out", tmp_path, "--steps", 2)
     assert done.returncode == 0, done.stderr
@@ -390,7 +390,8 @@ def test_nothing_usable(at, tmp_path):
     (("inpaint", "--ckpt", "gone", "--image", "gone.png", "--prompt", ""), "gone: no such"),
     (("inpaint", "--ckpt", "gone", "--imgae", "a.png"), "--imgae")])
 def test_exit_code(args, words, tmp_path):
-    done = run(*args, "--out", tmp_path)
+    command = [sys.executable, ROOT / "sample.py", *args, "--out", tmp_path]  # a process of its own
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
 
 

@@ -1,8 +1,6 @@
 """sample.py edit: sizes, masks, guidance, chains, the trees that scorers read, bad input."""
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from inprocess import run_script
 from PIL import Image
 
 import common
@@ -68,14 +67,13 @@ def at(tmp_path_factory):
 
 
 def run(*args):
-    """`python sample.py ...` -> the finished process."""
-    command = [sys.executable, str(ROOT / "sample.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    """`python sample.py ...`"""
+    return run_script(ROOT / "sample.py", *args)
 
 
 def ask(at, out, **kw):
     """sample.py edit in this process -> {file: uint8 array} of the results."""
-    kw = {"ckpt": at / "editnet", "steps": 2, "bf16": False, "device": "cpu", "out": out} | kw
+    kw = {"ckpt": at / "editnet", "steps": 2, "precision": "fp32", "device": "cpu", "out": out} | kw
     kw = {k: str(v) if isinstance(v, Path) else v for k, v in kw.items()}
     sample.main(sample.Config(task="edit", **kw))
     return {row["file"]: pixels(Path(out) / row["file"]) for row in rows(out)}
@@ -98,7 +96,7 @@ def pixels(path):
 # ---- one edit ------------------------------------------------------------------------------------
 
 
-def test_process(at, tmp_path):
+def test_command(at, tmp_path):
     done = run("edit", "--ckpt", at / "editnet", "--image", at / "a.png", "--mask", at / "m.png",
                "--instruction", "make it red (or not)", "and, then, blue", "--out", tmp_path, "--steps", 2,
                "--num_samples", 2, "--guidance", 4, "--image_guidance", 1.2, "--solver", "heun",

@@ -66,7 +66,7 @@ def sd3(tmp_path_factory, files):  # noqa: F811
 
 def flags_of(sd3, out, **flags):
     return dict(tokenizers=sd3["tokenizers"], out=str(out), device="cpu", wandb="off", workers=0, log_every=1,
-                sample_every=0, bf16=False) | flags
+                sample_every=0, precision="fp32") | flags
 
 
 def omni(sd3, out, **flags):
@@ -98,7 +98,7 @@ def picture(folder):
 
 
 def pefl(sd3, tmp_path, out="pefl", **flags):
-    own = dict(base=sd3["sd3"], image_size=32, phases="6/5/3x20", batch_size=1, lr=1e-4, warmup=2, ema=0.9,
+    own = dict(base=sd3["sd3"], image_size=32, phases="3/2/1x20", batch_size=1, lr=1e-4, warmup=2, ema=0.9,
                disc_width=32, disc_depth=1, alignment=imagereward(tmp_path), vgg=vgg(tmp_path), save_every=20)
     train_pefl.main(train_pefl.Config(**flags_of(sd3, tmp_path / out, **own | flags)))
     return rows(tmp_path / out)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import sharded_run
 import torch
+from inprocess import run_ranks, run_script
 from safetensors.torch import load_file
 
 import common
@@ -22,13 +23,9 @@ RUN = sharded_run.__file__
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def argv(ranks, **settings):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
-    return [sys.executable, *torchrun, RUN, json.dumps(settings, default=str)]
-
-
 def run(ranks, **settings):
-    done = subprocess.run(argv(ranks, **settings), env=ENV, capture_output=True, text=True)
+    command = [RUN, json.dumps(settings, default=str)]
+    done = run_script(*command) if ranks == 1 else run_ranks(ranks, command)
     assert done.returncode == 0, done.stdout + done.stderr
     result = next(line for line in done.stdout.splitlines() if line.startswith("{"))
     return json.loads(result) | {"text": done.stdout}
@@ -48,7 +45,7 @@ def close(a, b, rel):
 
 
 @pytest.mark.parametrize("kind, more", [
-    ("editor", {"checkpoint": 2}), ("editnet", {}),
+    ("editor", {"checkpoint": 2}),  # an EditNet without checkpointing: test_sharded_scripts.py
     pytest.param("editnet", {"checkpoint": 1}, marks=pytest.mark.slow),
     pytest.param("textcontrol", {}, marks=pytest.mark.slow),
     pytest.param("concat", {}, marks=pytest.mark.slow)])
@@ -101,7 +98,9 @@ def test_killed_and_resumed(tmp_path):
     """SIGKILL to both ranks amid a run that saves at every step; then the newest whole one is damaged."""
     whole = run(2, out=tmp_path / "whole", steps=10, save=[10])
     out = tmp_path / "cut"
-    process = subprocess.Popen(argv(2, out=out, steps=500, save="each"), env=ENV, start_new_session=True,
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = json.dumps({"out": str(out), "steps": 500, "save": "each"})
+    process = subprocess.Popen([*torchrun, RUN, settings], env=ENV, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (out / "step_00000004").exists():
         assert process.poll() is None, process.communicate()
@@ -170,7 +169,7 @@ def test_what_cannot_be_sharded(text, change):
     change(net)
     with pytest.raises(SystemExit, match=f"error: --fsdp: .*{text}"):
         try:
-            sharded.shard(net, common.Dist())
+            sharded.shard(net, common.Dist(), False)
         finally:
             common.cleanup()
 

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-import subprocess
 import sys
 import unicodedata
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from inprocess import run_script
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
@@ -813,11 +813,10 @@ def test_blip_weights(tmp_path):
 def test_convert_command(tmp_path, vocab):
     path, net = imagereward_file(small_imagereward(vocab), tmp_path, "module.")
     out = str(tmp_path / "ImageReward.safetensors")
-    command = [sys.executable, weights.__file__, "convert", path]
-    done = subprocess.run([*command, out], capture_output=True, text=True)
+    done = run_script(weights.__file__, "convert", path, out)
     assert done.returncode == 0, done.stderr
     assert same(towers.load_imagereward(out, vocab).state_dict(), net.state_dict())
-    bad = subprocess.run([*command, path], capture_output=True, text=True)
+    bad = run_script(weights.__file__, "convert", path, path)
     assert bad.returncode == 1 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
 
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
+from inprocess import run_ranks, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
@@ -32,12 +33,13 @@ import model
 import train_omni
 import train_pefl
 import train_reward
+from kernels import dispatch
 
 ROOT = Path(train_omni.__file__).parent
 pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
-SHARED = dict(batch_size=4, lr=1e-3, warmup=2, ema=0.9, bf16=False, workers=0, device="cpu", wandb="off",
-              log_every=1, sample_every=0, save_every=4)
+SHARED = dict(batch_size=4, lr=1e-3, warmup=2, ema=0.9, precision="fp32", workers=0, device="cpu",
+              wandb="off", log_every=1, sample_every=0, save_every=4)
 OMNI = SHARED | dict(preset="test", lr_schedule="constant", steps=4)
 PEFL = SHARED | dict(phases="5/4/2x4", disc_width=32, disc_depth=1)
 
@@ -96,9 +98,7 @@ def command(made, out, script, **flags):
 
 
 def run(argv, ranks=1):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
-    argv = [sys.executable, *torchrun, *argv]
-    done = subprocess.run(argv, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = run_script(*argv) if ranks == 1 else run_ranks(ranks, argv)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -169,7 +169,7 @@ def test_omni_resumes(made, tmp_path):
 
 @pytest.mark.slow
 def test_omni_base_resumes(made, tmp_path):
-    more = dict(bf16=True, lr_schedule="cosine", aspects=True)
+    more = dict(precision="bf16", lr_schedule="cosine", aspects=True)
     resumes(made, tmp_path, train_omni, OMNI_FILES, stage="base", **more)
 
 
@@ -179,7 +179,8 @@ def test_pefl_resumes(made, tmp_path):
 
 @pytest.mark.slow
 def test_pefl_lora_resumes(made, tmp_path):
-    resumes(made, tmp_path, train_pefl, PEFL_FILES | {"lora", "lora_ema"}, lora=4, bf16=True, workers=1)
+    more = dict(lora=4, precision="bf16", workers=1)
+    resumes(made, tmp_path, train_pefl, PEFL_FILES | {"lora", "lora_ema"}, **more)
 
 
 #### ranks ###################################################################################################
@@ -244,8 +245,8 @@ def test_t_prime_covers_its_range():
     assert drawn == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_gradient_reaches_every_weight(made, tmp_path, monkeypatch, bf16):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_reaches_every_weight(made, tmp_path, monkeypatch, precision):
     """bf16: weights that autocast casts in stage 2, without gradient, must not serve stage 3 from a cache."""
     editors, seen = [], []
     load = train_pefl.load_editor
@@ -255,7 +256,7 @@ def test_gradient_reaches_every_weight(made, tmp_path, monkeypatch, bf16):
         seen.append([None if p.grad is None else p.grad.abs().sum().item() for p in params])
 
     monkeypatch.setattr(common, "average_gradients", sums)
-    call(made, tmp_path, train_pefl, phases="5/4/2x1", bf16=bf16)
+    call(made, tmp_path, train_pefl, phases="5/4/2x1", precision=precision)
     of_editor, of_coherence = seen
     names = [n for n, p in editors[0][0].named_parameters() if p.requires_grad]
     assert len(names) == len(of_editor)
@@ -538,10 +539,14 @@ def test_wrong_run_folder(made, tmp_path):
 
 @pytest.mark.parametrize("script", [train_omni, train_pefl])
 def test_changed_flags_are_said(made, tmp_path, capsys, script):
-    """The same folder with another seed goes on, and says so; of logging it says nothing."""
-    call(made, tmp_path, script, save_every=1, **steps(script, 1))
-    capsys.readouterr()
-    call(made, tmp_path, script, save_every=1, seed=7, log_every=2, **steps(script, 1))
+    """The same folder with another seed goes on, and says so; of logging it says nothing, nor of a precision
+    that is asked for and was chosen before."""
+    call(made, tmp_path, script, save_every=1, precision="auto", **steps(script, 1))
+    chosen = "bf16" if dispatch.has_bf16("cpu") else "fp32"
+    manifest = json.loads((newest(tmp_path) / "manifest.json").read_text())
+    assert manifest["precision"] == chosen and manifest["config"]["precision"] == "auto"
+    assert f"precision: {chosen} (this CPU has" in capsys.readouterr().out
+    call(made, tmp_path, script, save_every=1, seed=7, log_every=2, precision=chosen, **steps(script, 1))
     text = capsys.readouterr().out
     assert text.count("warning") == 1 and "began with --seed 0, goes on with 7" in text
 

@@ -69,7 +69,7 @@ def test_edit_resumes(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(tune_base="lora", lora=2), dict(variant="concat", aspects=True),
-                                   dict(cached=True, bf16=True)])
+                                   dict(cached=True, precision="bf16")])
 def test_variants_resume(made, tmp_path, flags):
     files = OMNI_FILES | ({"lora", "lora_ema"} if "lora" in flags else set())
     resumes(made, tmp_path, train_omni, files, **edit(made, **flags))
@@ -80,7 +80,8 @@ def test_pefl_resumes(made, tmp_path):
     resumes(made, tmp_path, train_pefl, PEFL_FILES, base=made["editnet"])
 
 
-@pytest.mark.parametrize("script", [train_omni, pytest.param(train_pefl, marks=pytest.mark.slow)])
+@pytest.mark.slow  # sharded and quicker in test_sharded_scripts.py
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
 def test_two_ranks(made, tmp_path, script):
     flags = edit(made) if script is train_omni else {"base": made["editnet"]}
     two_ranks_agree(made, tmp_path, script, flags)

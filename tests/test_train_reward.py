@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inprocess import run_ranks, run_script
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -44,14 +45,13 @@ def folder(tmp_path_factory):
 
 def command(pairs, out, **flags):
     flags = {"preset": "test", "steps": 40, "lr": 1e-3, "batch_size": 16, "workers": 0, "device": "cpu",
-             "wandb": "off", "bf16": False, "log_every": 10, "eval_every": 0} | flags
-    return ["train_reward.py", f"--pairs={pairs}", f"--out={out}", *(f"--{k}={v}" for k, v in flags.items())]
+             "wandb": "off", "precision": "fp32", "log_every": 10, "eval_every": 0} | flags
+    flags = {"pairs": pairs, "out": out} | flags
+    return [train_reward.__file__, *(f"--{k}={v}" for k, v in flags.items())]
 
 
 def run(argv, ranks=1, fails=False):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
-    argv = [sys.executable, *torchrun, *argv]
-    done = subprocess.run(argv, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = run_script(*argv) if ranks == 1 else run_ranks(ranks, argv)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     if fails:
         assert "Traceback" not in done.stderr, done.stderr
@@ -69,14 +69,15 @@ def tensors(out, step):
     return {f"{f.stem}/{k}": v for f in files for k, v in load_file(f).items()}
 
 
-@pytest.mark.parametrize("file", ["captions.jsonl", "pictures.json"])
-def test_learns(folder, tmp_path, file):
-    run(command(folder / file, tmp_path, bf16=True, augment=1))
+@pytest.mark.parametrize("file, precision", [("captions.jsonl", "fp32"), ("pictures.json", "bf16")])
+def test_learns(folder, tmp_path, file, precision):
+    run(command(folder / file, tmp_path, precision=precision, augment=1))
     train, val = rows(tmp_path)
     assert train[-1]["train/loss"] < 0.3
     assert val[-1]["val/acc"] > 0.9 and val[-1]["val/low"] < val[-1]["val/acc"] and val[-1]["val/pairs"] >= 5
     manifest = json.loads((tmp_path / "step_00000040/manifest.json").read_text())
     assert manifest["meta"]["val"]["val/best"] > 0.9 and manifest["samples"] == 640
+    assert manifest["precision"] == precision
     net = model.build_reward(manifest["arch"])  # the folder needs nothing else
     net.load_state_dict(load_file(tmp_path / "step_00000040/model.safetensors"))
     ids, attend = net.tokenize(["a red picture", "a blue picture"])
@@ -248,7 +249,7 @@ def test_bad_command_line(folder, tmp_path):
 
 
 def test_help_lists_every_knob():
-    text, source = run(["train_reward.py", "--help"]), (ROOT / "train_reward.py").read_text()
+    text, source = run([train_reward.__file__, "--help"]), (ROOT / "train_reward.py").read_text()
     knobs = [field.name for field in fields(train_reward.Config)]
     assert len(knobs) <= 40
     for name in knobs:

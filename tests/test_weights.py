@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import test_text_encoders as texts
 import torch
+from inprocess import run_script
 from safetensors.torch import load_file, save_file
 from test_frozen import CFG as VAE_CFG
 from test_frozen import picture, their_decode, their_encode
@@ -485,8 +486,7 @@ def test_export_leaves_nothing_of_a_failure(tmp_path, monkeypatch):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, weights.__file__, *map(str, arguments)], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return run_script(weights.__file__, *arguments)
 
 
 def test_commands(tmp_path, capsys):
