@@ -13,6 +13,7 @@ Conventions (flow.py): x_t = (1 - t) x_0 + t noise, v = noise - x_0, t in [0, 1]
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -978,14 +979,19 @@ def resumed_states(model: nn.Module, tensors: dict[str, dict]) -> tuple[dict, di
     return plain | tensors["lora"], plain | tensors["lora_ema"]
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups of what trains: matrices decay; biases, norms, embeddings and positions do not."""
+def param_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
+    """AdamW groups of what trains: matrices decay; biases, norms, embeddings, positions do not. muon: the
+    matrices of attention and MLPs are a third group, which says muon=True, for common.Muon."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     tables = ("pos", "pos_embed", "cls_token", "embed.weight", "embeddings.weight")
-    decay = [p for n, p in named if p.ndim >= 2 and not n.endswith(tables)]
-    chosen = set(map(id, decay))
-    rest = [p for _, p in named if id(p) not in chosen]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    inside = re.compile(r"(^|\.)(joint_blocks|branch|blocks)\.\d+\..*(attn2?|mlp)\..*weight$")
+    groups = {"decay": [], "rest": [], "muon": []}
+    for n, p in named:
+        matrix = p.ndim >= 2 and not n.endswith(tables)
+        groups["muon" if matrix and muon and inside.search(n) else "decay" if matrix else "rest"].append(p)
+    out = [{"params": groups["decay"], "weight_decay": weight_decay},
+           {"params": groups["rest"], "weight_decay": 0.0}]
+    return out + [{"params": groups["muon"], "weight_decay": weight_decay, "muon": True}] * muon
 
 
 def inpainting(cfg: EditorConfig) -> EditorConfig:

@@ -55,6 +55,7 @@ class Config:
     accum: int = 1  # micro-batches per optimiser step
     steps: int = 20_000  # optimiser steps
     lr: float = 5e-4  # peak learning rate of AdamW
+    muon_lr: float = 0.0  # of Muon, for the matrices of attention and MLPs (common.Muon); 0 = AdamW for all
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warm-up
     warmup: int = 500  # steps of linear warm-up
     weight_decay: float = 0.01  # on matrices only
@@ -125,10 +126,11 @@ def main(cfg: Config) -> None:
 
     # 2) optimiser, averaged weights
     text = {id(p) for p in editor.text.parameters()} if editor.cfg.txt_bytes else {}
-    groups = [{**g, "params": [p for p in g["params"] if (id(p) in text) == words], "factor": factor}
+    groups = [{**g, "params": [p for p in g["params"] if (id(p) in text) == words],
+               "peak": factor * (cfg.muon_lr if "muon" in g else cfg.lr)}
               for words, factor in ((False, 1.0), (True, cfg.text_lr))
-              for g in model.param_groups(editor, cfg.weight_decay)]
-    opt = torch.optim.AdamW(sharded.split_groups(groups), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+              for g in model.param_groups(editor, cfg.weight_decay, muon=cfg.muon_lr > 0)]
+    opt = common.Muon(sharded.split_groups(groups), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ema = common.EMA(editor, cfg.ema)
 
     # 3) resume: the newest checkpoint of --out that verifies
@@ -176,7 +178,7 @@ def main(cfg: Config) -> None:
     bar = common.progress(cfg.steps, step, cfg.stage, dist)
     while step < cfg.steps:
         for group in opt.param_groups:
-            group["lr"] = group["factor"] * common.lr_at(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_schedule)
+            group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, cfg.lr_schedule)
         loss_sum = torch.zeros((), device=device)
         for micro in range(cfg.accum):
             with perf.wait():
@@ -262,8 +264,8 @@ def check(cfg: Config) -> None:
     for flag in ("image_size", "batch_size", "accum", "steps", "log_every", "save_every"):
         if getattr(cfg, flag) < 1:
             refuse(flag, "must be at least 1")
-    for flag in ("lr", "text_lr", "t_weight", "warmup", "weight_decay", "grad_clip", "sample_every", "keep",
-                 "workers"):
+    for flag in ("lr", "muon_lr", "text_lr", "t_weight", "warmup", "weight_decay", "grad_clip",
+                 "sample_every", "keep", "workers"):
         if not getattr(cfg, flag) >= 0:
             refuse(flag, "must not be negative")
     for flag in ("ema", "beta2"):
@@ -288,6 +290,8 @@ def check(cfg: Config) -> None:
     edit_tasks(cfg.tasks)
     if cfg.cached and cfg.variant != "editnet":
         refuse("variant", "has no source tokens to cache: leave out --cached")
+    if cfg.muon_lr and cfg.fsdp:
+        refuse("muon_lr", "needs whole matrices, of which --fsdp leaves each rank a part: leave out one")
     if cfg.tune_base == "lora" and cfg.lora < 1:
         refuse("lora", "must be at least 1")
 

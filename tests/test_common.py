@@ -108,6 +108,41 @@ def test_ema_formula_buffers_and_swap():
         ema.update()
 
 
+def test_muon():
+    """Against the exact polar factor: q, k and v of one matrix each on its own, both orientations, AdamW for
+    the other groups bit for bit, weight decay, nothing done without a gradient, and state that resumes."""
+    torch.manual_seed(0)
+    qkv, wide, bias, idle = (torch.nn.Parameter(torch.randn(s)) for s in ((24, 8), (8, 20), (5,), (4, 4)))
+    twin = torch.nn.Parameter(bias.detach().clone())
+    opt = common.Muon([{"params": [qkv, wide, idle], "muon": True, "weight_decay": 0.5},
+                       {"params": [bias], "weight_decay": 0.0}], lr=0.1)
+    plain = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0)
+    before, momentum = {p: p.detach().clone() for p in (qkv, wide, idle)}, {qkv: 0.0, wide: 0.0}
+    for _ in range(3):
+        for p in (qkv, wide, bias):
+            p.grad = torch.randn_like(p)
+        twin.grad = bias.grad.clone()
+        grads, was = {p: p.grad.clone() for p in momentum}, {p: p.detach().clone() for p in momentum}
+        opt.step(), plain.step()
+        for p, parts in ((qkv, 3), (wide, 1)):
+            momentum[p] = 0.95 * momentum[p] + 0.05 * grads[p]
+            update = 0.05 * grads[p] + 0.95 * momentum[p]
+            moved = (0.95 * was[p] - p.detach()) / (0.1 * 0.2 * max(p.shape[0] // parts, p.shape[1]) ** 0.5)
+            for got, m in zip(moved.chunk(parts), update.chunk(parts)):
+                u, s, v = torch.linalg.svd(m, full_matrices=False)
+                kept = s > 0.05 * s.max()
+                along = torch.einsum("ri,rc,ic->i", u, got, v)[kept]
+                assert 0.6 < along.min() and along.max() < 1.3
+                assert (got - u @ torch.diag(torch.einsum("ri,rc,ic->i", u, got, v)) @ v).abs().max() < 1e-4
+            assert torch.equal(p.grad, grads[p])
+        assert torch.equal(bias, twin)
+    assert torch.equal(idle, before[idle]) and not torch.equal(qkv, before[qkv])
+    state = common.optimizer_tensors(opt)
+    assert {"0.momentum", "1.momentum", "3.exp_avg"} <= state.keys()
+    common.load_optimizer_tensors(opt, state)
+    assert torch.equal(opt.state[qkv]["momentum"], state["0.momentum"])
+
+
 def test_ema_of_bf16_and_tied_weights():
     module = torch.nn.ModuleDict({k: torch.nn.Linear(4, 4) for k in "ab"}).bfloat16()
     module.b.weight = module.a.weight

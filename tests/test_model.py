@@ -499,6 +499,20 @@ def test_param_groups_cover_each_trainable_parameter_once(lora):
     assert decayed and not any(n.endswith("bias") or "ln_" in n or "pos" in n for n in decayed)
     torch.optim.AdamW(groups, lr=1e-3)
 
+
+def test_muon_groups_hold_the_matrices_of_blocks_only():
+    net = model.EditNet(PRESETS["test"])
+    *others, group = model.param_groups(net, 0.1, muon=True)
+    names = {id(p): n for n, p in net.named_parameters()}
+    found = {names[id(p)] for p in group["params"]}
+    assert group["muon"] and not any("muon" in g for g in others)
+    assert {"branch.1.x_block.mlp.fc2.weight", "base.mmdit.joint_blocks.0.context_block.attn.qkv.weight",
+            "text.blocks.1.attn.proj.weight"} <= found
+    assert all(p.ndim == 2 for p in group["params"]) and not any("adaLN" in n or "embed" in n for n in found)
+    got = [id(p) for g in (*others, group) for p in g["params"]]
+    assert sorted(got) == sorted(id(p) for p in net.parameters() if p.requires_grad)
+
+
 ####################################################################################################
 # Fused operations against their references, with gradients
 ####################################################################################################
