@@ -49,7 +49,12 @@ class EditorConfig:
     dual: int = 0  # first blocks with a second, image-only attention (SD3.5-medium: 13)
     inpaint: bool = False  # input = noisy latents | mask | masked latents, concatenated along channels
     predict: str = "v"  # the last layer's meaning: "v", or "x0" (made v; small pixel models learn it better)
+    refine: int = 0  # channels of two convolutions over x_t and the finished x0: no borders of patches
     txt_bytes: int = 128  # bytes of caption the built-in text encoder reads; 0: features come from outside
+
+    def __post_init__(self):
+        if self.refine and self.predict != "x0":
+            raise ValueError(f"refine={self.refine} refines pictures, and predict={self.predict!r} gives none")
 
     @property
     def width(self) -> int:
@@ -62,8 +67,7 @@ class EditorConfig:
 
 PRESETS: dict[str, EditorConfig] = {
     "test": EditorConfig(depth=2, heads=2, head_dim=16, txt_dim=32, vec_dim=32, predict="x0"),
-    "tiny": EditorConfig(predict="x0", qk_norm=False),
-    "tiny-p8": EditorConfig(predict="x0", qk_norm=False, patch=8),
+    "tiny": EditorConfig(predict="x0", qk_norm=False, patch=8, refine=24, txt_bytes=96),
     "small": EditorConfig(depth=12, heads=6, pos_max=64, txt_dim=384, vec_dim=384, predict="x0"),
     "sd3-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=192, learn_pos=False,
                                txt_dim=4096, vec_dim=2048, qk_norm=False, txt_bytes=0),
@@ -443,6 +447,12 @@ class Editor(nn.Module):
         self.mmdit = MMDiT(cfg)
         if cfg.txt_bytes:
             self.text = ByteText(cfg.txt_bytes, cfg.txt_dim, cfg.vec_dim)
+        if cfg.refine:
+            self.refine = nn.Sequential(
+                nn.Conv2d(2 * cfg.channels, cfg.refine, 3, padding=1), nn.GELU(),
+                nn.Conv2d(cfg.refine, cfg.channels, 3, padding=1))
+            nn.init.zeros_(self.refine[2].weight)
+            nn.init.zeros_(self.refine[2].bias)
 
     @property
     def arch(self) -> dict:
@@ -473,9 +483,12 @@ class Editor(nn.Module):
         return torch.cat([x, mask.to(x.dtype), masked.to(x.dtype)], dim=1)
 
     def to_velocity(self, x: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """The transformer's output, v or x_0, as v."""
+        """The transformer's output, v or x_0, as v. A patch of x_0 is a linear function of its token alone:
+        two convolutions make it meet its neighbours, and hand on what x_t shows already (default ours)."""
         if self.cfg.predict == "v":
             return out
+        if self.cfg.refine:
+            out = out + self.refine(torch.cat([out, x.to(out.dtype)], dim=1))
         return (x - out) / t.to(x.dtype).clamp(min=self.X0_T_MIN)[:, None, None, None]
 
 

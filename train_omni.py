@@ -49,7 +49,7 @@ class Config:
     tasks: str = "balanced"  # edit: tasks alike; "as_is", as often as in the data; or weights, remove=2,add=1
     p_region: float = 0.3  # edit: share of the pairs with a mask that are shown it; the rest is free-form
     drop_edit: float = 0.05  # edit: share without text, share without source, and share without both
-    image_size: int = 32  # side of the square (or of the square of equal area, with --aspects)
+    image_size: int = 64  # side of the square (or of the square of equal area, with --aspects)
     aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
     batch_size: int = 64  # pictures per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step

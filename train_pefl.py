@@ -106,7 +106,7 @@ def main(cfg: Config) -> None:
     # 1) the editor to tune, and a frozen copy that says how far it has moved
     editor, manifest = load_editor(cfg.base)
     surroundings = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
-    image_size = cfg.image_size or manifest.get("config", {}).get("image_size", 32)
+    image_size = cfg.image_size or manifest.get("config", {}).get("image_size", 64)
     shift = manifest.get("config", {}).get("shift", 1.0) if cfg.shift is None else cfg.shift
     if not cfg.fsdp:
         editor.to(device)
