@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # The inpainting base that ships in assets/base: text to image first, so that captions are learned, then inpainting; both from
 # scratch on scenes. Its averaged weights are stored in bf16.
-#   bash runs/base.sh     about 30 minutes on 4 quiet cores (2 ranks of 2 threads); the same command resumes
+#   bash runs/base.sh     hours on 2 plain cores; the same command resumes
+# RANKS processes of one thread each: with matrices this small that beats one process of many threads (LOG.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
-OUT=${OUT:-out/base}
-export OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 OMP_WAIT_POLICY=ACTIVE
-TRAIN="$PY -m torch.distributed.run --standalone --nproc_per_node=2 train_omni.py --data scenes --batch_size 64 --lr 1e-3
-    --shift 1.5 --warmup 200 --sample_every 500 --save_every 250 --wandb off"
+OUT=${OUT:-out/base} T2I=${T2I:-800} INPAINT=${INPAINT:-800}
+RANKS=${RANKS:-$(nproc)}
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+BATCH=$((128 / RANKS))
+TRAIN="$PY -m torch.distributed.run --standalone --nproc_per_node=$RANKS train_omni.py --data scenes --batch_size $BATCH
+    --lr 1e-3 --muon_lr 3e-3 --text_lr 0.5 --warmup 50 --ema 0.996 --shift 2 --sample_every 200 --save_every 100 --wandb off"
 
-$TRAIN --stage base --preset tiny --image_size 32 --t_shift 4 --t_weight 2 --lr_schedule constant --steps 1300 --out "$OUT/t2i"
-$TRAIN --stage inpaint --init "$OUT/t2i" --t_shift 3 --t_weight 1 --steps 2700 --out "$OUT/inpaint"
+$TRAIN --stage base --preset tiny --t_shift 4 --lr_schedule constant --steps "$T2I" --out "$OUT/t2i"
+$TRAIN --stage inpaint --init "$OUT/t2i" --t_shift 4 --p_t2i 0.35 --steps "$INPAINT" --out "$OUT/inpaint"
 $PY runs/ship.py assets/base "bash runs/base.sh" "$OUT/t2i" "$OUT/inpaint"
