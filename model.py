@@ -54,7 +54,7 @@ class EditorConfig:
 
     def __post_init__(self):
         if self.refine and self.predict != "x0":
-            raise ValueError(f"refine={self.refine} refines pictures, and predict={self.predict!r} gives none")
+            raise ValueError(f"refine={self.refine} refines pictures, predict={self.predict!r} gives none")
 
     @property
     def width(self) -> int:
@@ -67,7 +67,7 @@ class EditorConfig:
 
 PRESETS: dict[str, EditorConfig] = {
     "test": EditorConfig(depth=2, heads=2, head_dim=16, txt_dim=32, vec_dim=32, predict="x0"),
-    "tiny": EditorConfig(predict="x0", qk_norm=False, patch=8, refine=24, txt_bytes=96),
+    "tiny": EditorConfig(predict="x0", qk_norm=False, patch=8, pos_max=16, refine=24, txt_bytes=96),
     "small": EditorConfig(depth=12, heads=6, pos_max=64, txt_dim=384, vec_dim=384, predict="x0"),
     "sd3-medium": EditorConfig(depth=24, heads=24, patch=2, channels=16, pos_max=192, learn_pos=False,
                                txt_dim=4096, vec_dim=2048, qk_norm=False, txt_bytes=0),
