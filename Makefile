@@ -15,7 +15,7 @@ test-all: $(VENV)/.dev         ## all tests
 	$(PYTEST)
 
 demo: $(VENV)/.run             ## rewards and PeFL on the embedded dataset, minutes on a CPU
-	PATH="$(abspath $(VENV))/bin:$$PATH" bash runs/demo.sh
+	$(PY) runs/demo.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -4,7 +4,7 @@
 #   bash runs/editnet.sh                                       all of it: hours on 4 cores, less than one on a GPU
 #   PARTS=variants SEEDS=0 STEPS=600 bash runs/editnet.sh      a part of it
 #   JUDGE=0 bash runs/editnet.sh                               the trainings without the evaluations
-#   STEPS=1600 bash runs/editnet.sh ship                       trains assets/editnet anew, an hour on 4 quiet cores
+#   STEPS=2000 bash runs/editnet.sh ship                       trains assets/editnet anew, hours on 2 plain cores
 # What is done already is not done again; a run that was cut resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,19 +12,18 @@ PY=${PYTHON:-python}
 OUT=${OUT:-out/editnet}
 PARTS=${PARTS:-variants frozen_text weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} N=${N:-300}
 PEFL_REWARDS=${PEFL_REWARDS:-out/pefl_scenes}  # aesthetic and alignment rewards of runs/pefl_scenes.sh
-JOBS=${JOBS:-4}  # trainings side by side
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
-RECIPE="--stage edit --init assets/base --lr 1e-3 --shift 1.5 --text_lr 0.5 --wandb off"
+JOBS=${JOBS:-$(nproc)}  # trainings side by side
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+RECIPE="--stage edit --init assets/base --lr 1e-3 --muon_lr 3e-3 --t_shift 4 --text_lr 0.5 --wandb off"
 # constant rate, averaged weights: a run can go on to more steps
 SHORT="$RECIPE --batch_size 32 --warmup 100 --lr_schedule constant --ema 0.997"
 
 if [ "${1:-}" = ship ]; then
-    export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=ACTIVE
-    part() { $PY -m torch.distributed.run --standalone --nproc_per_node=2 train_omni.py $RECIPE --batch_size 64 --data scenes \
-        --sample_every 250 --save_every 250 "$@"; }
-    part --steps "$STEPS" --warmup 200 --out "$OUT/ship1"
-    part --steps $((STEPS * 3 / 4)) --warmup 60 --init "$OUT/ship1" --lr 7e-4 --ema 0.998 --seed 1 --out "$OUT/ship2"
-    exec $PY runs/ship.py assets/editnet "STEPS=$STEPS bash runs/editnet.sh ship" "$OUT/ship1" "$OUT/ship2"
+    export OMP_NUM_THREADS=1
+    RANKS=${RANKS:-$(nproc)}  # of one thread each
+    $PY -m torch.distributed.run --standalone --nproc_per_node="$RANKS" train_omni.py $RECIPE --data scenes \
+        --batch_size $((64 / RANKS)) --steps "$STEPS" --warmup 50 --ema 0.997 --sample_every 200 --save_every 100 --out "$OUT/ship"
+    exec $PY runs/ship.py assets/editnet "STEPS=$STEPS bash runs/editnet.sh ship" "$OUT/ship"
 elif [ -n "${1:-}" ]; then
     echo "error: $1: the only word is ship" >&2; exit 2
 fi
@@ -88,7 +87,9 @@ for part in $PARTS; do
     fi
     [ "${JUDGE:-1}" = 1 ] || continue
     case $part in
-        variants) judge variants --t2i True --base assets/base -- editnet cached controlnet textcontrol concat ;;
+        variants) judge variants -- editnet cached controlnet textcontrol concat
+            $PY evaluate.py t2i --ckpt "assets/base$(for run in editnet concat; do for s in $SEEDS; do echo -n ",$OUT/$run$s"; done; done)" \
+                --n "$N" --out "$OUT/judge_t2i" | tee "$OUT/judge_t2i.txt" ;;
         frozen_text) judge frozen_text --guidance 3 --image_guidance 1.5 -- ft_editnet ft_controlnet ft_textcontrol ;;
         weights) judge weights -- weighted unweighted ;;
         region) judge region -- editnet freeform ;;

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=${OUT:-out/pefl_scenes}
 SEEDS=${SEEDS:-0 1 2}
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_every 500 --wandb off"
 
 # 1) preferences and rewards, once: what varies with the seed is PeFL (data order, noise, t', coherence model)
@@ -14,7 +14,7 @@ REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_eve
 [ -f "$OUT/captions/results.json" ] ||
     $PY evaluate.py prefs --ckpt assets/base --n 0 --captions 20000 --offset 500000 --out "$OUT/captions"
 $PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps 1000 --augment 2 --out "$OUT/aesthetic" $REWARD &
-$PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p8 --steps 2000 --val_fraction 0.05 \
+$PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p16 --steps 2000 --val_fraction 0.05 \
     --out "$OUT/alignment" $REWARD &
 for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
 
@@ -27,12 +27,12 @@ for seed in $SEEDS; do
         --seed "$seed" --sample_every 350 --save_every 350 --wandb off --out "$OUT/seed$seed" &
 done
 # ... and a control: the base trained on with flow matching, on as many pictures and masks
-$PY train_omni.py --init assets/base --stage inpaint --t_shift 3 --lr 1e-5 --warmup 20 --ema 0.995 --shift 1.5 \
+$PY train_omni.py --init assets/base --stage inpaint --t_shift 3 --lr 1e-5 --warmup 20 --ema 0.995 \
     --lr_schedule constant --batch_size 32 --steps 650 --sample_every 0 --wandb off --out "$OUT/control" &
 for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
 
 # 3) the judge: every model on the same scenes, masks and noise; and paired counts against the base at 20 steps
-export OMP_NUM_THREADS=4
+export OMP_NUM_THREADS=$(nproc)
 ckpts="assets/base,$OUT/control" steps="20,20"
 for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000700" steps="$steps,20"; done
 ckpts="$ckpts,assets/base,$OUT/control" steps="$steps,8,8"

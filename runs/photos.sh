@@ -9,10 +9,10 @@ cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 BASE=${BASE:-assets/base}
 STEPS=${STEPS:-3000} REWARD_STEPS=${REWARD_STEPS:-500} PEFL=${PEFL:-20/15/10x230,8/6/3x150} N=${N:-1000}
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 REWARD="--preset tiny --steps $REWARD_STEPS --lr 5e-4 --warmup 50 --batch_size 64 --noise 0.3 --wandb off"
 
-$PY train_omni.py --stage inpaint --init "$BASE" --data "$DATA" --lr 5e-4 --warmup 100 --shift 1.5 --steps "$STEPS" \
+$PY train_omni.py --stage inpaint --init "$BASE" --data "$DATA" --lr 5e-4 --muon_lr 1e-3 --warmup 100 --steps "$STEPS" \
     --sample_every 500 --save_every 500 --wandb off --out "$OUT/inpaint"
 $PY evaluate.py prefs --data "$DATA" --ckpt "$OUT/inpaint" --n "$N" --steps 4,6,8,20 --out "$OUT/prefs"
 $PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --out "$OUT/aesthetic" $REWARD

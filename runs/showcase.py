@@ -1,0 +1,99 @@
+"""One sheet of what the shipped models do with held-out scenes, which they have never seen, and with a
+picture of 384x256 pixels, larger than those they were trained on.
+
+    python runs/showcase.py --out out/demo         # OUT/showcase.png
+    python runs/showcase.py --out assets           # the picture of the README
+
+Holes: the picture, the hole, the base at 20 steps, PeFL at 8, the truth. Instructions: the picture, the edit,
+the truth. The large picture loses its object to sample.py.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+import evaluate  # noqa: E402
+import sample  # noqa: E402
+import scenes  # noqa: E402
+from judge_edits import edit_cases  # noqa: E402
+from judge_holes import make_cases, paste  # noqa: E402
+from scene_edits import EditScenes  # noqa: E402
+
+HOLES = {"edit": "draw", "outpaint": "continue", "erase": "erase"}
+
+
+@dataclass
+class Config:
+    out: str = "out/showcase"  # folder of showcase.png
+    base: str = "assets/base"  # fills holes
+    pefl: str = "assets/pefl"  # the same after feedback
+    editnet: str = "assets/editnet"  # follows instructions
+    first: int = 0  # first of the held-out scenes that are shown: none is picked by hand
+    guidance: float = 3.0  # of the prompt and of the instruction
+    image_guidance: float = 1.5  # of the source picture
+    precision: str = "auto"  # auto, bf16 or fp32
+    device: str = "auto"  # auto, cpu, cuda
+
+
+def main(cfg: Config) -> None:
+    dist = common.setup(cfg.device)
+    precision = common.PRECISION[common.use_bf16(cfg.precision, dist)]
+    base, pefl = (evaluate.load_editor(path, dist.device, precision) for path in (cfg.base, cfg.pefl))
+    editnet = evaluate.load_editor(cfg.editnet, dist.device, precision, "edits")
+    out = evaluate.open_out(cfg.out)
+
+    # 1) holes: two scenes for each of ByteEdit's three tasks
+    source, rows, titles = scenes.Scenes("heldout"), [], []
+    for task in ("edit", "outpaint", "erase"):
+        c = make_cases(task, [cfg.first, cfg.first + 1], base.size, source)
+        noise = common.randn(common.generators(0, 0, c.indices), c.image.shape[1:])
+        made = [paste(evaluate.generate(e, c.image, c.mask, c.caption, noise, steps, cfg.guidance), c)
+                for e, steps in ((base, 20), (pefl, 8))]
+        hole = c.image * (1 - c.mask) + 0.5 * c.mask
+        rows += [list(row) for row in zip(c.image, hole, *made, c.truth)]
+        titles += [f"{HOLES[task]}: {caption}" for caption in c.caption]
+
+    # 2) instructions: a held-out pair for each of OmniEdit's seven tasks
+    pairs = EditScenes("heldout")
+    for k, task in enumerate(pairs.tasks):
+        c = edit_cases(task, [len(pairs.tasks) * cfg.first + k], editnet.size, editnet.size, pairs)
+        noise = common.randn(common.generators(0, 0, c.indices), c.image.shape[1:])
+        got = evaluate.generate_edit(editnet, c.image, torch.ones_like(noise[:, :1]), c.caption, noise, 20,
+                                     cfg.guidance, cfg.image_guidance)
+        rows.append([c.image[0], None, got[0], None, c.truth[0]])
+        titles += [f"\N{LEFT DOUBLE QUOTATION MARK}{c.caption[0]}\N{RIGHT DOUBLE QUOTATION MARK}"]
+    columns = ["picture", "hole", "before feedback, 20 steps", "after PeFL, 8 steps", "truth"]
+    small = common.contact_sheet(rows, columns, row_titles=titles, scale=2)
+
+    # 3) a larger picture, as a user would have it edited
+    picture, hole = photo(source.scene(cfg.first), out / "photo")
+    sample.main(sample.Config("erase", cfg.pefl, image=picture, mask=hole, out=str(out / "photo/result"),
+                              steps=8, precision=precision, device=cfg.device))
+    files = picture, hole, out / "photo/result/picture_erase.png"
+    large = common.contact_sheet([[Image.open(file) for file in files]], ["384x256 pixels", "mask", "erased"],
+                                 row_titles=["sample.py erase"])
+    page = Image.new("RGB", (max(small.width, large.width), small.height + large.height), "white")
+    page.paste(small, (0, 0))
+    page.paste(large, (0, small.height))
+    page.save(out / "showcase.png")
+    print(f"wrote {out / 'showcase.png'}")
+
+
+def photo(scene: scenes.Scene, folder: Path) -> tuple[str, str]:
+    """Files of a scene drawn large and of a mask over all that its first object draws."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(scenes.draw(scene, 256, 384)).save(folder / "picture.png")
+    hole = scenes.footprint(scene.objects[:1], scene.style, 256, 384)
+    Image.fromarray(hole.astype(np.uint8) * 255).save(folder / "hole.png")
+    return str(folder / "picture.png"), str(folder / "hole.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
