@@ -184,7 +184,7 @@ def test_parser_judges_true_and_wrong_pictures(source, cases, judge_net):
     assert true["named"].mean() > 0.7 and set(true["named"]) <= {0, 1}
     assert of_colour["named"].mean() < 0.2 and of_shape["named"].mean() < 0.3
     for got in (true, of_colour, of_shape):
-        every = (got["shape"] == 1) & (got["colour"] == 1) & ((got["material"] == 1) | np.isnan(got["material"]))
+        every = (got["shape"] == 1) & (got["colour"] == 1) & (np.nan_to_num(got["material"], nan=1) == 1)
         assert (got["named"] == every).all()
     assert np.isnan(true["material"]).any() and not np.isnan(true["material"]).all()
     assert not any("named" in judge_holes.judge(cases[t].truth, cases[t], net) for t in ("erase", "outpaint"))
@@ -281,7 +281,7 @@ def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
 
 def test_prefs_are_read_by_data(folders, tmp_path):
     done = run("prefs", "--ckpt", folders / "editor", "--steps=1,2", "--k=2", "--n=12",
-               "--out", tmp_path / "p")
+               "--data=scenes:hard", "--out", tmp_path / "p")
     assert done.returncode == 0, done.stderr
     items = json.loads((tmp_path / "p/aesthetic.json").read_text())
     generated = [x for x in items if x["kind"] == "generated"]
