@@ -281,7 +281,7 @@ def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
 
 def test_prefs_are_read_by_data(folders, tmp_path):
     done = run("prefs", "--ckpt", folders / "editor", "--steps=1,2", "--k=2", "--n=12",
-               "--data=scenes:hard", "--out", tmp_path / "p")
+               "--margin=0.02", "--out", tmp_path / "p")
     assert done.returncode == 0, done.stderr
     items = json.loads((tmp_path / "p/aesthetic.json").read_text())
     generated = [x for x in items if x["kind"] == "generated"]
