@@ -657,9 +657,38 @@ def test_check_command(tmp_path):
     assert r.returncode == 1 and r.stderr.startswith("error: ") and len(r.stderr.splitlines()) == 1
 
 
-def test_scenes():
+def test_check_of_scenes(tmp_path, capsys):
+    for spec, words in (("scenes:hard", "pictures"), ("scenes:easy", "pictures"), ("scenes", "pictures"),
+                        ("scenes:wrong=0.5", "pairs"), ("scenes:hard,wrong=0.5", "pairs")):
+        with pytest.raises(SystemExit) as e:
+            data.check(spec, image_size=32, limit=7, out=str(tmp_path / "sheet.png"))
+        said = capsys.readouterr().out
+        assert e.value.code == 0 and f"10,000,000 {words}, 7 looked at, 0 cannot" in said
+        assert ("outpaint" in said) == ("wrong" not in spec), (spec, said)
+        assert Image.open(tmp_path / "sheet.png").width > 100
+    for spec, words in (("scenes:unknown", "the levels of scenes are easy, hard"), ("scenes:wrong", "levels"),
+                        ("scenes:wrong=2", "0 to 1"), ("scenes:", "levels"), ("scenes_none", "no such file")):
+        with pytest.raises(SystemExit, match=words) as e:
+            data.check(spec, image_size=32, limit=7, out=str(tmp_path / "sheet.png"))
+        assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+
+
+def test_levels_of_scenes():
+    for spec, level in (("scenes", "easy"), ("scenes:easy", "easy"), ("scenes:hard", "hard")):
+        for split in ("train", "all", "heldout"):
+            source = open_source(spec, split)
+            assert source.level == level and len(source) == (100_000 if split == "heldout" else 10_000_000)
+    for spec, words in (("scenes:wrong=0.5", "only edit pairs can be wrong"), ("scenes:wrong=0", "only edit"),
+                        ("scenes:unknown", "the levels of scenes are easy, hard")):
+        with pytest.raises(SystemExit, match=f"^error: {spec}: .*{words}") as e:
+            open_source(spec)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("spec", ["scenes", "scenes:hard"])
+def test_scenes(spec):
     pytest.importorskip("scenes")
-    source = open_source("scenes")
+    source = open_source(spec)
     a, _ = loader(source, 4, image_size=32, aspects=True, batch_size=2)
     b, _ = loader(source, 2, image_size=32, aspects=True, batch_size=2, workers=1, start_step=2)
     assert same(a[2], b[0]) and same(a[3], b[1]) and len({x["image"].shape for x in a}) > 1

@@ -244,7 +244,8 @@ def test_specs_and_columns_that_do_not_fit(tmp_path):
     parquet(tmp_path / "a.parquet", {"image": ["x"], "prompt": ["y"]})
     for spec, words in (("omniedit", "not a set"), ("omni:x", "not a set"), ("omniedit:", "not a set"),
                         (f"omniedit:{tmp_path / 'none'}", "no such file"), (str(tmp_path), "not a set"),
-                        ("scenes:wrong=2", "wrong=SHARE"), ("scenes:much", "wrong=SHARE"),
+                        ("scenes:wrong=2", "use a share from 0 to 1"), ("scenes:much", "wrong=SHARE"),
+                        ("scenes:unknown", "the levels of scenes are easy, hard"),
                         (f"omniedit:{tmp_path / 'a.parquet'}",
                          r"no column src_img, edited_img, edited_prompt_list \(preset omniedit\) among i"),
                         (f"ip2p:{tmp_path / 'a.parquet'}", "no column original_image or input_image, ")):
@@ -524,9 +525,18 @@ def test_eval_batches_are_centre_crops_in_order(mixed):
     assert torch.equal(torch.cat([x["source"] for x in a]), b[0]["source"])
 
 
-@pytest.mark.parametrize("aspects", [False, True])
-def test_scenes(aspects):
-    source = open_edits("scenes:wrong=0.5")
+def test_levels_of_scenes():
+    for spec, level, wrong in (("scenes", "easy", 0), ("scenes:hard", "hard", 0),
+                               ("scenes:wrong=0.5", "easy", 0.5), ("scenes:hard,wrong=0.25", "hard", 0.25)):
+        for split in ("train", "all", "heldout"):
+            source = open_edits(spec, split)
+            assert source.scenes.level == level and source.wrong == (0 if split == "heldout" else wrong)
+            assert source.name == ("scenes" if level == "easy" else "scenes:hard")
+
+
+@pytest.mark.parametrize("aspects, level", [(False, "hard,"), (True, "")])
+def test_scenes(aspects, level):
+    source = open_edits(f"scenes:{level}wrong=0.5")
     kw = dict(image_size=32, aspects=aspects, batch_size=4)
     a, _ = batches(source, 4, p_region=1.0, **kw)
     b, _ = batches(source, 2, p_region=1.0, start_step=2, workers=1, **kw)

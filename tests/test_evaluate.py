@@ -87,9 +87,14 @@ def test_verdicts_and_gsb():
 # ---- cases and metrics -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", params=scenes.LEVELS)
+def source(request):
+    return scenes.Scenes("heldout", request.param)
+
+
 @pytest.fixture(scope="module")
-def cases():
-    return {t: judge_holes.make_cases(t, list(range(40)), SIZE, scenes.Scenes("heldout")) for t in ev.TASKS}
+def cases(source):
+    return {t: judge_holes.make_cases(t, list(range(40)), SIZE, source) for t in ev.TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +105,8 @@ def judge_net():
     return judge.train_parser(60, 32, 2e-3, torch.device("cpu"), False), False
 
 
-def test_cases(cases):
-    again = judge_holes.make_cases("outpaint", list(range(20, 40)), SIZE, scenes.Scenes("heldout"))
+def test_cases(source, cases):
+    again = judge_holes.make_cases("outpaint", list(range(20, 40)), SIZE, source)
     assert torch.equal(again.mask, cases["outpaint"].mask[20:]), "a mask depends on its scene alone"
     for task, c in cases.items():
         assert ((c.mask == 0) | (c.mask == 1)).all() and (c.mask.flatten(1).sum(1) > 0).all()
@@ -109,9 +114,9 @@ def test_cases(cases):
         assert (c.certain <= c.mask).all()
         assert (c.image.shape, c.mask.shape) == ((40, 3, SIZE, SIZE), (40, 1, SIZE, SIZE))
     assert cases["erase"].caption[0] == data.ERASE_PROMPT
-    assert cases["edit"].caption[0] == scenes.Scenes("heldout").load(0, 8, 8)["caption"]
+    assert cases["edit"].caption[0] == source.load(0, 8, 8)["caption"]
     assert not torch.equal(cases["erase"].truth, cases["erase"].image)
-    s = scenes.Scenes("heldout").scene(0)
+    s = source.scene(0)
     labels = scenes.instances(s, SIZE, SIZE)
     for task in ("edit", "erase"):  # a whole object is covered
         mask = cases[task].mask[0, 0].numpy()
@@ -151,7 +156,7 @@ def test_blur_and_noise_are_seen(cases):
         assert (far > 0).all() and (prefs.truth_distance(c.truth, c.truth, c.mask) == 0).all()
 
 
-def test_parser_judges_true_and_wrong_pictures(cases, judge_net):
+def test_parser_judges_true_and_wrong_pictures(source, cases, judge_net):
     net, shipped = judge_net
     kept = judge_holes.judge(cases["erase"].image, cases["erase"], net)["empty"].mean()
     gone = judge_holes.judge(cases["erase"].truth, cases["erase"], net)["empty"].mean()
@@ -161,7 +166,7 @@ def test_parser_judges_true_and_wrong_pictures(cases, judge_net):
     for c in cases.values():
         assert judge_holes.judge(c.truth, c, net)["attributes"].mean() > 0.85
     # the object in another colour: its colour is wrong and its shape right
-    source, c = scenes.Scenes("heldout"), cases["edit"]
+    c = cases["edit"]
     recoloured, reshaped = [], []
     for index in c.indices:
         s, labels = source.scene(index), scenes.instances(source.scene(index), SIZE, SIZE)
@@ -176,13 +181,27 @@ def test_parser_judges_true_and_wrong_pictures(cases, judge_net):
     of_shape = judge_holes.judge(judge.to_float(np.stack(reshaped)), c, net)
     assert of_colour["colour"].mean() < 0.3 and of_colour["shape"].mean() > true["shape"].mean() - 0.2
     assert of_shape["shape"].mean() < 0.4 and of_shape["colour"].mean() > true["colour"].mean() - 0.2
+    # named: all that the caption says of the object in the hole, at once
+    assert true["named"].mean() > 0.7 and set(true["named"]) <= {0, 1}
+    assert of_colour["named"].mean() < 0.2 and of_shape["named"].mean() < 0.3
+    for got in (true, of_colour, of_shape):
+        every = (got["shape"] == 1) & (got["colour"] == 1) & (np.nan_to_num(got["material"], nan=1) == 1)
+        assert (got["named"] == every).all()
+    assert np.isnan(true["material"]).any() and not np.isnan(true["material"]).all()
+    assert not any("named" in judge_holes.judge(cases[t].truth, cases[t], net) for t in ("erase", "outpaint"))
 
 
 def test_parser_boxes_and_labels():
-    batch = judge.ParserBatches(scenes.Scenes("train"), 0, 16, 1, [(judge.SIDE, judge.SIDE)], jitter=False)[0]
+    levels = [scenes.Scenes("train", level) for level in scenes.LEVELS]
+    batch = judge.ParserBatches(levels, 0, 16, 1, [(judge.SIDE, judge.SIDE)], jitter=False)[0]
     images, pictures, which, boxes, objects = batch
     assert images.shape == (16, judge.SIDE, judge.SIDE, 3) and len(which) == len(boxes) == len(objects)
-    s = scenes.Scenes("train").scene(0)
+    for j in range(16):  # the sources take turns
+        s = levels[j % 2].scene(j)
+        assert (images[j].numpy() == scenes.draw(s, judge.SIDE, judge.SIDE)).all()
+        assert pictures[j].tolist() == judge.picture_labels(s)
+        assert (objects[which == j][:, 3] == 1).sum() == len(s.objects)
+    s = levels[0].scene(0)
     first = objects[0].tolist()
     assert [list(v)[i] for v, i in zip(judge.OBJECT_HEADS.values(), first)] == [
         s.objects[0].shape, s.objects[0].colour, s.objects[0].material, "yes"]
@@ -262,7 +281,7 @@ def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
 
 def test_prefs_are_read_by_data(folders, tmp_path):
     done = run("prefs", "--ckpt", folders / "editor", "--steps=1,2", "--k=2", "--n=12",
-               "--out", tmp_path / "p")
+               "--margin=0.02", "--out", tmp_path / "p")
     assert done.returncode == 0, done.stderr
     items = json.loads((tmp_path / "p/aesthetic.json").read_text())
     generated = [x for x in items if x["kind"] == "generated"]

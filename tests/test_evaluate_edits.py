@@ -22,8 +22,8 @@ from scene_edits import EditScenes
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
-SIZE, N = 32, 16
-SOURCE = EditScenes("heldout")
+SIZE, N = 32, 14
+TASKS = EditScenes.tasks
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,15 @@ def net():
     return judge.load_parser(str(ROOT / "assets/parser"), torch.device("cpu"))
 
 
+@pytest.fixture(scope="module", params=scenes.LEVELS)
+def source(request):
+    return EditScenes("heldout", level=request.param)
+
+
 @pytest.fixture(scope="module")
-def cases():
-    return {task: je.edit_cases(task, [7 * i + k for i in range(N)], SIZE, SIZE, SOURCE)
-            for k, task in enumerate(SOURCE.tasks)}
+def cases(source):
+    return {task: je.edit_cases(task, [7 * i + k for i in range(N)], SIZE, SIZE, source)
+            for k, task in enumerate(TASKS)}
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +49,10 @@ def asked(cases, net):
     return {task: je.ask(c, net) for task, c in cases.items()}
 
 
-def redrawn(c, change):
+def redrawn(c, source, change):
     """Pictures [N, 3, H, W] of each pair's target scene after change(before, edit)."""
     h, w = c.image.shape[2:]
-    return judge.to_float(np.stack([scenes.draw(change(*SOURCE.edit(i)), h, w) for i in c.indices]))
+    return judge.to_float(np.stack([scenes.draw(change(*source.edit(i)), h, w) for i in c.indices]))
 
 
 def with_object(s, k, **fields):
@@ -57,9 +62,9 @@ def with_object(s, k, **fields):
 # ---- cases -----------------------------------------------------------------------------------------------
 
 
-def test_cases(cases):
+def test_cases(source, cases):
     for task, c in cases.items():
-        again = je.edit_cases(task, c.indices[8:], SIZE, SIZE, SOURCE)
+        again = je.edit_cases(task, c.indices[8:], SIZE, SIZE, source)
         assert torch.equal(again.truth, c.truth[8:]), "a pair does not depend on the others"
         assert torch.equal(again.boxes, c.boxes[c.which >= 8])
         outside = ~c.region.expand_as(c.image)
@@ -72,15 +77,15 @@ def test_cases(cases):
         assert c.region.all() == (task in ("environment", "style"))
         assert (c.role == je.ELSEWHERE).any() == (task == "add")
         assert c.resized.any() == (task == "attribute")
-    assert cases["swap"].caption[0] == SOURCE.load(0, 8, 8)["caption"]
+    assert cases["swap"].caption[0] == source.load(0, 8, 8)["caption"]
     with pytest.raises(ValueError, match="of task remove, not swap"):
-        je.edit_cases("swap", [1], SIZE, SIZE, SOURCE)
+        je.edit_cases("swap", [1], SIZE, SIZE, source)
 
 
-def test_free_places_hold_no_object(cases):
+def test_free_places_hold_no_object(source, cases):
     for task, c in cases.items():
         for j, index in enumerate(c.indices):
-            before, edit = SOURCE.edit(index)
+            before, edit = source.edit(index)
             free = c.boxes[(c.which == j) & (c.objects[:, 0] == je.NOT_ASKED) & (c.role == je.KEPT)]
             centres = (free[:, :2] + free[:, 2:]) / 2
             for o in (*before.objects, *edit.target.objects):
@@ -108,9 +113,9 @@ def test_truth_and_source(cases, asked, net):
         assert limits["kept_asked"].mean() > 0.7 and (limits["judged"] == asked[task].judged.numpy()).all()
 
 
-def test_wrong_edits_fail(cases, asked, net):
+def test_wrong_edits_fail(source, cases, asked, net):
     def verdict(task, change):
-        return je.judge_edit(redrawn(cases[task], change), cases[task], asked[task], net)
+        return je.judge_edit(redrawn(cases[task], source, change), cases[task], asked[task], net)
 
     for task in ("swap", "add", "attribute"):  # the right object in a wrong colour
         def recolour(before, edit):
@@ -130,7 +135,7 @@ def test_wrong_edits_fail(cases, asked, net):
     assert resized.any() and (before_size["edit"][resized] == 0).all()
 
 
-def test_over_editing_is_not_keeping(cases, asked, net):
+def test_over_editing_is_not_keeping(source, cases, asked, net):
     for task in ("swap", "add", "background", "style"):
         def without_another(before, edit):
             k = -1 if edit.ids is None else edit.ids[0] - 1
@@ -140,9 +145,9 @@ def test_over_editing_is_not_keeping(cases, asked, net):
             return replace(edit.target, objects=tuple(left))
 
         c = cases[task]
-        has_other = np.array([len(SOURCE.edit(i)[1].target.objects) > (c.task in ("swap", "add"))
+        has_other = np.array([len(source.edit(i)[1].target.objects) > (c.task in ("swap", "add"))
                               for i in c.indices])
-        got = je.judge_edit(redrawn(c, without_another), c, asked[task], net)
+        got = je.judge_edit(redrawn(c, source, without_another), c, asked[task], net)
         assert got["kept"][has_other].mean() < 0.3, task
         assert np.nanmean(got["success"][has_other]) <= got["kept"][has_other].mean() + 1e-9
         if task in ("swap", "add"):
@@ -150,14 +155,14 @@ def test_over_editing_is_not_keeping(cases, asked, net):
             assert 0.3 < got["kept_share"][has_other].mean() < 0.95
             assert got["over"][has_other].min() > 0
     c = cases["remove"]  # another style is not kept, nor is a new object on free ground
-    restyled = je.judge_edit(redrawn(c, lambda before, edit: replace(
+    restyled = je.judge_edit(redrawn(c, source, lambda before, edit: replace(
         edit.target, style="sketch" if before.style != "sketch" else "photo")), c, asked["remove"], net)
     assert restyled["kept"].mean() < 0.2
 
     kept = []
     for j, index in enumerate(c.indices):  # at the first place that the judge looks at
-        before, edit = SOURCE.edit(index)
-        place = je.free_places(SOURCE.seed, index, before, edit.target, None)[:1]
+        before, edit = source.edit(index)
+        place = je.free_places(source.seed, index, before, edit.target, None)[:1]
         new = tuple(replace(o, shape="square", colour="red", material="matte") for o in place)
         extra = replace(edit.target, objects=(*edit.target.objects, *new))
         x = c.truth.clone()
@@ -166,7 +171,7 @@ def test_over_editing_is_not_keeping(cases, asked, net):
     assert np.mean(kept) < 0.3
 
 
-def test_added_object_may_stand_elsewhere_in_its_part(cases, asked, net):
+def test_added_object_may_stand_elsewhere_in_its_part(source, cases, asked, net):
     c, rng = cases["add"], np.random.default_rng(0)
 
     def moved(before, edit, other_part=False):
@@ -177,8 +182,8 @@ def test_added_object_may_stand_elsewhere_in_its_part(cases, asked, net):
             o = replace(new, x=1 - new.x if abs(new.x - 0.5) > 0.2 else new.x / 2.5, y=new.y)
         return replace(edit.target, objects=(*before.objects, o))
 
-    near = je.judge_edit(redrawn(c, moved), c, asked["add"], net)
-    far = je.judge_edit(redrawn(c, lambda *x: moved(*x, other_part=True)), c, asked["add"], net)
+    near = je.judge_edit(redrawn(c, source, moved), c, asked["add"], net)
+    far = je.judge_edit(redrawn(c, source, lambda *x: moved(*x, other_part=True)), c, asked["add"], net)
     assert np.nanmean(near["edit"]) > 0.75 and np.nanmean(far["edit"]) < 0.25
 
 
@@ -189,15 +194,48 @@ def test_nothing_is_told_by_noise(cases, asked, net):
         assert np.nanmean(got["success"]) == 0 and got["error"].min() > 0.1, task
 
 
-def test_text_to_image(net):
-    p = je.prompts(list(range(12)), SIZE, scenes.Scenes("heldout"))
+@pytest.mark.parametrize("level", scenes.LEVELS)
+def test_text_to_image(level, net):
+    source = scenes.Scenes("heldout", level)
+    p = je.prompts(list(range(12)), SIZE, source)
     assert (p.objects[:, :2] >= 0).all() and (p.pictures[:, 0] >= 0).all()
     assert (p.pictures[:, 1:] == je.NOT_ASKED).any(), "a clear day is rarely named"
     right, wrong = (je.judge_t2i(x, p, net) for x in (p.truth, p.truth.roll(1, 0)))
     assert right["attributes"].mean() > 0.8 and wrong["attributes"].mean() < 0.35
     assert np.nanmean(right["objects"]) > 0.6 and np.nanmean(wrong["objects"]) < 0.2
-    grid = je.places(SIZE)
+    single = np.array([len(source.scene(i).objects) == 1 for i in p.indices])
+    assert (np.isnan(right["drawn"]) == ~single).all() and 1 < single.sum() < 12
+    assert np.nanmean(right["drawn"]) > 0.85 and np.nanmean(wrong["drawn"]) < 0.25
+    assert (right["drawn"] >= right["objects"])[single].all(), "no material is asked"
+    grid, of = je.places(SIZE, level), scenes.LEVELS[level]
     assert ((grid[:, 2:] - grid[:, :2] > 0).all() and grid.shape[1] == 4)
+    sides = ((grid[:, 2] - grid[:, 0]) / 2 / judge.CONTEXT).tolist()
+    assert {round(r, 3) for r in sides} == {scenes.RADIUS[size] for size in of.sizes}
+    # every place an object of the level may have is near a box of its size
+    for size in of.sizes:
+        own = grid[np.isclose((grid[:, 2] - grid[:, 0]) / 2 / judge.CONTEXT, scenes.RADIUS[size])]
+        centres = ((own[:, :2] + own[:, 2:]) / 2).unique(dim=0)
+        for i in range(40):
+            for o in (o for o in source.scene(i).objects if o.size == size):
+                away = (centres - torch.tensor([o.x, o.y])).abs().amax(1).min()
+                assert away <= 0.3 * scenes.RADIUS[size] + 1e-4
+
+
+def test_what_is_drawn_needs_no_place(net):
+    """The one object counts wherever it stands, and not in another shape or colour (of the shape, boxes that
+    are off the object may read anything)."""
+    source = scenes.Scenes("heldout")
+    p = je.prompts([i for i in range(20) if len(source.scene(i).objects) == 1], SIZE, source)
+    of = [source.scene(i) for i in p.indices]
+
+    def drawn(change):
+        pictures = [scenes.draw(replace(s, objects=(change(s.objects[0]),)), SIZE, SIZE) for s in of]
+        return je.judge_t2i(judge.to_float(np.stack(pictures)), p, net)["drawn"].mean()
+
+    assert drawn(lambda o: o) > 0.85
+    assert drawn(lambda o: replace(o, size="large", x=0.3, y=0.7)) > 0.75
+    assert drawn(lambda o: replace(o, colour="red" if o.colour != "red" else "blue")) < 0.15
+    assert drawn(lambda o: replace(o, shape="star" if o.shape != "star" else "square")) < 0.7
 
 
 # ---- end to end ------------------------------------------------------------------------------------------
@@ -244,7 +282,7 @@ def test_edits_then_compare_with_the_saved_pictures(folders, tmp_path):
     assert h % 4 == w % 4 == 0 and 1.4 < w / h < 2.1 and 0.8 < h * w / SIZE**2 < 1.25
     names = [f"{folders / name}@2" for name in ("editnet", "concat")]
     for aspect in results["aspects"].values():
-        assert set(aspect["tasks"]) == {*SOURCE.tasks, "mean"} and set(aspect["parser"]) == {*SOURCE.tasks}
+        assert set(aspect["tasks"]) == {*TASKS, "mean"} and set(aspect["parser"]) == {*TASKS}
         for columns in aspect["tasks"].values():
             assert list(columns) == [*names, "source", "truth"]
             for metrics in columns.values():
@@ -257,7 +295,7 @@ def test_edits_then_compare_with_the_saved_pictures(folders, tmp_path):
     # the same again in other batches, against its saved pictures: a function of the pair, nothing differs
     flags |= dict(save="", batch_size=2, ckpt=f"editnet,{next(p for p in saved if 'editnet' in p.name)}")
     report = call(folders, tmp_path / "c", task="compare", **flags)["tasks"]
-    assert set(report) == {f"{a}/{t}" for a in ("1x1", "16x9") for t in (*SOURCE.tasks, "all")}
+    assert set(report) == {f"{a}/{t}" for a in ("1x1", "16x9") for t in (*TASKS, "all")}
     for task in report.values():
         assert task["gsb"]["overall"]["same"] == task["gsb"]["success"]["same"] > 0
         assert task["gsb"]["overall"]["good"] == task["gsb"]["error"]["bad"] == 0
@@ -276,7 +314,7 @@ def test_seeds_as_one_row(folders, tmp_path, capsys):
     table["main"](str(tmp_path / "o"), ["error", "edit"])
     rows = dict(re.findall(r"^\| ([\w@ -]+) \| (.*) \|$", capsys.readouterr().out.split("edit 1x1")[0], re.M))
     assert list(rows) == ["one@2", "two@2", "two@2 - one@2"]
-    for i, task in enumerate((*SOURCE.tasks, "mean")):
+    for i, task in enumerate((*TASKS, "mean")):
         one, _, two, _ = (results[task][f"{name}@2"]["error"]["mean"] for name in names)
         got = [float(rows[k].split(" | ")[i].split(" ± ")[0]) for k in rows]
         assert got == pytest.approx([one, (one + two) / 2, (two - one) / 2], abs=1e-4)
@@ -300,20 +338,53 @@ def test_seeds_as_one_row(folders, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("one_thread_and_own_signals")
-def test_region_and_text_to_image(folders, tmp_path):
-    plain = call(folders, tmp_path / "a", ckpt="concat", t2i=True, base="base")
-    region = call(folders, tmp_path / "b", ckpt="concat", region=True)
-    name = f"{folders / 'concat'}@2"
+def test_region_and_level(folders, tmp_path):
+    flags = dict(ckpt="concat", n=2, steps="1")
+    plain = call(folders, tmp_path / "a", **flags)
+    region = call(folders, tmp_path / "b", region=True, **flags)
+    name = f"{folders / 'concat'}@1"
     swap, style = ([x["aspects"]["1x1"]["tasks"][task][name]["error"]["mean"] for x in (plain, region)]
                    for task in ("swap", "style"))
     assert swap[0] != swap[1] and style[0] == style[1], "a style's region is the whole picture"
-    t2i = plain["t2i"]
-    assert list(t2i) == [f"{folders / 'base'}@2", f"{name}, branch off", f"{name}, null picture",
+    for kind in ("scenes", "edits"):  # --data chooses whose scenes are judged
+        for data, level in (("scenes", "easy"), ("scenes:hard", "hard")):
+            found = ev.gather_cases(ev.Config("edits", n=2, data=data), kind, SIZE, 4)
+            image = next(iter(found.values())).image[0]
+            want = scenes.draw(scenes.Scenes("heldout", level).scene(0), SIZE, SIZE)
+            assert torch.equal(image, judge.to_float(want)), (kind, data)
+
+
+@pytest.mark.usefixtures("one_thread_and_own_signals")
+def test_text_to_image_from_checkpoints(folders, tmp_path, capsys):
+    flags = dict(task="t2i", ckpt="base,concat,inpaint", steps="2,2,1", n=5, batch_size=4, seeds="0,1")
+    results = call(folders, tmp_path / "a", **flags)
+    said, t2i = capsys.readouterr().out, results["t2i"]
+    assert {"command", "commit", "machine", "date", "seconds", "config", "t2i"} <= set(results)
+    base, concat, inpaint = (f"{folders / x}" for x in ("base@2", "concat@2", "inpaint@1"))
+    assert list(t2i) == [base, f"{concat}, branch off", f"{concat}, null picture", inpaint,
                          "another's picture", "truth"]
-    base, off = (t2i[k] for k in list(t2i)[:2])
-    assert base == off, "only its new columns differ from the base"
-    assert {"attributes", "background", "objects", "frechet"} <= set(base)
+    assert t2i[base] == t2i[f"{concat}, branch off"], "only its new columns differ from the base"
+    assert t2i[base]["frechet"] != t2i[f"{concat}, null picture"]["frechet"]
+    for row in t2i.values():
+        assert set(row) == {"drawn", "attributes", "background", "environment", "style", "objects", "frechet"}
+    singles = sum(len(scenes.Scenes("heldout").scene(i).objects) == 1 for i in range(5))
+    assert t2i[base]["drawn"]["n"] == singles and t2i[base]["background"]["n"] == 5
     assert t2i["truth"]["frechet"]["mean"] == pytest.approx(0, abs=1e-3)
+    assert "text to image: 5 held-out captions, 2 seed(s)" in said and "drawn" in said
+    assert (tmp_path / "a/sheet.png").stat().st_size > 1000
+    flags = dict(task="t2i", ckpt="base", steps="2", n=2, data="scenes:hard")
+    hard = call(folders, tmp_path / "b", **flags)["t2i"]
+    assert hard["truth"]["drawn"]["n"] == 0, "the first two scenes have several objects"
+
+
+@pytest.mark.usefixtures("one_thread_and_own_signals")
+def test_controls_of_text_to_image(folders, net, tmp_path):
+    """By the shipped judge: the scene itself shows what its caption says, another's does not."""
+    found = call(folders, tmp_path, task="t2i", ckpt="base", steps="1", n=20,
+                 parser=str(ROOT / "assets/parser"))["t2i"]
+    truth, other = found["truth"], found["another's picture"]
+    assert truth["drawn"]["mean"] > 0.85 and other["drawn"]["mean"] < 0.25
+    assert truth["attributes"]["mean"] > 0.8 and other["attributes"]["mean"] < 0.45
 
 
 @pytest.mark.parametrize("change, words", [
@@ -321,8 +392,17 @@ def test_region_and_text_to_image(folders, tmp_path):
     ({"ckpt": "editnet,inpaint", "task": "compare"}, "needs an 'editnet'"),
     ({"ckpt": "saved"}, "pictures of `evaluate.py scenes`"), ({"ckpt": "damaged"}, "judge.json: damaged"),
     ({"aspects": "9"}, "--aspects: '9'"), ({"aspects": "9:1"}, "from 1:4 to 4:1"),
-    ({"aspects": "1:0"}, "--aspects"), ({"t2i": True}, "--base: is empty"),
-    ({"t2i": True, "base": "parser"}, "needs a 'editor'"), ({"t2i": True, "base": "nowhere"}, "nowhere"),
+    ({"aspects": "1:0"}, "--aspects"), ({"task": "t2i", "ckpt": ""}, "--ckpt: ''"),
+    ({"task": "t2i", "ckpt": "parser"}, "needs a 'editor'"), ({"task": "t2i", "ckpt": "nowhere"}, "nowhere"),
+    ({"task": "t2i", "ckpt": "saved"}, "saved"), ({"task": "t2i", "steps": "1,2"}, "one number or one"),
+    ({"task": "t2i", "n": 1}, "--n: 1: use 2 to 100000"), ({"task": "t2i", "offset": -1}, "--n: 3"),
+    ({"task": "t2i", "data": "scenes:wrong=0.5"}, "--data: scenes:wrong=0.5: the judge knows the truth"),
+    ({"task": "t2i", "data": "pictures"}, "--data: pictures: the judge knows"),
+    ({"data": "pictures/train.parquet"}, "use scenes or scenes:hard"),
+    ({"data": "scenes:unknown"}, "the levels of scenes are easy, hard"),
+    ({"data": "scenes:wrong=0"}, "use scenes or scenes:hard"),
+    ({"ckpt": "inpaint", "task": "scenes", "data": "ip2p:x"}, "use scenes or scenes:hard"),
+    ({"ckpt": "base,inpaint", "task": "compare"}, "without mask input"),
     ({"n": 20_000}, "use 2 to 14285"), ({"image_size": 33}, "multiple of"),
     ({"ckpt": ""}, "--ckpt: is empty")])
 @pytest.mark.usefixtures("one_thread_and_own_signals")

@@ -36,6 +36,7 @@ def _any(words):
     return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
+on_both = pytest.mark.parametrize("level", scenes.LEVELS)
 PLACE = r"in the center|on the (?:left|right)|at the (?:top|bottom)(?: (?:left|right))?"
 GROUP = re.compile(
     rf"\b({_any(ARTICLES)}) (?:({_any(SIZE)}) )?({_any(scenes.COLOURS)}) (?:({_any(MATERIAL)}) )?"
@@ -88,50 +89,133 @@ def is_true(text, scene):
 
 # ---- the same everywhere ---------------------------------------------------------------------------
 
-STORED_MEANS = [
-    [162.1, 183.1, 197.9, 197.5],
-    [149.7, 147.6, 152.9, 151.0],
-    [171.1, 193.4, 199.1, 185.0],
-    [157.1, 130.8, 154.1, 155.0],
-    [159.7, 140.2, 112.7, 105.6],
-    [122.1, 118.9, 120.9, 119.0],
-]  # of the four quarters of six pictures
+STORED_MEANS = {
+    "hard": [
+        [162.1, 183.1, 197.9, 197.5],
+        [149.7, 147.6, 152.9, 151.0],
+        [171.1, 193.4, 199.1, 185.0],
+        [157.1, 130.8, 154.1, 155.0],
+        [159.7, 140.2, 112.7, 105.6],
+        [122.1, 118.9, 120.9, 119.0],
+    ],
+    "easy": [
+        [208.6, 190.5, 212.4, 194.4],
+        [143.7, 139.9, 157.3, 159.4],
+        [170.1, 158.6, 162.9, 178.3],
+        [78.0, 90.9, 77.8, 75.6],
+        [176.2, 165.0, 139.6, 117.9],
+        [120.3, 112.4, 116.3, 111.6],
+    ],
+}  # of the four quarters of six pictures
+STORED = {"hard": "44977bb802c27679", "easy": "1681364c50243941"}
 
 
-def test_deterministic():
+def plain_dict(scene):
+    """A scene as JSON, without its level."""
+    d = scenes.to_dict(scene)
+    assert d.pop("level") == scene.level
+    return json.dumps(d, sort_keys=True)
+
+
+@on_both
+def test_deterministic(level):
     """Descriptions and words are the same on every machine. Pixels may differ in the last bit there (the
     libraries' sine), so they are held by block means."""
-    text = [json.dumps(scenes.to_dict(scenes.scene(1, i)), sort_keys=True) for i in range(100)]
-    text += [scene_text.caption(scenes.scene(1, i), scenes.rng_for(i)) for i in range(100)]
-    assert hashlib.sha256("\n".join(text).encode()).hexdigest()[:16] == "44977bb802c27679"
-    blocks = [scenes.draw(scenes.scene(1, i), 32, 32).reshape(2, 16, 2, 16, 3) for i in range(6)]
+    of = [scenes.scene(1, i, level) for i in range(100)]
+    text = [plain_dict(s) for s in of]
+    text += [scene_text.caption(s, scenes.rng_for(i)) for i, s in enumerate(of)]
+    assert hashlib.sha256("\n".join(text).encode()).hexdigest()[:16] == STORED[level]
+    blocks = [scenes.draw(s, 32, 32).reshape(2, 16, 2, 16, 3) for s in of[:6]]
     means = [b.mean((1, 3, 4)) for b in blocks]
-    np.testing.assert_allclose(np.reshape(means, (6, 4)), STORED_MEANS, atol=0.6)
+    np.testing.assert_allclose(np.reshape(means, (6, 4)), STORED_MEANS[level], atol=0.6)
 
 
 def test_deterministic_across_processes():
-    code = ("import hashlib, scenes; s = scenes.Scenes('heldout').load(5, 40, 56); "
-            "print(hashlib.sha256(s['image'].tobytes() + s['segments'].tobytes()).hexdigest(), s['caption'])")
+    code = ("import hashlib, scenes\nfor level in scenes.LEVELS:\n"
+            "    s = scenes.Scenes('heldout', level).load(5, 40, 56)\n    whole = s['image'].tobytes() + "
+            "s['segments'].tobytes()\n    print(hashlib.sha256(whole).hexdigest(), s['caption'])")
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          cwd=Path(scenes.__file__).parent).stdout  # fmt: skip
     scenes.Scenes("train").load(1, 32, 32)  # what was drawn before must not matter
-    s = scenes.Scenes("heldout").load(5, 40, 56)
-    hashed = hashlib.sha256(s["image"].tobytes() + s["segments"].tobytes()).hexdigest()
-    assert got == f"{hashed} {s['caption']}\n"
+    for level, line in zip(scenes.LEVELS, got.splitlines(), strict=True):
+        s = scenes.Scenes("heldout", level).load(5, 40, 56)
+        assert line == f"{hashlib.sha256(s['image'].tobytes() + s['segments'].tobytes()).hexdigest()} " + (
+            s["caption"])
 
 
-def test_scenes_are_varied_and_splits_differ():
-    got = [scenes.scene(1, i) for i in range(1500)]
-    for field, names in (("background", scenes.BACKGROUNDS), ("environment", scenes.ENVIRONMENTS),
+@on_both
+def test_scenes_are_varied_and_splits_differ(level):
+    got, of = [scenes.scene(1, i, level) for i in range(1000)], scenes.LEVELS[level]
+    for field, names in (("background", of.backgrounds), ("environment", scenes.ENVIRONMENTS),
                          ("style", scenes.STYLES)):  # fmt: skip
         assert {getattr(s, field) for s in got} == set(names)
-    for field, names in (("shape", scenes.SHAPES), ("colour", scenes.COLOURS), ("material", scenes.MATERIALS),
-                         ("size", scenes.SIZES)):  # fmt: skip
+    for field, names in (("shape", of.shapes), ("colour", of.colours), ("material", of.materials),
+                         ("size", of.sizes)):  # fmt: skip
         assert {getattr(o, field) for s in got for o in s.objects} == set(names)
-    assert {len(s.objects) for s in got} == {1, 2, 3, 4}
-    assert not set(got) & {scenes.scene(2, i) for i in range(1500)}
-    assert len(scenes.Scenes("heldout")) == 100_000 and scenes.Scenes().size(3) is None
+    assert {len(s.objects) for s in got} == set(of.counts) and {s.level for s in got} == {level}
+    for field, plain, share in (("environment", "clear", of.p_clear), ("style", "photo", of.p_photo)):
+        names = {"environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}[field]
+        want = share + (1 - share) / len(names)
+        assert np.mean([getattr(s, field) == plain for s in got]) == pytest.approx(want, abs=0.06)
+    assert not any(o.colour in scenes.CLASH[s.background] for s in got for o in s.objects)
+    alike = [s.objects[0].shape == s.objects[1].shape and s.objects[0].colour == s.objects[1].colour
+             for s in got if len(s.objects) > 1]  # fmt: skip
+    assert 0.06 < np.mean(alike) < 0.25
+    assert not set(got) & {scenes.scene(2, i, level) for i in range(1000)}
+    assert len(scenes.Scenes("heldout", level)) == 100_000 and scenes.Scenes("train", level).size(3) is None
     assert scenes.from_dict(json.loads(json.dumps(scenes.to_dict(got[7])))) == got[7]
+    assert scenes.Scenes("train", level).scene(7) == got[7]
+
+
+def test_levels():
+    """easy is the default, of few and large things, a part of what hard has but for the sizes; hard has
+    everything. What was written down before there were levels is hard."""
+    assert scenes.scene(1, 5) == scenes.scene(1, 5, "easy") == scenes.Scenes().scene(5)
+    names = [scenes.Scenes("train", *level).name for level in ((), ("easy",), ("hard",))]
+    assert names == ["scenes", "scenes", "scenes:hard"]
+    easy, hard = (scenes.LEVELS[level] for level in ("easy", "hard"))
+    for field, every in (("shapes", scenes.SHAPES), ("colours", scenes.COLOURS),
+                         ("materials", scenes.MATERIALS), ("backgrounds", scenes.BACKGROUNDS)):  # fmt: skip
+        assert getattr(hard, field) == tuple(every) and set(getattr(easy, field)) < set(every)
+    assert (easy.max_bytes, hard.max_bytes) == (96, 128)
+    s = scenes.scene(1, 5, "hard")
+    assert scenes.from_dict(json.loads(plain_dict(s))) == s
+
+
+def test_easy_objects_are_few_and_large():
+    got = [scenes.scene(1, i) for i in range(1000)]
+    for s in got:
+        radii = [scenes.RADIUS[o.size] for o in s.objects]
+        assert len(radii) in (1, 2) and 0.24 <= min(radii) <= max(radii) <= 0.36
+        for k, o in enumerate(s.objects):
+            r = radii[k]
+            assert r < min(o.x, o.y, 1 - o.x, 1 - o.y), "the whole disc is in the picture"
+            assert scenes.gap(o.x, o.y, r, s.objects[:k]) > -0.3 * r - 1e-4
+    assert {o.size for s in got for o in s.objects if len(s.objects) == 2} == {"large"}
+    assert 0.1 < np.mean([len(s.objects) == 2 for s in got]) < 0.35
+
+
+SPECS = {"scenes": ("easy", None), "scenes:easy": ("easy", None), "scenes:hard": ("hard", None),
+         "scenes:wrong=0.5": ("easy", 0.5), "scenes:wrong=0": ("easy", 0.0), "scenes:wrong=1": ("easy", 1.0),
+         "scenes:hard,wrong=0.5": ("hard", 0.5), "scenes:wrong=0.5,hard": ("hard", 0.5),
+         "scenes:easy,wrong=1e-1": ("easy", 0.1), "scenery": None, "data/scenes": None, "": None,
+         "scenes.jsonl": None, "ip2p:scenes": None}  # fmt: skip
+NO_SPECS = {"scenes:unknown": "easy, hard", "scenes:": "easy, hard", "scenes:hard,": "easy, hard",
+            "scenes:Hard": "easy, hard", "scenes:hard=1": "easy, hard", "scenes:0.5": "wrong=SHARE",
+            "scenes:wrong": "wrong=SHARE", "scenes:hard,easy": "'easy'", "scenes:level=hard": "easy, hard",
+            "scenes:wrong=0.5,wrong=1": "'wrong=1'", "scenes:wrong=2": "wrong=2: use a share from 0 to 1",
+            "scenes:wrong=-0.1": "0 to 1", "scenes:wrong=nan": "0 to 1", "scenes:wrong=": "0 to 1",
+            "scenes:hard,wrong=many": "wrong=many"}  # fmt: skip
+
+
+def test_specs():
+    for spec, want in SPECS.items():
+        assert scenes.parse_spec(spec) == want, spec
+    for spec, words in NO_SPECS.items():
+        with pytest.raises(SystemExit) as e:
+            scenes.parse_spec(spec)
+        text = str(e.value)
+        assert text.startswith(f"error: {spec}: ") and "\n" not in text and words in text
 
 
 # ---- pictures and label maps -------------------------------------------------------------------------
@@ -141,7 +225,8 @@ def test_scenes_are_varied_and_splits_differ():
 def test_any_size(hw):
     for i, style in enumerate(scenes.STYLES):
         for j, background in enumerate(scenes.BACKGROUNDS):
-            s = replace(scenes.scene(3, i * 10 + j), style=style, background=background,
+            level = ("easy", "hard")[(i + j) % 2]
+            s = replace(scenes.scene(3, i * 10 + j, level), style=style, background=background,
                         environment=scenes.ENVIRONMENTS[(i + j) % len(scenes.ENVIRONMENTS)])  # fmt: skip
             image, labels = scenes.draw(s, *hw), scenes.instances(s, *hw)
             assert image.shape == (*hw, 3) and image.dtype == np.uint8 and image.flags.c_contiguous
@@ -160,9 +245,10 @@ def test_shapes_stay_round_and_inside_their_disc(shape):
     assert 0.25 < (scenes.instances(s, 200, 200) > 0).sum() / (np.pi * radius**2) < 0.9
 
 
-def test_labels_match_what_is_visible():
-    for i in range(60):
-        s = replace(scenes.scene(5, i), style="photo", environment="clear")
+@on_both
+def test_labels_match_what_is_visible(level):
+    for i in range(30):
+        s = replace(scenes.scene(5, i, level), style="photo", environment="clear")
         image, labels = scenes.draw(s, 96, 96).astype(int), scenes.instances(s, 96, 96)
         empty = scenes.draw(replace(s, objects=()), 96, 96).astype(int)
         opaque = [k for k, o in enumerate(s.objects, 1) if o.material != "glass"]
@@ -201,55 +287,97 @@ def test_attributes_change_the_picture():
 # ---- captions ------------------------------------------------------------------------------------------
 
 
-def test_captions_are_true_short_and_varied():
+@on_both
+def test_captions_are_true_short_and_varied(level):
     seen = set()
-    for i in range(3000):
-        s = scenes.scene(9, i)
+    for i in range(1500):
+        s = scenes.scene(9, i, level)
         text = scene_text.caption(s, scenes.rng_for(i))
         assert is_true(text, s), (text, s)
-        assert text.isascii() and len(text) <= scene_text.MAX_BYTES
+        assert text.isascii() and len(text) <= scenes.LEVELS[level].max_bytes
         seen.add(text)
-    assert len(seen) > 2990
-    one = {scene_text.caption(scenes.scene(9, 1), scenes.rng_for(i)) for i in range(200)}
-    assert len(one) > 60
+    assert len(seen) > (1480 if level == "hard" else 1150)
+    of_two = next(s for s in (scenes.scene(9, i, level) for i in range(100)) if len(s.objects) == 2)
+    one = {scene_text.caption(of_two, scenes.rng_for(i)) for i in range(200)}
+    assert len(one) > (60 if level == "hard" else 20)
 
 
-def test_captions_of_crowded_and_empty_scenes():
-    for i in range(300):
-        s = scenes.scene(9, i)
-        for k in range(3):
+def groups_of(text):
+    """(count, colour, material or "", shape) of all that a caption names."""
+    return [(ARTICLES[count], colour, material, shape)
+            for count, _, colour, material, shape, _ in GROUP.findall(text)]  # fmt: skip
+
+
+def test_easy_captions_name_every_object():
+    """Shape, colour and striped always, matte, sizes and places never; also in the longest sentences."""
+    yellow = scenes.Object("triangle", "yellow", "striped", "large", 0.28, 0.5)
+    long = scenes.Scene((yellow, replace(yellow, colour="purple", x=0.72)), "brick", "snowfall", "watercolor",
+                        1, "easy")  # fmt: skip
+    alike = replace(long, objects=(yellow, replace(yellow, x=0.72)))
+    drawn = [scenes.scene(9, i) for i in range(1000)] + [long] * 300 + [alike] * 300
+    most, lengths = scenes.LEVELS["easy"].max_bytes, []
+    for i, s in enumerate(drawn):
+        text = scene_text.caption(s, scenes.rng_for(i))
+        assert is_true(text, s) and len(text) <= most, (text, s)
+        named = sorted((colour, material, shape) for n, colour, material, shape in groups_of(text)
+                       for _ in range(n))  # fmt: skip
+        assert named == sorted((o.colour, "striped" if o.material == "striped" else "", o.shape)
+                               for o in s.objects), (text, s)  # fmt: skip
+        assert not re.search(r"\b(matte|plain|large|huge|giant|left side|at the)\b", text), text
+        lengths.append(len(text))
+    assert max(lengths) > 85
+
+
+@on_both
+def test_captions_of_crowded_and_empty_scenes(level):
+    for i in range(150):
+        s = scenes.scene(9, i, level)
+        for k in range(3 if level == "hard" else 2 - len(s.objects)):
             s = scene_edits.add(s, scenes.rng_for(i, k)).target
             text = scene_text.caption(s, scenes.rng_for(i))
-            assert len(text) <= scene_text.MAX_BYTES and is_true(text, s), (text, s)
+            assert len(text) <= scenes.LEVELS[level].max_bytes and is_true(text, s), (text, s)
         empty = replace(s, objects=())
         assert is_true(scene_text.caption(empty, scenes.rng_for(i)), empty)
         assert not is_true(scene_text.false_caption(empty, scenes.rng_for(i))[0], empty)
         scenes.draw(empty, 32, 32)
 
 
-def test_false_captions_are_false_and_differ_in_one_fact():
-    kinds = set()
-    for i in range(3000):
-        s = scenes.scene(9, i)
+@on_both
+def test_false_captions_are_false_and_differ_in_one_fact(level):
+    kinds, of, striped = set(), scenes.LEVELS[level], {"true": 0, "false": 0}
+    words = {*of.shapes, *of.colours, *of.backgrounds} | {w for m in of.materials for w in MATERIAL
+                                                          if MATERIAL[w] == m}  # fmt: skip
+    strange = {*scenes.SHAPES, *scenes.COLOURS, *MATERIAL} - words - {"wood", "plank", "brick"}
+    for i in range(1500):
+        s = scenes.scene(9, i, level)
         true = scene_text.caption(s, scenes.rng_for(i))
         text, kind = scene_text.false_caption(s, scenes.rng_for(i))
         assert not is_true(text, s), (text, kind, s)
-        assert text.isascii() and len(text) <= scene_text.MAX_BYTES
+        assert text.isascii() and len(text) <= of.max_bytes
+        for _, colour, material, shape in groups_of(text):
+            assert not {colour, material, shape.removesuffix("es")} & strange, text
+            # a word that only false captions have would give them away
+            assert of.plain is None or not material or MATERIAL[material] != of.plain, text
+        for name, t in (("true", true), ("false", text)):
+            striped[name] += "striped" in t
         kinds.add(kind)
         if kind in ("colour", "shape", "material", "size"):
             a, b = ({w for w in re.findall(r"[a-z-]+", t) if w not in ("a", "an")} for t in (true, text))
             assert len(a - b) <= 1 and len(b - a) <= 1, (true, text)
-    assert kinds == set(scene_text.FALSE_KINDS)
-    got = [scene_text.false_caption(scenes.scene(9, i), scenes.rng_for(i), "colour")[1] for i in range(100)]
+    assert kinds == set(scene_text.FALSE_KINDS) - (set() if level == "hard" else {"size", "place"})
+    assert 0.8 < striped["false"] / striped["true"] < 1.25
+    got = [scene_text.false_caption(scenes.scene(9, i, level), scenes.rng_for(i), "colour")[1]
+           for i in range(100)]  # fmt: skip
     assert got.count("colour") > 95
 
 
 # ---- as a dataset ----------------------------------------------------------------------------------------
 
 
-def test_source_and_export_round_trip(tmp_path):
-    source = scenes.Scenes("heldout")
-    scenes.main(scenes.Config(export=str(tmp_path / "out"), n=5, size=32, split="heldout"))
+@on_both
+def test_source_and_export_round_trip(level, tmp_path):
+    source = scenes.Scenes("heldout", level)
+    scenes.main(scenes.Config(export=str(tmp_path / "out"), n=5, size=32, split="heldout", level=level))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     for i, row in enumerate(rows):
@@ -258,11 +386,12 @@ def test_source_and_export_round_trip(tmp_path):
         assert is_true(row["text"], source.scene(i))
         for key, name in (("image", row["file_name"]), ("segments", row["segments"])):
             assert (np.asarray(Image.open(tmp_path / "out" / name)) == want[key]).all()
-    scenes.main(scenes.Config(sheet=str(tmp_path / "sheet.png"), n=3, size=32))
+    scenes.main(scenes.Config(sheet=str(tmp_path / "sheet.png"), n=3, size=32, level=level))
     assert Image.open(tmp_path / "sheet.png").width > 96
 
 
 BAD = [dict(), dict(sheet="x.png", n=0), dict(sheet="x.png", split="test"), dict(sheet="x.png", size=4),
+       dict(sheet="x.png", level="medium"),
        dict(sheet="x.notapicture", n=1), dict(sheet="no/such/folder/x.png", n=1)]  # fmt: skip
 
 
