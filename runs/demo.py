@@ -3,8 +3,8 @@
     python runs/demo.py                  from the models in assets/; the same command goes on where it stopped
     python runs/demo.py --fast           a few steps of everything: does it run here?
 
-Every stage is a command of this repository, shown and kept with its output in OUT. The paper's values are the
-scripts' defaults; those below suit a small model of pixels.
+Every stage is a command of this repository, kept with its output in OUT. The paper's values are the scripts'
+defaults; those below suit a small model of pixels.
 """
 
 import json
@@ -13,13 +13,13 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).absolute().parents[1]
 TASKS = {"outpaint": "outpainting", "edit": "an object into a hole", "erase": "an object out of a hole"}
 
 
@@ -75,14 +75,17 @@ def main(cfg: Config) -> None:
         cfg = Config(cfg.out, prompts=12, captions=40, reward_steps=2, align_steps=2,
                      phases="20/15/10x1,8/6/3x1", disc_first=0, judged=4)
     os.chdir(ROOT)
-    out = Path(cfg.out)
+    out, settings = Path(cfg.out), json.dumps(asdict(cfg))
     out.mkdir(parents=True, exist_ok=True)
+    if (known := out / "settings.json").exists() and known.read_text() != settings:
+        raise SystemExit(f"error: --out: {out}: was begun with other settings, {known.read_text()}: give "
+                         "those, or another --out")
+    known.write_text(settings)
     every, began, pace = stages(cfg), time.time(), 1.0
     spent = planned = 0.0
     for number, stage in enumerate(every, 1):
-        done = out / f"{next(iter(stage.commands))}.done"
-        said = "".join(f"python {command}\n" for command in stage.commands.values())
-        if done.exists() and done.read_text() == said:  # other settings are another command: made anew
+        done = out / f"{'_'.join(stage.commands)}.done"
+        if done.exists():
             continue
         head, start = f"{number}/{len(every)} {stage.title}", time.time()
         later = sum(s.seconds for s in every[number:])
@@ -92,7 +95,7 @@ def main(cfg: Config) -> None:
             line(f"{head}, about {clock(left)} left in all")
 
         run(stage.commands, out, progress)
-        done.write_text(said)
+        done.write_text("".join(f"python {command}\n" for command in stage.commands.values()))
         spent, planned = spent + time.time() - start, planned + stage.seconds
         pace = spent / planned  # of this machine, against the one that the seconds above are of
         say(f"{head}: {clock(time.time() - start)}")
