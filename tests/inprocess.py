@@ -62,4 +62,4 @@ def run_ranks(ranks, argv):
         for log in (x for pair in logs for x in pair):
             log.seek(0)
         said = ["".join(pair[i].read() for pair in logs) for i in (0, 1)]
-    return SimpleNamespace(returncode=next((c for c in codes if c), 0), stdout=said[0], stderr=said[1])
+    return SimpleNamespace(returncode=max(codes) or min(codes), stdout=said[0], stderr=said[1])
