@@ -42,7 +42,7 @@ def run_script(path, *args):
 
 
 def run_ranks(ranks, argv):
-    """`torchrun --nproc_per_node=RANKS ARGV` without torchrun, a third of the processes -> as `run_script`.
+    """`torchrun --nproc_per_node=RANKS ARGV` without the process that is torchrun -> as `run_script`.
 
     Its environment, and the others end when one fails; no restarts. The output is that of all ranks in turn.
     """
