@@ -117,8 +117,9 @@ def main(cfg: Config) -> None:
     latents = cfg.batch_size, editor.cfg.channels, *[cfg.image_size // space.stride] * 2
     ranks = dist.world if cfg.fsdp else 0
     words = editor.cfg.txt_bytes // 4 or 77 + surroundings.get("t5_length", 77)
-    common.print0(tokens_a_block(cfg, editor, latents, words))
-    common.print0(memory.omni(editor, latents, device, bf16, ranks, words).report())
+    if common.is_main(dist):  # the count takes a second
+        common.print0(tokens_a_block(cfg, editor, latents, words))
+        common.print0(memory.omni(editor, latents, device, bf16, ranks, words).report())
     if cfg.dry_run:
         return
     if cfg.fsdp:

@@ -139,8 +139,9 @@ def main(cfg: Config) -> None:
     disc = load_coherence(cfg, image_size, patch).to(device)
     pictures, ranks = (cfg.batch_size, 3, image_size, image_size), dist.world if cfg.fsdp else 0
     vgg = perceptual if cfg.vgg else None
-    common.print0(memory.pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks,
-                              77 + surroundings.get("t5_length", 77), bool(cfg.checkpointing)).report())
+    if common.is_main(dist):  # the count takes a few seconds
+        common.print0(memory.pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks,
+                                  77 + surroundings.get("t5_length", 77), bool(cfg.checkpointing)).report())
     if cfg.fsdp:
         sharded.shard(editor, dist, bf16)
     trained = [p for p in editor.parameters() if p.requires_grad]

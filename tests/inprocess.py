@@ -42,7 +42,7 @@ def run_script(path, *args):
 
 
 def run_ranks(ranks, argv):
-    """`torchrun --nproc_per_node=RANKS ARGV` without torchrun, a third of the processes -> as `run_script`.
+    """`torchrun --nproc_per_node=RANKS ARGV` without the process that is torchrun -> as `run_script`.
 
     Its environment, and the others end when one fails; no restarts. The output is that of all ranks in turn.
     """
@@ -62,4 +62,4 @@ def run_ranks(ranks, argv):
         for log in (x for pair in logs for x in pair):
             log.seek(0)
         said = ["".join(pair[i].read() for pair in logs) for i in (0, 1)]
-    return SimpleNamespace(returncode=next((c for c in codes if c), 0), stdout=said[0], stderr=said[1])
+    return SimpleNamespace(returncode=max(codes) or min(codes), stdout=said[0], stderr=said[1])

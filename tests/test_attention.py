@@ -306,7 +306,7 @@ def test_less_is_kept_for_the_backward_pass(norm, monkeypatch):
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "norms, bias, mask"])
 def test_opcheck(full):
-    q, k, v = ([torch.randn(1, n, 2, 64, requires_grad=True) for n in (5, 34)] for _ in range(3))
+    q, k, v = ([torch.randn(1, n, 1, 64, requires_grad=True) for n in (5, 34)] for _ in range(3))
     w, bias = ((torch.randn(2, 64, requires_grad=True) for _ in range(2)),
                torch.randn(1, 39, requires_grad=True)) if full else ((None, None), None)
     arguments = (q, k, v, *w, bias, *((3, 1, 0b1101) if full else (0, 0, -1)), EPS)

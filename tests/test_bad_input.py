@@ -22,7 +22,7 @@ import train_omni
 import train_pefl
 import train_reward
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
+pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals", "uncounted")
 TRAIN = dict(device="cpu", workers=0, wandb="off", precision="fp32")
 SCRIPTS = {train_omni: TRAIN | dict(preset="test", batch_size=2, steps=1, sample_every=0),
            train_pefl: TRAIN | dict(phases="3/2/1x1", batch_size=2, sample_every=0),

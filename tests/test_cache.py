@@ -18,6 +18,7 @@ import test_data
 import test_edits
 import torch
 import torch.nn.functional as F
+from inprocess import run_ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_frozen import randomize
@@ -349,9 +350,7 @@ def test_kill_and_resume(base, edits, tmp_path, stage, capsys):
 
 def test_two_ranks_make_the_same_files(base, edits, tmp_path):
     path, spec = edits
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               *argv(base, tmp_path / "c", spec, edits=True, split="all", aspects=True)]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    run = run_ranks(2, argv(base, tmp_path / "c", spec, edits=True, split="all", aspects=True))
     assert run.returncode == 0, run.stderr
     assert same(tmp_path / "c", path) and "1 skipped" in run.stdout
 

@@ -21,6 +21,7 @@ import text_encoders
 import train_omni
 import train_pefl
 
+pytestmark = pytest.mark.usefixtures("uncounted")
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 TINY = model.EditorConfig(depth=2, heads=2, patch=2, channels=16, pos_max=24, learn_pos=False, txt_dim=192,
                           vec_dim=160, qk_norm=False, txt_bytes=0)

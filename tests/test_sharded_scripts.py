@@ -19,7 +19,7 @@ import common
 import train_omni
 import train_pefl
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
+pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals", "uncounted")
 
 
 def flags_of(made, script):  # noqa: F811

@@ -30,7 +30,7 @@ import train_omni
 import train_pefl
 import train_reward
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
+pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals", "uncounted")
 
 
 @pytest.fixture(scope="module")
