@@ -100,8 +100,8 @@ class Attention:
 CACHED = ((True,) * 3, (True,) * 3, (True, False, True))  # EditNet's source does not look at the noisy image
 ATTENTION = {
     "test": Attention(2, (5, 16, 16), 2, 16, norm=True, bias=True, attends=CACHED),
-    "tiny": Attention(64, (32, 64), 3),
-    "tiny-editnet": Attention(64, (32, 64, 64), 3, norm=True),
+    "tiny": Attention(64, (24, 64), 3),
+    "tiny-editnet": Attention(64, (24, 64, 64), 3, norm=True),
     "sd3-512": Attention(2, (333, 1024), 24),
     "sd3-1024": Attention(2, (333, 4096), 24),
     "sd3.5-1024": Attention(2, (333, 4096), 24, norm=True),
@@ -203,7 +203,7 @@ class Step:
 
 STEP = {
     "test": Step((2, 3, 5, 7), 3, heun=True),
-    "tiny": Step((64, 3, 32, 32), 2),
+    "tiny": Step((64, 3, 64, 64), 2),
     "sd3-512": Step((1, 16, 64, 64), 2),
     "sd3-1024": Step((1, 16, 128, 128), 2),
     "editnet-1024": Step((1, 16, 128, 128), 3),

@@ -77,7 +77,7 @@ class Case:
 
 
 CASES = {
-    "tiny": Case(PRESETS["tiny"], batch=64, latent=32, txt_len=32, goal=0.85),
+    "tiny": Case(PRESETS["tiny"], batch=64, latent=64, txt_len=24, goal=0.85),
     "12x768": Case(replace(PRESETS["sd3-medium"], depth=12, heads=12, pos_max=64), batch=1, latent=64,
                    txt_len=154, goal=1.05),
 }

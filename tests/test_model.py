@@ -240,6 +240,29 @@ def test_predicting_x0_is_converted_to_velocity():
     assert editor(x, torch.zeros(2), txt, vec).isfinite().all()
 
 
+def test_refinement_sees_x_t_and_the_picture():
+    """It starts as nothing; then the picture it makes is its own sum, an EditNet uses its base's, and only
+    predictions of x0 have it."""
+    cfg = replace(PRESETS["test"], refine=6)
+    editor, plain = Editor(cfg), Editor(PRESETS["test"])
+    randomize(editor.mmdit)
+    plain.load_state_dict({k: v for k, v in editor.state_dict().items() if not k.startswith("refine")})
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.9])
+    txt, vec = editor.encode_text(["red cube", "blue ball"])
+    with torch.no_grad():
+        assert torch.equal(editor(x, t, txt, vec), plain(x, t, txt, vec))
+        editor.refine[2].weight.normal_()
+        out = editor.mmdit(x, t, txt, vec)
+        want = (x - out - editor.refine(torch.cat([out, x], 1))) / t.view(-1, 1, 1, 1)
+        assert torch.allclose(editor(x, t, txt, vec), want, atol=1e-4)
+        net = model.EditNet(cfg)
+        net.attach(editor.state_dict())
+        nothing = torch.zeros_like(x), torch.ones_like(x[:, :1])
+        assert torch.allclose(net(x, t, txt, vec, *nothing), editor(x, t, txt, vec), atol=1e-5)
+    with pytest.raises(ValueError, match="refine=6"):
+        replace(cfg, predict="v")
+
+
 @pytest.mark.parametrize("cfg", [SD3, SD35], ids=["sd3", "sd3.5"])
 def test_checkpointing_gives_equal_gradients(cfg):
     net, z = randomize(MMDiT(cfg)), inputs(cfg, dtype=torch.float32)

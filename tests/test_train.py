@@ -168,7 +168,7 @@ def test_omni_resumes(made, tmp_path):
 
 @pytest.mark.slow
 def test_omni_base_resumes(made, tmp_path):
-    more = dict(precision="bf16", lr_schedule="cosine", aspects=True)
+    more = dict(precision="bf16", lr_schedule="cosine", aspects=True, muon_lr=2e-3)
     resumes(made, tmp_path, train_omni, OMNI_FILES, stage="base", **more)
 
 
@@ -476,6 +476,8 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_omni, "--preset: sd3-medium: needs a VAE", dict(preset="sd3-medium")),
     (train_omni, "--steps: 0", dict(steps=0)),
     (train_omni, "--ema: 1.5", dict(ema=1.5)),
+    (train_omni, "--muon_lr: -0.1", dict(muon_lr=-0.1)),
+    (train_omni, "--muon_lr: 0.1: needs whole matrices", dict(muon_lr=0.1, fsdp=True)),
     (train_omni, "missing: no such folder", dict(init="missing")),
     (train_omni, "--init: .*aesthetic: holds a 'reward'", dict(init="aesthetic")),
     (train_omni, "--init: .*latent: .*give --sd3", dict(init="latent")),
