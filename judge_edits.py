@@ -262,6 +262,7 @@ class Prompts:
     which: Tensor  # [K] scene of a named object
     objects: Tensor  # [K, 4] labels of OBJECT_HEADS, NOT_ASKED where the caption is silent
     grid: Tensor  # [P, 4] boxes in which objects are looked for
+    fine: Tensor  # [Q, 4] the same, closer to each other
 
 
 def prompts(indices: list[int], size: int, source: scenes.Scenes) -> Prompts:
@@ -285,32 +286,33 @@ def prompts(indices: list[int], size: int, source: scenes.Scenes) -> Prompts:
         captions.append(text)
         pictures.append(labels)
     return Prompts(list(indices), to_float(np.stack(images)), captions, torch.tensor(pictures),
-                   torch.tensor(which), torch.tensor(objects), places(size, source.level))
+                   torch.tensor(which), torch.tensor(objects), places(size, source.level, 0.6),
+                   places(size, source.level, 0.25))
 
 
-def places(size: int, level: str) -> Tensor:
-    """Boxes [P, 4] that cover a square picture: each object size of the level, 0.6 radii apart."""
+def places(size: int, level: str, apart: float) -> Tensor:
+    """Boxes [P, 4] that cover a square picture: each object size of the level, so many radii apart."""
     found = []
     for r in (scenes.RADIUS[name] for name in scenes.LEVELS[level].sizes):
-        steps = np.linspace(r, 1 - r, 1 + math.ceil((1 - 2 * r) / (0.6 * r))).tolist()
+        steps = np.linspace(r, 1 - r, 1 + math.ceil((1 - 2 * r) / (apart * r))).tolist()
         found += [object_box(x, y, r, size, size) for x in steps for y in steps]
     return torch.tensor(found)
 
 
 @torch.inference_mode()
-def plainly(x: Tensor, p: Prompts, net: Parser, boxes: int = 4, part: int = 8) -> Tensor:
+def plainly(x: Tensor, p: Prompts, net: Parser, part: int = 8) -> Tensor:
     """Whether the most conspicuous thing in the picture has the shape and the colour asked for, [K] bool:
-    what the parser reads, on average, in the `boxes` places where it is surest of an object. Unlike `objects`
-    no odd box counts. Meant for pictures of one object. part: pictures at a time."""
-    device, P = next(net.parameters()).device, len(p.grid)
-    found = []
+    what the parser reads in the one place where it is surest of an object, of its shape and of its colour.
+    Unlike `objects` no odd box counts: of true pictures 87 % pass, and none of those in which only the shape
+    is another (70 scenes). Meant for pictures of one object. part: pictures at a time."""
+    device, P, found = next(net.parameters()).device, len(p.fine), []
     for images in x.split(part):
         which = torch.arange(len(images)).repeat_interleave(P)
-        said = net(images.to(device), which.to(device), p.grid.repeat(len(images), 1).to(device))[1]
+        said = net(images.to(device), which.to(device), p.fine.repeat(len(images), 1).to(device))[1]
         said = {k: v.softmax(1).unflatten(0, (-1, P)).cpu() for k, v in said.items()}        # [n, P, labels]
-        surest = said["object"][..., 1].topk(boxes, dim=1).indices                           # [n, boxes]
-        read = [said[k].take_along_dim(surest[..., None], 1).mean(1).argmax(1) for k in ("shape", "colour")]
-        found.append(torch.stack(read, 1))
+        sure = said["object"][..., 1] * said["shape"].amax(2) * said["colour"].amax(2)       # [n, P]
+        here = sure.argmax(1)[:, None, None]
+        found.append(torch.cat([said[k].take_along_dim(here, 1).argmax(2) for k in ("shape", "colour")], 1))
     kinds = [list(OBJECT_HEADS).index(k) for k in ("shape", "colour")]
     return (torch.cat(found)[p.which] == p.objects[:, kinds]).all(1)
 
