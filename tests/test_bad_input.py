@@ -16,6 +16,7 @@ from PIL import Image
 
 import common
 import evaluate
+import judge
 import model
 import sample
 import train_omni
@@ -49,7 +50,7 @@ def made(tmp_path_factory):
     nets = {"editor": (model.Editor(editor), model.Editor(model.replace(editor, heads=3))),
             "reward": (model.PreferenceReward(reward),
                        model.PreferenceReward(model.replace(reward, txt_hidden=80))),
-            "parser": (evaluate.Parser(), torch.nn.Linear(2, 2))}
+            "parser": (judge.Parser(), torch.nn.Linear(2, 2))}
 
     def save(name, weights, arch):
         meta = {"arch": arch, "config": {"image_size": 32, "shift": 1.0}}
