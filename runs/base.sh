@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
-OUT=${OUT:-out/base} T2I=${T2I:-800} INPAINT=${INPAINT:-800}
+OUT=${OUT:-out/base} T2I=${T2I:-500} INPAINT=${INPAINT:-300}
 RANKS=${RANKS:-$(nproc)}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 BATCH=$((128 / RANKS))
