@@ -108,11 +108,23 @@ def test_commands(checkout):
 
 @pytest.mark.slow
 def test_demo(checkout):
-    out = run(["bash", "runs/demo.sh"], checkout, OUT="out/demo", N="24", REWARD_STEPS="2", ALIGN_STEPS="2",
-              PEFL="20/15/10x1,8/6/3x1", EVAL="4", EDITS="2")
-    assert "environment" in out and (checkout / "out/demo/edits/sheet.png").is_file()
-    sheet = Path(re.search(r"\S+sheet\.png", out).group())
-    assert (checkout / sheet).is_file() and "erase" in out
+    """Every stage once; again, and only what is missing is made; other settings do not mix with the old."""
+    command = [sys.executable, "runs/demo.py", "--fast", "True", "--out", "out/demo"]
+    at = checkout / "out/demo"
+    table = run(command, checkout)
+    assert "PeFL, 8 steps" in table and "an object out of a hole" in table
+    sizes = [Image.open(at / name).size for name in ("showcase.png", "judge/sheet.png")]
+    assert min(min(size) for size in sizes) > 400
+    logs = {p.name: p.stat().st_mtime_ns for p in at.glob("*.log")}
+    names = ("showcase", "prefs", "aesthetic", "alignment", "pefl", "judge")
+    assert logs.keys() == {f"{name}.log" for name in names}
+    (at / "judge.done").unlink()
+    assert run(command, checkout).splitlines()[:3] == table.splitlines()[:3]
+    again = {p.name: p.stat().st_mtime_ns for p in at.glob("*.log")}
+    assert {name for name in logs if again[name] != logs[name]} == {"judge.log"}
+    with contextlib.chdir(checkout):
+        other = run_script("runs/demo.py", "--out", "out/demo", "--judged", "5")
+    assert other.returncode != 0 and "error: --out: out/demo: was begun with other settings" in other.stderr
 
 
 @pytest.mark.slow
