@@ -30,6 +30,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "evaluate.py prefs": "--n 12 --steps 2",
     "evaluate.py scenes": "--n 4 --steps 2,2",
     "evaluate.py edits": "--n 2 --steps 1",
+    "evaluate.py t2i": "--n 2 --steps 1",
     "data.py": "--limit 5",
     "sample.py": "--steps 2 --size 32",
     "cache.py": "--image_size 32 --workers 0",
