@@ -223,7 +223,7 @@ def test_text_to_image(level, net):
 def test_what_is_drawn_needs_no_place(net):
     """The one object counts wherever it stands, and not in another shape or colour."""
     source = scenes.Scenes("heldout")
-    p = je.prompts([i for i in range(20) if len(source.scene(i).objects) == 1], SIZE, source)
+    p = je.prompts([i for i in range(12) if len(source.scene(i).objects) == 1], SIZE, source)
     of = [source.scene(i) for i in p.indices]
 
     def drawn(change):

@@ -91,7 +91,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="r
 
 
 @linux
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_editnet_as_measured(tmp_path, checkpointing):
     base = model.Editor(SMALL)
     arch = {"arch": base.arch, "config": {}}
@@ -105,7 +106,8 @@ def test_editnet_as_measured(tmp_path, checkpointing):
 
 
 @linux
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_pefl_with_vae_as_measured(sd3, tmp_path, checkpointing):  # noqa: F811
     flags = dict(base=sd3["sd3"], tokenizers=sd3["tokenizers"], phases="3/2/1x2", disc_width=32, disc_depth=1,
                  alignment=imagereward(tmp_path), vgg=vgg(tmp_path), workers=0, device="cpu", wandb="off",

@@ -172,6 +172,7 @@ def test_omni_base_resumes(made, tmp_path):
     resumes(made, tmp_path, train_omni, OMNI_FILES, stage="base", **more)
 
 
+@pytest.mark.slow
 def test_pefl_resumes(made, tmp_path):
     resumes(made, tmp_path, train_pefl, PEFL_FILES, accum=2, batch_size=2, reward_noise=0.2, disc_first=5)
 
