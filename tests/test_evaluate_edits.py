@@ -230,8 +230,8 @@ def test_what_is_drawn_needs_no_place(net):
         pictures = [scenes.draw(replace(s, objects=(change(s.objects[0]),)), SIZE, SIZE) for s in of]
         return je.judge_t2i(judge.to_float(np.stack(pictures)), p, net)["drawn"].mean()
 
-    assert drawn(lambda o: o) > 0.75
-    assert drawn(lambda o: replace(o, size="large", x=0.3, y=0.7)) > 0.75
+    assert drawn(lambda o: o) > 0.6
+    assert drawn(lambda o: replace(o, size="large", x=0.3, y=0.7)) > 0.6
     assert drawn(lambda o: replace(o, colour="red" if o.colour != "red" else "blue")) < 0.15
     assert drawn(lambda o: replace(o, shape="star" if o.shape != "star" else "square")) < 0.15
 
