@@ -28,11 +28,11 @@ class Config:
     out: str = "out/demo"  # folder for everything that is made
     prompts: int = 240  # prompts of which the base makes four pictures each
     captions: int = 3000  # further pictures with a true and three false captions
-    reward_steps: int = 200  # training steps of the aesthetic reward
+    reward_steps: int = 250  # training steps of the aesthetic reward
     align_steps: int = 350  # of the alignment reward
     phases: str = "20/15/10x60,8/6/3x24"  # of PeFL, T/T1/T2 x steps (Sec. 3.3)
     disc_first: int = 24  # steps in which the coherence model learns alone
-    judged: int = 80  # held-out scenes for each task
+    judged: int = 100  # held-out scenes for each task
     fast: bool = False  # two steps of everything
 
 
@@ -53,7 +53,7 @@ def stages(cfg: Config) -> list[Stage]:
         Stage("preferences: pictures of the base, ranked by the known truth", 90, {
             "prefs": f"evaluate.py prefs --ckpt assets/base --n {n.prompts} --captions {n.captions} "
                      f"--steps 4,6,8,20 --out {out}/prefs"}),
-        Stage("rewards: aesthetic (Eq. 1) and alignment (Eq. 5)", 180, {
+        Stage("rewards: aesthetic (Eq. 1) and alignment (Eq. 5)", 225, {
             "aesthetic": f"train_reward.py --pairs {out}/prefs/aesthetic.json --preset tiny --augment 2 "
                          f"--steps {n.reward_steps} --out {out}/aesthetic {reward}",
             "alignment": f"train_reward.py --pairs {out}/prefs/alignment.jsonl --preset tiny-p16 "
@@ -65,7 +65,7 @@ def stages(cfg: Config) -> list[Stage]:
                     "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.05 --w_aesthetic 0.0005 "
                     "--w_alignment 0.0005 --w_coherence 0.1 --sample_every 0 --save_every 20 --wandb off "
                     f"--out {out}/pefl"}),
-        Stage("the judge, on held-out scenes: base and PeFL", 95, {
+        Stage("the judge, on held-out scenes: base and PeFL", 115, {
             "judge": f"evaluate.py scenes --ckpt assets/base,{out}/pefl,{out}/pefl --steps 20,20,8 "
                      f"--n {n.judged} --out {out}/judge"})]
 

@@ -59,18 +59,19 @@ def main(cfg: Config) -> None:
         hole = c.image * (1 - c.mask) + 0.5 * c.mask
         rows += [list(row) for row in zip(c.image, hole, *made, c.truth)]
         titles += [f"{HOLES[task]}: {caption}" for caption in c.caption]
+    columns = ["picture", "hole", "before feedback, 20 steps", "after PeFL, 8 steps", "truth"]
+    left = common.contact_sheet(rows, columns, row_titles=titles, scale=2)
 
     # 2) instructions: a held-out pair for each of OmniEdit's seven tasks
-    pairs = EditScenes("heldout")
+    pairs, rows, titles = EditScenes("heldout"), [], []
     for k, task in enumerate(pairs.tasks):
         c = edit_cases(task, [len(pairs.tasks) * cfg.first + k], editnet.size, editnet.size, pairs)
         noise = common.randn(common.generators(0, 0, c.indices), c.image.shape[1:])
         got = evaluate.generate_edit(editnet, c.image, torch.ones_like(noise[:, :1]), c.caption, noise, 20,
                                      cfg.guidance, cfg.image_guidance)
-        rows.append([c.image[0], None, got[0], None, c.truth[0]])
+        rows.append([c.image[0], got[0], c.truth[0]])
         titles += [f"\N{LEFT DOUBLE QUOTATION MARK}{c.caption[0]}\N{RIGHT DOUBLE QUOTATION MARK}"]
-    columns = ["picture", "hole", "before feedback, 20 steps", "after PeFL, 8 steps", "truth"]
-    small = common.contact_sheet(rows, columns, row_titles=titles, scale=2)
+    right = common.contact_sheet(rows, ["picture", "EditNet", "truth"], row_titles=titles, scale=2)
 
     # 3) a larger picture, as a user would have it edited
     picture, hole = photo(source.scene(cfg.first), out / "photo")
@@ -79,9 +80,10 @@ def main(cfg: Config) -> None:
     files = picture, hole, out / "photo/result/picture_erase.png"
     large = common.contact_sheet([[Image.open(file) for file in files]], ["384x256 pixels", "mask", "erased"],
                                  row_titles=["sample.py erase"])
-    page = Image.new("RGB", (max(small.width, large.width), small.height + large.height), "white")
-    page.paste(small, (0, 0))
-    page.paste(large, (0, small.height))
+    high = max(left.height, right.height)
+    page = Image.new("RGB", (max(left.width + right.width, large.width), high + large.height), "white")
+    for sheet, place in ((left, (0, 0)), (right, (left.width, 0)), (large, (0, high))):
+        page.paste(sheet, place)
     page.save(out / "showcase.png")
     print(f"wrote {out / 'showcase.png'}")
 
