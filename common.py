@@ -365,7 +365,7 @@ class Muon(torch.optim.AdamW):
     """AdamW, and Muon (Jordan et al. 2024) for the groups that say muon=True: of a matrix's momentum only the
     directions are kept, U V^T of its U S V^T, so that rare directions, a word seldom said, learn as fast as
     common ones. Scaled by 0.2 sqrt(longer side), the size of an AdamW step (Liu et al. 2025), whence learning
-    rates are alike. Small models from scratch need about half the pictures (LOG.md).
+    rates are alike. A small model from scratch needed a sixth fewer pictures for less error (LOG.md).
 
     params: groups as of AdamW; those with muon hold matrices [out, in] alone, where out = 3 in is q, k and v
     one below the other, three matrices. torch.optim.Muon computes in bf16, which most CPUs only emulate.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The inpainting base that ships in assets/base: text to image first, so that captions are learned, then inpainting; both from
 # scratch on scenes. Its averaged weights are stored in bf16.
-#   bash runs/base.sh     hours on 2 plain cores; the same command resumes
+#   bash runs/base.sh     an hour on 2 plain cores; the same command resumes
 # RANKS processes of one thread each: with matrices this small that beats one process of many threads (LOG.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."

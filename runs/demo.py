@@ -1,7 +1,7 @@
 """The main job on the embedded dataset, in a few minutes: pictures, preferences, rewards, PeFL, the judge.
 
     python runs/demo.py                  from the models in assets/; the same command goes on where it stopped
-    python runs/demo.py --fast           a few steps of everything: does it run here?
+    python runs/demo.py --fast True      a few steps of everything: does it run here?
 
 Every stage is a command of this repository, kept with its output in OUT. The paper's values are the scripts'
 defaults; those below suit a small model of pixels.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The claims of RESULTS.md: PeFL against its base on 500 held-out scenes for each task, PeFL trained with three seeds.
-#   bash runs/pefl_scenes.sh      about an hour on 4 cores; what is done already is not done again
+#   bash runs/pefl_scenes.sh      hours on 2 plain cores (not yet run on the 64x64 models); what is done is not done again
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}

@@ -11,6 +11,7 @@ the truth. The large picture loses its object to sample.py.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Config:
     first: int = 0  # first of the held-out scenes that are shown: none is picked by hand
     guidance: float = 3.0  # of the prompt and of the instruction
     image_guidance: float = 1.5  # of the source picture
-    precision: str = "auto"  # auto, bf16 or fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     device: str = "auto"  # auto, cpu, cuda
 
 
