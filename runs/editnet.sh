@@ -22,7 +22,8 @@ if [ "${1:-}" = ship ]; then
     export OMP_NUM_THREADS=1
     RANKS=${RANKS:-$(nproc)}  # of one thread each
     $PY -m torch.distributed.run --standalone --nproc_per_node="$RANKS" train_omni.py $RECIPE --data scenes \
-        --batch_size $((64 / RANKS)) --steps "$STEPS" --warmup 50 --ema 0.997 --sample_every 200 --save_every 100 --out "$OUT/ship"
+        --batch_size $((64 / RANKS)) --steps "$STEPS" --warmup 50 --ema 0.997 --compile "${COMPILE:-False}" \
+        --sample_every 500 --save_every 500 --out "$OUT/ship"
     exec $PY runs/ship.py assets/editnet "STEPS=$STEPS bash runs/editnet.sh ship" "$OUT/ship"
 elif [ -n "${1:-}" ]; then
     echo "error: $1: the only word is ship" >&2; exit 2
