@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import tyro
 
@@ -33,6 +33,7 @@ class Config:
     phases: str = "20/15/10x60,8/6/3x24"  # of PeFL, T/T1/T2 x steps (Sec. 3.3)
     disc_first: int = 24  # steps in which the coherence model learns alone
     judged: int = 100  # held-out scenes for each task
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     fast: bool = False  # two steps of everything
 
 
@@ -41,7 +42,7 @@ class Stage(NamedTuple):
 
     title: str
     seconds: float
-    commands: dict[str, str]  # name of the log -> script and flags
+    commands: dict[str, str]  # name of the log -> script and flags, to which main() adds --precision
 
 
 def stages(cfg: Config) -> list[Stage]:
@@ -73,7 +74,7 @@ def stages(cfg: Config) -> list[Stage]:
 def main(cfg: Config) -> None:
     if cfg.fast:
         cfg = Config(cfg.out, prompts=12, captions=40, reward_steps=2, align_steps=2,
-                     phases="20/15/10x1,8/6/3x1", disc_first=0, judged=4)
+                     phases="20/15/10x1,8/6/3x1", disc_first=0, judged=4, precision=cfg.precision)
     os.chdir(ROOT)
     out, settings = Path(cfg.out), json.dumps(asdict(cfg))
     out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,9 @@ def main(cfg: Config) -> None:
         raise SystemExit(f"error: --out: {out}: was begun with other settings, {known.read_text()}: give "
                          "those, or another --out")
     known.write_text(settings)
-    every, began, pace = stages(cfg), time.time(), 1.0
+    every = [stage._replace(commands={name: f"{command} --precision {cfg.precision}"
+                                      for name, command in stage.commands.items()}) for stage in stages(cfg)]
+    began, pace = time.time(), 1.0
     spent = planned = 0.0
     for number, stage in enumerate(every, 1):
         done = out / f"{'_'.join(stage.commands)}.done"
