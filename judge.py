@@ -117,7 +117,7 @@ SIDE = 64  # pixels of what the network sees, crops and whole pictures alike
 CONTEXT = 1.35  # half side of an object's crop in radii
 PICTURE_HEADS = {"background": scenes.BACKGROUNDS, "environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}
 OBJECT_HEADS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "material": scenes.MATERIALS,
-                "object": ("no", "yes")}
+                "object": ("no", "yes", "part")}  # part: the box misses the object by more than half a radius
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
@@ -195,10 +195,13 @@ def picture_features(x: Tensor, net: Parser) -> np.ndarray:
 
 
 class ParserBatches(torch.utils.data.Dataset):
-    """Item s is a batch of clean renders: pictures, labels, a box on each object and one on free background.
+    """Item s is a batch of clean renders: pictures, labels, a box on each object, one on free background, and
+    one that holds a part of each object.
 
-    Boxes are off by up to an eighth of a radius and a tenth in size, since an edited object need not sit
-    where the original did. Pictures are of the sources in turn, batches at the sizes (h, w) in turn.
+    Boxes on objects are off by up to a fifth of a radius each way and a tenth in size, since an edited object
+    need not sit where the original did. Those that miss theirs are there for whoever looks for an object box
+    by box: half a disc is no crescent. Pictures are of the sources in turn, batches at the sizes (h, w) in
+    turn.
     """
 
     def __init__(self, sources: list[scenes.Scenes], start: int, batch_size: int, steps: int,
@@ -226,9 +229,15 @@ class ParserBatches(torch.utils.data.Dataset):
                 if all(math.hypot(x - o.x, y - o.y) > scenes.RADIUS[o.size] + 0.7 * r for o in s.objects):
                     places.append((x, y, r, [-100, -100, -100, 0]))  # -100: cross_entropy's ignore_index
                     break
+            for o in s.objects:
+                r, short = scenes.RADIUS[o.size], min(h, w)
+                off, angle = r * rng.uniform(0.6, 1.4), rng.uniform(0, 2 * math.pi)
+                x, y = o.x + off * math.cos(angle) * short / w, o.y + off * math.sin(angle) * short / h
+                if all(math.hypot(x - p.x, y - p.y) > 0.6 * scenes.RADIUS[p.size] for p in s.objects if p != o):
+                    places.append((x, y, r, [-100, -100, -100, 2]))
             for x, y, r, labels in places:
                 if self.jitter:
-                    dx, dy = rng.uniform(-0.12, 0.12, 2)
+                    dx, dy = rng.uniform(-0.2, 0.2, 2)
                     x, y, r = x + r * dx, y + r * dy, r * rng.uniform(0.9, 1.1)
                 which.append(j)
                 boxes.append(object_box(x, y, r, h, w))

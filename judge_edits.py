@@ -102,7 +102,7 @@ def edit_cases(task: str, indices: list[int], h: int, w: int, source: EditScenes
 
 def as_good(new: scenes.Object, others: tuple[scenes.Object, ...], h: int, w: int) -> list[scenes.Object]:
     """`new` at the other free places of its part (ninth) of the picture, 0.35 radii apart: the parser reads
-    boxes that are off by 0.12."""
+    boxes that are off by 0.2."""
     r, found = scenes.RADIUS[new.size], []
     dx, dy = 0.35 * r * min(h, w) / w, 0.35 * r * min(h, w) / h
     for x in np.arange(r, 1 - r + 1e-6, dx):
