@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
-OUT=${OUT:-out/base} T2I=${T2I:-6000} INPAINT=${INPAINT:-2500}
+OUT=${OUT:-out/base} T2I=${T2I:-4500} INPAINT=${INPAINT:-2500}
 RANKS=${RANKS:-$(nproc)}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 BATCH=$((128 / RANKS))
