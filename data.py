@@ -2,9 +2,10 @@
 
     python data.py check photos/         # counts, broken files, shapes, captions, mask areas, a sample sheet
     python data.py check omniedit:DIR    # the same of a set of edit pairs (edits.py names the layouts)
+    python data.py pack scenes --out DIR --limit 1000000    # draw or decode ahead; then train with --data DIR
 
 Sources, cropping, loaders, preferences, check. Below it: pictures.py reads files, masks.py makes masks,
-order.py says what comes when.
+order.py says what comes when, pack.py draws and decodes ahead.
 Masks are 1 where the picture is to be regenerated. Pictures leave this file as float [-1, 1].
 """
 
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 
 import edits
+import packed
 from masks import task_mask
 from order import EditSampler, Listed, Sampler, bucket, mix, size_of
 from pictures import (
@@ -156,8 +158,8 @@ class Parquet:
 
 
 def open_source(spec, split="train"):
-    """"scenes", "scenes:hard", a folder of pictures, a parquet file or a folder of them -> source; SystemExit
-    on all else.
+    """"scenes", "scenes:hard", a folder of pictures, a parquet file or a folder of them, or a folder that was
+    packed -> source; SystemExit on all else.
 
     split "train", "heldout" or "all". A folder's held-out part is its subfolder or parquet files of a name in
     HELDOUT_NAMES, otherwise 5% of the rows, by a hash of the file name or row number."""
@@ -174,6 +176,8 @@ def open_source(spec, split="train"):
     if not path.exists() or path.is_file() and path.suffix != ".parquet":
         problem = "not a data source" if path.exists() else "no such file or folder"
         raise SystemExit(f"error: {spec}: {problem}: give scenes, a folder of pictures or a .parquet file")
+    if packed.is_packed(path):
+        return packed.Packed(path, False, split)
     if not (path / "metadata.jsonl").is_file():
         path, split = part_of(path, split)
     files = []
@@ -190,7 +194,7 @@ def open_edits(spec, split="train"):
 
     spec: "scenes" or "scenes:hard", procedural pairs; "scenes:wrong=0.5" or "scenes:hard,wrong=0.5", half of
     them wrong, and scored; "omniedit:PATH", "ip2p:PATH", "magicbrush:PATH", "ultraedit:PATH", "jsonl:PATH" or
-    PATH.jsonl, a file or a folder of files.
+    PATH.jsonl, a file or a folder of files; a folder that was packed.
     split "train", "heldout" or "all" (of scenes: train)."""
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
@@ -201,16 +205,20 @@ def open_edits(spec, split="train"):
 
         level, wrong = parse_spec(spec)
         return EditScenes("train" if split == "all" else split, wrong or 0.0, level)
+    if packed.is_packed(spec):
+        return packed.Packed(spec, True, split)
     if not colon and spec.endswith(".jsonl"):
         kind, rest = "jsonl", spec
     if kind not in edits.PRESETS or not rest:
-        raise SystemExit(f"error: {spec}: not a set of edit pairs: give scenes, PATH.jsonl, or one of "
-                         f"{', '.join(edits.PRESETS)} with :PATH")
+        raise SystemExit(f"error: {spec}: not a set of edit pairs: give scenes, PATH.jsonl, a packed "
+                         f"folder, or one of {', '.join(edits.PRESETS)} with :PATH")
     return edits.open_preset(kind, rest, split)
 
 
 def names_edits(spec):
     """Whether a spec means edit pairs and nothing else."""
+    if packed.is_packed(spec):
+        return packed.manifest(spec)["plan"]["edits"]
     marked = "wrong=" in spec if spec.partition(":")[0] == "scenes" else ":" in spec
     return marked and not Path(spec).exists() or spec.endswith(".jsonl")
 
@@ -596,7 +604,8 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
 
     Args:
         spec: scenes, scenes:hard, a folder of pictures, a parquet file or a folder of them; or edit pairs:
-            scenes:wrong=SHARE, omniedit:PATH, ip2p:PATH, magicbrush:PATH, ultraedit:PATH, PATH.jsonl
+            scenes:wrong=SHARE, omniedit:PATH, ip2p:PATH, magicbrush:PATH, ultraedit:PATH, PATH.jsonl; or a
+            packed folder of either
         image_size: side of the square, or of the square of equal area
         stride: sides are multiples of it
         aspects: keep aspect ratios (of edit pairs: always)
@@ -714,4 +723,6 @@ def check_edits(source, image_size, stride, limit, out):
 if __name__ == "__main__":
     import tyro
 
-    tyro.extras.subcommand_cli_from_dict({"check": check})
+    from pack import pack  # it needs this file
+
+    tyro.extras.subcommand_cli_from_dict({"check": check, "pack": pack})
