@@ -998,14 +998,14 @@ def resumed_states(model: nn.Module, tensors: dict[str, dict]) -> tuple[dict, di
     return plain | tensors["lora"], plain | tensors["lora_ema"]
 
 
-def compile_blocks(net: Editor | EditNet) -> None:
+def compile_blocks(net: Editor | EditNet, backend: str = "inductor") -> None:
     """torch.compile of every joint block and of the text encoder. Blocks of one make share what is compiled,
     so that it takes as long for 24 of them as for two; what stands between them stays as it is."""
     # a bucket, a frozen copy, a sheet's batch: each is a version of the same code, of which 8 are allowed
     torch._dynamo.config.recompile_limit = 128
     for m in net.modules():
         if isinstance(m, JointBlock | ByteText):
-            m.compile(dynamic=False)
+            m.compile(dynamic=False, backend=backend)
 
 
 def half_linears(net: nn.Module) -> None:

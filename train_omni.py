@@ -36,7 +36,7 @@ from verdict import Verdict
 @dataclass
 class Config:
     out: str = "out/omni"  # run folder: checkpoints, metrics.jsonl, sample sheets
-    data: str = "scenes"  # "scenes", a folder of pictures, a .parquet file / folder; edit: pairs, PRESET:PATH
+    data: str = "scenes"  # "scenes", a folder of pictures, .parquet, packed (pack.py); edit: PRESET:PATH
     stage: Literal["base", "inpaint", "edit"] = "inpaint"  # text to image; with mask; with source
     preset: str = "tiny"  # architecture, see PRESETS in model.py; ignored with --init
     init: Annotated[str | None, tyro.conf.arg(aliases=["--base"])] = None  # to start from: checkpoint or SD3
