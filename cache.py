@@ -173,6 +173,9 @@ def wordings(source, n: int):
     """Yields, for each item, the texts that a loader may draw with it, read without the pictures.
 
     Items whose texts cannot be read give none: a loader finds them bad, too."""
+    if hasattr(source, "wordings"):
+        yield from (source.wordings(i) for i in range(n))
+        return
     if hasattr(source, "groups"):
         preset = getattr(source, "preset", None)
         names = PRESETS[preset].instruction if preset else data.CAPTION_COLUMNS
@@ -231,6 +234,8 @@ def fingerprint(source, n: int) -> str:
             add(os.path.basename(file), size(file))
         add([(start, group) for _, start, group, _ in source.groups.groups])
         digest.update(np.asarray(source.rows, np.int64).tobytes())
+    elif hasattr(source, "wordings"):  # packed: its index has a CRC of every item
+        digest.update(source.rows.tobytes())
     elif size_of(source, 0) is None:
         add(source.name, source.seed, getattr(source, "wrong", None))
     elif hasattr(source, "root") and hasattr(source, "caption"):

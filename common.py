@@ -40,7 +40,7 @@ from kernels import dispatch  # noqa: E402
 
 ########################################## 1. processes and signals ##########################################
 
-_stop_signal = None  # name of the first SIGTERM or SIGUSR1 seen; read through sync_flags
+_stop_signal = None  # name of the first SIGTERM or SIGUSR1 seen; read through verdict.py
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def setup(device="auto"):
     """Join torchrun's process group (gloo on CPU, nccl on GPU, 10 minute timeout); alone without torchrun.
 
     device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N"; under torchrun each rank takes its
-    own GPU. From here on SIGTERM and SIGUSR1 only set a flag that `sync_flags` reports on every rank.
+    own GPU. From here on SIGTERM and SIGUSR1 only set a flag that verdict.py reports on every rank.
     """
     env = os.environ
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
@@ -158,19 +158,9 @@ def progress(total, start=0, desc="", dist=Dist()):
     return tqdm(total=total, initial=start, desc=desc, disable=dist.rank != 0, **look)
 
 
-def sync_flags(dist, bad=False):
-    """(stop, bad), equal on all ranks: one got SIGTERM or SIGUSR1; one's `bad` (bool, tensor) is true.
-
-    One all-reduce. Workers are signalled one after the other, each at its own point of a step: acting on a
-    local flag would let one rank save alone and hang. The same holds for a loss that is NaN on one rank only.
-    """
-    bad = bad.detach().any() if isinstance(bad, torch.Tensor) else torch.tensor(bool(bad))
-    stop = torch.tensor(float(_stop_signal is not None))
-    flags = torch.stack([stop.to(dist.device), bad.to(dist.device).float()])
-    if dist.world > 1:
-        td.all_reduce(flags, op=td.ReduceOp.MAX)
-    stop, bad = flags.tolist()
-    return stop > 0, bad > 0
+def stop_asked():
+    """Whether this process got SIGTERM or SIGUSR1; other ranks may get theirs later (see verdict.py)."""
+    return _stop_signal is not None
 
 
 def peak_bytes():
@@ -185,32 +175,6 @@ def peak_memory():
     """`peak_bytes` as text."""
     where = "GPU" if torch.cuda.is_available() and torch.cuda.is_initialized() else "host"
     return f"{where} peak {peak_bytes() / 2**30:.2f} GiB"
-
-
-class Perf:
-    """Throughput and data wait: `with perf.wait(): batch = next(it)`, `perf.add(images)`, `perf.read()`."""
-
-    def __init__(self):
-        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
-
-    @contextlib.contextmanager
-    def wait(self):
-        t = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - t
-
-    def add(self, images):
-        self.images += images
-
-    def read(self):
-        """Images per second, fraction of the time spent waiting, host memory, since the last read."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        row = {"perf/img_s": self.images / seconds, "perf/data_wait": self.waited / seconds}
-        with contextlib.suppress(OSError):  # Linux only
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            row["perf/host_rss_gib"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
-        self.__init__()
-        return row
 
 
 def n_params(module, trained=False):
@@ -289,9 +253,10 @@ class EMA:
     """
 
     def __init__(self, module, decay, warmup=True):
-        self.module, self.decay, self.warmup, self.n = module, decay, warmup, 0
+        self.module, self.decay, self.warmup = module, decay, warmup
         self.names = [k for k, p in module.named_parameters() if p.requires_grad]
         self.average = [local(p).float().clone() for p in self._params()]
+        self.n = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
 
     def _params(self):
         _reshard(self.module)
@@ -300,17 +265,23 @@ class EMA:
         return [p for _, p in params]
 
     @torch.no_grad()
-    def update(self):
-        decay = min(self.decay, (1 + self.n) / (10 + self.n)) if self.warmup else self.decay
-        torch._foreach_lerp_(self.average, [local(p).float() for p in self._params()], 1 - decay)
-        self.n += 1
+    def update(self, bad=None):
+        """Take in the weights as they are now; not where `bad`, a scalar on the device, is 1 (verdict.py)."""
+        n = self.n.double()
+        decay = ((1 + n) / (10 + n)).clamp(max=self.decay) if self.warmup else torch.full_like(n, self.decay)
+        share, counts = 1 - decay, 1
+        if bad is not None:
+            share, counts = torch.where(bad > 0, 0.0, share), (bad == 0).long()
+        share = [share.float()] * len(self.average)
+        torch._foreach_lerp_(self.average, [local(p).float() for p in self._params()], share)
+        self.n += counts
 
     def state_dict(self):
         """The whole state, averaged weights in it (not copied), and EMA_COUNT, the number of updates."""
         average = {id(p): _like(p, a) for p, a in zip(self._params(), self.average)}  # tied: two names
         state = self.module.state_dict(keep_vars=True)
         state = {k: average.get(id(v), v.detach()) for k, v in state.items()}
-        return state | {EMA_COUNT: torch.tensor(self.n)}
+        return state | {EMA_COUNT: self.n.clone()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors):
@@ -319,7 +290,7 @@ class EMA:
             raise SystemExit(f"error: ema: no {EMA_COUNT}: plain weights, not an EMA state: use load_state")
         for name, average in zip(self.names, self.average):
             average.copy_(tensors[name])
-        self.n = int(tensors[EMA_COUNT])
+        self.n.copy_(tensors[EMA_COUNT])
 
     @contextlib.contextmanager
     def swapped(self):
@@ -369,6 +340,7 @@ class Muon(torch.optim.AdamW):
 
     params: groups as of AdamW; those with muon hold matrices [out, in] alone, where out = 3 in is q, k and v
     one below the other, three matrices. torch.optim.Muon computes in bf16, which most CPUs only emulate.
+    found_inf: see verdict.py.
     """
 
     # quintic of which four rounds bring singular values from 0.01 up to 0.7 ... 1.2 (Jordan et al. 2024)
@@ -380,20 +352,23 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None] if group.get("muon") else []
             held += [(p, p.grad) for p in params]
+            bad = getattr(self, "found_inf", params[0].new_zeros(()) if params else None)
             alike = {}  # matrices of a shape are one batch
             for p in params:
                 if p not in self.state:  # AdamW wants to find a step in every state it loads
                     self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
                 momentum = self.state[p]["momentum"]
-                momentum.lerp_(p.grad, 1 - self.MOMENTUM)
-                update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                grad = torch.where(bad > 0, momentum, p.grad)  # towards which a momentum does not move
+                momentum.lerp_(grad, 1 - self.MOMENTUM)
+                update = grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
+                p.mul_(torch.where(bad > 0, 1.0, 1 - group["lr"] * group["weight_decay"]))
                 parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
                 for target, matrix in zip(p.chunk(parts), update.chunk(parts)):
                     alike.setdefault(target.shape, []).append((target, matrix))
             for (rows, columns), pairs in alike.items():
                 x = self.orthogonal(torch.stack([matrix for _, matrix in pairs]))
                 for (target, _), direction in zip(pairs, x):
+                    direction = torch.where(bad > 0, 0.0, direction)
                     target.add_(direction, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
         for p, _ in held:
             p.grad = None
@@ -424,7 +399,8 @@ def average_gradients(params, world, bucket_bytes=64 * 2**20):
     params = [p for p in params if p.requires_grad and not is_sharded(p)]
     if world == 1 or not params:
         return
-    present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+    present = torch.tensor([float(p.grad is not None) for p in params])
+    present = present.to(params[0].device, non_blocking=True)
     td.all_reduce(present)
     if any(p.grad is None for p in params):  # only then is reading `present` worth a synchronisation
         for p, count in zip(params, present.tolist()):
@@ -897,6 +873,14 @@ class Metrics:
                 self.counts[name] = self.counts.get(name, 0) + 1
             self.sums[name] = self.sums.get(name, 0.0) + value
 
+    def add_where(self, chosen, **values):
+        """Add the elements of tensors where `chosen`, bool of their shape, is true; they are counted on the
+        device."""
+        for name, value in values.items():
+            value = torch.where(chosen, value.detach(), 0).sum(dtype=torch.float64)
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + chosen.sum()
+
     def flush(self, step, extra={}):
         """{name: mean over ranks and elements since the last flush} | extra (rank 0's, not reduced).
 
@@ -908,9 +892,9 @@ class Metrics:
             td.all_gather_object(everyone, names)
             names = names if all(n == names for n in everyone) else sorted(set().union(*everyone))
         like = {"dtype": torch.float64, "device": self.dist.device}
-        sums = [torch.as_tensor(self.sums.get(n, 0.0), **like) for n in names]
-        counts = torch.tensor([self.counts.get(n, 0) for n in names], **like)
-        table = torch.stack([torch.stack(sums), counts]) if names else torch.zeros(2, 0)
+        table = torch.zeros(2, len(names), **like)
+        for n, column in zip(names, table.unbind(1)):
+            column[0], column[1] = self.sums.get(n, 0.0), self.counts.get(n, 0)
         if self.dist.world > 1 and names:
             td.all_reduce(table)
         row = {n: total / count for n, total, count in zip(names, *table.tolist()) if count}

@@ -2,9 +2,10 @@
 
     python data.py check photos/         # counts, broken files, shapes, captions, mask areas, a sample sheet
     python data.py check omniedit:DIR    # the same of a set of edit pairs (edits.py names the layouts)
+    python data.py pack scenes --out DIR --limit 1000000    # draw or decode ahead; then train with --data DIR
 
 Sources, cropping, loaders, preferences, check. Below it: pictures.py reads files, masks.py makes masks,
-order.py says what comes when.
+order.py says what comes when, pack.py draws and decodes ahead.
 Masks are 1 where the picture is to be regenerated. Pictures leave this file as float [-1, 1].
 """
 
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 
 import edits
+import packed
 from masks import task_mask
 from order import EditSampler, Listed, Sampler, bucket, mix, size_of
 from pictures import (
@@ -156,8 +158,8 @@ class Parquet:
 
 
 def open_source(spec, split="train"):
-    """"scenes", "scenes:hard", a folder of pictures, a parquet file or a folder of them -> source; SystemExit
-    on all else.
+    """"scenes", "scenes:hard", a folder of pictures, a parquet file or a folder of them, or a folder that was
+    packed -> source; SystemExit on all else.
 
     split "train", "heldout" or "all". A folder's held-out part is its subfolder or parquet files of a name in
     HELDOUT_NAMES, otherwise 5% of the rows, by a hash of the file name or row number."""
@@ -174,6 +176,8 @@ def open_source(spec, split="train"):
     if not path.exists() or path.is_file() and path.suffix != ".parquet":
         problem = "not a data source" if path.exists() else "no such file or folder"
         raise SystemExit(f"error: {spec}: {problem}: give scenes, a folder of pictures or a .parquet file")
+    if packed.is_packed(path):
+        return packed.Packed(path, False, split)
     if not (path / "metadata.jsonl").is_file():
         path, split = part_of(path, split)
     files = []
@@ -190,7 +194,7 @@ def open_edits(spec, split="train"):
 
     spec: "scenes" or "scenes:hard", procedural pairs; "scenes:wrong=0.5" or "scenes:hard,wrong=0.5", half of
     them wrong, and scored; "omniedit:PATH", "ip2p:PATH", "magicbrush:PATH", "ultraedit:PATH", "jsonl:PATH" or
-    PATH.jsonl, a file or a folder of files.
+    PATH.jsonl, a file or a folder of files; a folder that was packed.
     split "train", "heldout" or "all" (of scenes: train)."""
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
@@ -201,12 +205,22 @@ def open_edits(spec, split="train"):
 
         level, wrong = parse_spec(spec)
         return EditScenes("train" if split == "all" else split, wrong or 0.0, level)
+    if packed.is_packed(spec):
+        return packed.Packed(spec, True, split)
     if not colon and spec.endswith(".jsonl"):
         kind, rest = "jsonl", spec
     if kind not in edits.PRESETS or not rest:
-        raise SystemExit(f"error: {spec}: not a set of edit pairs: give scenes, PATH.jsonl, or one of "
-                         f"{', '.join(edits.PRESETS)} with :PATH")
+        raise SystemExit(f"error: {spec}: not a set of edit pairs: give scenes, PATH.jsonl, a packed "
+                         f"folder, or one of {', '.join(edits.PRESETS)} with :PATH")
     return edits.open_preset(kind, rest, split)
+
+
+def names_edits(spec):
+    """Whether a spec means edit pairs and nothing else."""
+    if packed.is_packed(spec):
+        return packed.manifest(spec)["plan"]["edits"]
+    marked = "wrong=" in spec if spec.partition(":")[0] == "scenes" else ":" in spec
+    return marked and not Path(spec).exists() or spec.endswith(".jsonl")
 
 
 def heldout_or(train, open_part, spec):
@@ -333,10 +347,12 @@ class Batches(torch.utils.data.Dataset):
     """Item s is this rank's whole batch of step s, so that nothing depends on the number of workers.
 
     make(index, h, w, rng, notes) -> dict of arrays, str or None; if it raises BadFile the next of the bucket
-    takes the place. SystemExit must not end a worker: problems travel in the batch, the loader decides."""
+    takes the place. SystemExit must not end a worker: problems travel in the batch, the loader decides.
+    draw(batch) -> entries to add to a batch, or to put in the place of others; None: nothing."""
 
-    def __init__(self, order, make, seed, max_bad):
+    def __init__(self, order, make, seed, max_bad, draw=None):
         self.order, self.make, self.seed, self.max_bad = order, make, seed % 2**63, max_bad
+        self.draw = draw
 
     def __getitem__(self, step):
         if torch.utils.data.get_worker_info():
@@ -363,21 +379,33 @@ class Batches(torch.utils.data.Dataset):
             if not isinstance(value, str):  # pictures stay uint8 here: a quarter of the shared memory
                 values = None if any(v is None for v in values) else torch.from_numpy(np.stack(values))
             batch[key] = values
+        batch |= self.draw(batch) if self.draw else {}
         return batch | dict(bad=bad, notes=dict(notes), read=len(first), fatal=False)
 
 
-class Loader:
-    """Iterator over batches, once through. `summary` says the order in words."""
+def as_floats(pictures):
+    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]. A GPU would multiply by the inverse of a number,
+    which rounds otherwise than a CPU's division: it divides by a tensor."""
+    half = torch.full((), 127.5, device=pictures.device)
+    return pictures.permute(0, 3, 1, 2).contiguous().float().div_(half).sub_(1)
 
-    def __init__(self, source, order, make, seed, workers, steps, max_bad):
+
+class Loader:
+    """Iterator over batches, once through. `summary` says the order in words.
+
+    device: where the tensors of a batch go, each in one copy that a GPU's host does not wait for, pictures as
+    bytes. draw: see Batches; what a step draws or tokenises besides is the workers' work too."""
+
+    def __init__(self, source, order, make, seed, workers, steps, max_bad, device="cpu", draw=None):
+        self.device = torch.device(device)
         self.source, self.max_bad, self.summary = source, max_bad, f"{source.name}: {order.summary()}"
         self.steps_per_epoch, self._batches = len(order), None
         self._bad, self._read, self._notes = {}, 0, Counter()
         # its own generator: starting workers would else draw from the global one, and spoil exact resume
         self._loader = torch.utils.data.DataLoader(
-            Batches(order, make, seed, max_bad), batch_size=None, sampler=steps or range(len(order)),
+            Batches(order, make, seed, max_bad, draw), batch_size=None, sampler=steps or range(len(order)),
             num_workers=workers, persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+            pin_memory=self.device.type == "cuda", generator=torch.Generator())
 
     def __iter__(self):
         return self
@@ -397,8 +425,10 @@ class Loader:
             raise SystemExit(f"{list(self._bad.values())[-1]} (the last of {len(self._bad)} bad files among "
                              f"{self._read} read, too many to go on: repair {self.source.name})")
         for key, value in batch.items():
-            if torch.is_tensor(value) and value.dtype == torch.uint8:
-                batch[key] = value.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+            if torch.is_tensor(value):
+                batch[key] = value = value.to(self.device, non_blocking=True)
+                if value.dtype == torch.uint8 and value.dim() == 4:
+                    batch[key] = as_floats(value)
         return batch
 
     def stats(self):
@@ -410,7 +440,7 @@ class Loader:
 
 
 def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1, workers=2, start_step=0,
-                aspects=False, stride=8, prompt_free=PROMPT_FREE, hflip=False, max_bad=MAX_BAD):
+                aspects=False, stride=8, prompt_free=PROMPT_FREE, hflip=False, max_bad=MAX_BAD, **to):
     """Endless training batches from `start_step`. batch_size is per rank; the batch at step s depends on
     (seed, s, rank, world) alone, and the ranks' batches joined on world * batch_size alone. Random crops.
 
@@ -419,24 +449,25 @@ def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, wor
     tasks: task -> weight. prompt_free: chance that a caption becomes "", one number or per task; erasing says
     ERASE_PROMPT. hflip is off by default: captions say left and right. A bad file is named, counted and
     replaced by the next of its bucket; SystemExit beyond `max_bad` or a tenth of what was read.
-    A source of latents (cache.py): image [B, C, h, w], mask of its size, centre crops, only the task t2i."""
+    A source of latents (cache.py): image [B, C, h, w], mask of its size, centre crops, only the task t2i.
+    to: device and draw of `Loader`, for all loaders."""
     if getattr(source, "latents", False) and (hflip or list(mixture(tasks)) != ["t2i"]):
         raise SystemExit(f"error: tasks: {', '.join(mixture(tasks))}{', hflip' * hflip}: latents cannot be "
                          "masked or flipped: use t2i alone, or pictures and the cache's text only")
     order = Sampler(source, image_size, batch_size, seed, rank, world, aspects, stride)
     make = partial(make_sample, source, mixture(tasks), prompt_free, hflip, True)
-    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad)
+    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad, **to)
 
 
 def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1,
-                      workers=0, aspects=False, stride=8, prompt_free=0.0, max_bad=MAX_BAD):
+                      workers=0, aspects=False, stride=8, prompt_free=0.0, max_bad=MAX_BAD, **to):
     """The given pictures once, in order, as `make_loader` batches; centre crops, masks from (seed, index).
 
     step is 0 and position the place in `indices`, so noise from (seed, step, position) knows no batch size or
     world. Rank r takes the r-th share; a batch ends early at the end and where the shape changes."""
     order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
     make = partial(make_sample, source, mixture(tasks), prompt_free, False, False)
-    return Loader(source, order, make, seed, workers, None, max_bad)
+    return Loader(source, order, make, seed, workers, None, max_bad, **to)
 
 
 def edit_weights(source, balance):
@@ -450,7 +481,8 @@ def edit_weights(source, balance):
 
 
 def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0,
-                     aspects=False, stride=8, p_region=0.3, balance=True, min_score=None, max_bad=MAX_BAD):
+                     aspects=False, stride=8, p_region=0.3, balance=True, min_score=None, max_bad=MAX_BAD,
+                     **to):
     """Endless batches of edit pairs, as sure as `make_loader`'s. Source, target and mask are cropped and
     flipped together; the crop holds the region of the edit where there is a mask.
 
@@ -470,16 +502,16 @@ def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, wo
     weights = edit_weights(source, balance)
     order = Sampler(*args) if as_drawn else EditSampler(*args, weights=weights, min_score=min_score)
     make = partial(make_edit_sample, source, p_region, True)
-    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad)
+    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad, **to)
 
 
 def make_edit_eval_batches(source, indices, image_size, batch_size, seed=0, rank=0, world=1, workers=0,
-                           aspects=False, stride=8, p_region=0.0, max_bad=MAX_BAD):
+                           aspects=False, stride=8, p_region=0.0, max_bad=MAX_BAD, **to):
     """The given pairs once, in order, as `make_edit_loader` batches: centre crops, no flips, first wordings.
     Ranks, steps and positions as in `make_eval_batches`."""
     order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
     make = partial(make_edit_sample, source, p_region, False)
-    return Loader(source, order, make, seed, workers, None, max_bad)
+    return Loader(source, order, make, seed, workers, None, max_bad, **to)
 
 
 #### 4. preferences ##########################################################################################
@@ -554,7 +586,7 @@ def make_pair(pairs, index, h, w, rng, notes):
 
 
 def pair_loader(pairs, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0, stride=8,
-                max_bad=MAX_BAD, once=False):
+                max_bad=MAX_BAD, once=False, **to):
     """Endless batches, as sure as `make_loader`'s: better, worse [B, 3, H, W] in [-1, 1], caption_better,
     caption_worse, index, position, step. `once`: each pair once, in order, for held-out accuracy."""
     if once:
@@ -562,7 +594,7 @@ def pair_loader(pairs, image_size, batch_size, seed=0, rank=0, world=1, workers=
     else:
         order = Sampler(pairs, image_size, batch_size, seed, rank, world, False, stride)
     steps = None if once else range(start_step, sys.maxsize)
-    return Loader(pairs, order, partial(make_pair, pairs), seed, workers, steps, max_bad)
+    return Loader(pairs, order, partial(make_pair, pairs), seed, workers, steps, max_bad, **to)
 
 
 #### python data.py check SPEC ###############################################################################
@@ -572,7 +604,8 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
 
     Args:
         spec: scenes, scenes:hard, a folder of pictures, a parquet file or a folder of them; or edit pairs:
-            scenes:wrong=SHARE, omniedit:PATH, ip2p:PATH, magicbrush:PATH, ultraedit:PATH, PATH.jsonl
+            scenes:wrong=SHARE, omniedit:PATH, ip2p:PATH, magicbrush:PATH, ultraedit:PATH, PATH.jsonl; or a
+            packed folder of either
         image_size: side of the square, or of the square of equal area
         stride: sides are multiples of it
         aspects: keep aspect ratios (of edit pairs: always)
@@ -583,8 +616,7 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
 
     if limit < 1:
         raise SystemExit(f"error: --limit: {limit}: look at one picture at least")
-    marked = "wrong=" in spec if spec.partition(":")[0] == "scenes" else ":" in spec  # as edit pairs
-    if marked and not Path(spec).exists() or spec.endswith(".jsonl"):
+    if names_edits(spec):
         return check_edits(open_edits(spec, "all"), image_size, stride, limit, out)
     source = open_source(spec, "all")
     picks = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist()
@@ -691,4 +723,6 @@ def check_edits(source, image_size, stride, limit, out):
 if __name__ == "__main__":
     import tyro
 
-    tyro.extras.subcommand_cli_from_dict({"check": check})
+    from pack import pack  # it needs this file
+
+    tyro.extras.subcommand_cli_from_dict({"check": check, "pack": pack})

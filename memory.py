@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 import flow
 import model
@@ -30,11 +31,12 @@ import sharded
 
 
 class Live(TorchDispatchMode):
-    """In the block: `now`, bytes of storages that were made in it (or added) and live, and their `peak`."""
+    """In the block: `now`, bytes of storages that were made in it (or added) and live, and their `peak`;
+    `flops`, those of products, convolutions and attention."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self.known = {}
 
     def add(self, tensor, counted=True):
@@ -53,6 +55,8 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
+        if count := flop_registry.get(op._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 self.add(t)
@@ -71,7 +75,7 @@ class Rank:
     def __init__(self, device, bf16, ranks=0):
         self.device, self.bf16, self.ranks = torch.device(device), bf16, ranks
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live, self.rows, self.still, self.unit = Live(), {}, 0, 0
+        self.live, self.rows, self.still, self.unit, self.call_flops = Live(), {}, 0, 0, 0
 
     def hold(self, name, module, average=None):
         """A copy of the module (which may be on the meta device) without data, its memory in the books.
@@ -145,6 +149,11 @@ class Rank:
         """Book what is alive since a moment as a row; -> the present moment."""
         self.rows[name] = self.live.now - since
         return self.live.now
+
+    @property
+    def flops(self):
+        """Of the step of this rank, all that was run so far."""
+        return self.live.flops
 
     @property
     def peak(self):
@@ -226,7 +235,9 @@ def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, wor
             txt, vec = text(net, B, words)
             with torch.no_grad():
                 x_t = flow.interpolate(start, torch.empty_like(start), t)
+                before = rank.flops
                 x_t = x_t + net(x_t, t, txt, vec, *given)
+                rank.call_flops = rank.flops - before  # of one call of stage 2, of which a step has several
         at = rank.kept("pictures, latents", rank.rows.get("gathered blocks", 0))
         with autocast:
             z0 = flow.x0_from_v(x_t, net(x_t, t, txt, vec, *given), t)

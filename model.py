@@ -374,6 +374,13 @@ class SelfBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def byte_ids(captions: list[str], max_bytes: int) -> Tensor:
+    """[B] strings -> uint8 [B, max_bytes], cut or padded with 0; a cut never leaves half a character."""
+    rows = (c.encode(errors="replace")[:max_bytes].decode(errors="ignore").encode() for c in captions)
+    joined = b"".join(row.ljust(max_bytes, b"\0") for row in rows)
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, max_bytes)
+
+
 class ByteText(nn.Module):
     """UTF-8 bytes -> a token for each word, and a pooled vector (default ours, paper silent).
 
@@ -400,12 +407,7 @@ class ByteText(nn.Module):
             nn.init.zeros_(block.mlp.fc2.weight)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """[B] strings -> uint8 [B, max_bytes], cut or padded with 0; a cut never leaves half a character."""
-        out = torch.zeros(len(captions), self.max_bytes, dtype=torch.uint8)
-        for i, caption in enumerate(captions):
-            raw = caption.encode(errors="replace")[: self.max_bytes].decode(errors="ignore").encode()
-            out[i, : len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
-        return out
+        return byte_ids(captions, self.max_bytes)
 
     def words(self, ids: Tensor) -> Tensor:
         """ids [B, N] -> [B, W, N], the weight of each byte in each word's mean; missing words: zeros."""
@@ -458,11 +460,13 @@ class Editor(nn.Module):
     def arch(self) -> dict:
         return {"kind": "editor", **asdict(self.cfg)}
 
-    def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """[B] captions -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's null condition."""
+    def encode_text(self, captions: list[str] | Tensor) -> tuple[Tensor, Tensor]:
+        """[B] captions, or their byte_ids -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's null
+        condition."""
         if not self.cfg.txt_bytes:
             return self.read(captions)
-        return self.text(self.text.tokenize(captions).to(self.mmdit.pos_embed.device))
+        ids = captions if isinstance(captions, Tensor) else self.text.tokenize(captions)
+        return self.text(ids.to(self.mmdit.pos_embed.device))
 
     def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor,
                 mask: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
@@ -581,11 +585,13 @@ class EditNet(nn.Module):
             self.src_embedder.proj.weight[:, :-1] = image.weight[:, :self.cfg.channels]
             self.src_embedder.proj.bias.copy_(image.bias)
 
-    def encode_text(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
-        """[B] instructions -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's null condition."""
+    def encode_text(self, instructions: list[str] | Tensor) -> tuple[Tensor, Tensor]:
+        """[B] instructions, or their byte_ids -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's
+        null condition."""
         if not self.cfg.txt_bytes:
             return self.base.read(instructions)
-        return self.text(self.text.tokenize(instructions).to(self.base.mmdit.pos_embed.device))
+        ids = instructions if isinstance(instructions, Tensor) else self.text.tokenize(instructions)
+        return self.text(ids.to(self.base.mmdit.pos_embed.device))
 
     def base_only(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
         """The base's text-to-image velocity, the branch off; txt, vec from `base.encode_text`."""
@@ -865,8 +871,8 @@ class PreferenceReward(nn.Module):
     def tokenize(self, captions: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """[B] captions -> ids, attend [B, L], attend 0 on padding; L is the batch's longest, <= txt_len."""
         rows = self.tokenizer.encode_batch(captions)
-        ids, attend = [r.ids for r in rows], [r.attention_mask for r in rows]
-        return torch.tensor(ids, device=device), torch.tensor(attend, device=device)
+        both = torch.tensor([[r.ids for r in rows], [r.attention_mask for r in rows]])
+        return tuple(both.to(device, non_blocking=True))
 
     def image_features(self, image: Tensor) -> list[Tensor]:
         """image [B, 3, H, W] in [-1, 1] -> [the image tower's tokens [B, N, D]], in place of VGG's maps."""
@@ -990,6 +996,25 @@ def resumed_states(model: nn.Module, tensors: dict[str, dict]) -> tuple[dict, di
         return tensors["model"], tensors["ema"]
     plain = model.state_dict()
     return plain | tensors["lora"], plain | tensors["lora_ema"]
+
+
+def compile_blocks(net: Editor | EditNet, backend: str = "inductor") -> None:
+    """torch.compile of every joint block and of the text encoder. Blocks of one make share what is compiled,
+    so that it takes as long for 24 of them as for two; what stands between them stays as it is."""
+    # a bucket, a frozen copy, a sheet's batch: each is a version of the same code, of which 8 are allowed
+    torch._dynamo.config.recompile_limit = 128
+    for m in net.modules():
+        if isinstance(m, JointBlock | ByteText):
+            m.compile(dynamic=False, backend=backend)
+
+
+def half_linears(net: nn.Module) -> None:
+    """Weights and biases of Linears and convolutions to bf16: what autocast makes of them at every call, of
+    frozen ones too, so the results stay the same, bit for bit. Only for a net that is called under autocast
+    alone."""
+    for m in net.modules():
+        if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d) and not hasattr(m, "parametrizations"):
+            m.to(torch.bfloat16)
 
 
 def param_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:

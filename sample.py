@@ -117,6 +117,8 @@ def main(cfg: Config) -> None:
 
     # 2) model, and the shapes it knows. A t2i result is not cut out of a square: rather unknown positions
     net, manifest = load_net(cfg)
+    if bf16:
+        model.half_linears(net)
     net.to(dist.device).eval().requires_grad_(False)
     trained = manifest.get("config", {})
     shift = float(trained.get("shift") or 1.0) if cfg.shift is None else cfg.shift

@@ -4,7 +4,7 @@
     3. checkpoints: weights as ever, for samplers; the optimiser's state through torch.distributed.checkpoint
 
 A script calls these in place of net.to(device), clip_grad_norm_, save_checkpoint and load_latest; the rest of
-it (EMA, average_gradients, sync_flags, the resumable data) knows shards. Needs torchrun, also for one rank.
+it (EMA, average_gradients, Verdict, the resumable data) knows shards. Needs torchrun, also for one rank.
 """
 import json
 import pickle
@@ -216,7 +216,7 @@ def load_checkpoint(folder, net, ema, optimizer):
     _load_rows(folder / "model.safetensors", net.state_dict(), net)
     averages = ema.state_dict()
     _load_rows(folder / "ema.safetensors", averages, net)
-    ema.n = int(averages[common.EMA_COUNT])
+    ema.n.copy_(averages[common.EMA_COUNT])
 
     reader = _Reader(folder / "dcp")
     params, state = [p for g in optimizer.param_groups for p in g["params"]], {}

@@ -13,6 +13,7 @@ edit "scenes" or pairs in a published form, such as omniedit:PATH (see edits.py)
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -28,12 +29,14 @@ import model
 import sharded
 import stack
 import weights
+from perf import Perf
+from verdict import Verdict
 
 
 @dataclass
 class Config:
     out: str = "out/omni"  # run folder: checkpoints, metrics.jsonl, sample sheets
-    data: str = "scenes"  # "scenes", a folder of pictures, a .parquet file / folder; edit: pairs, PRESET:PATH
+    data: str = "scenes"  # "scenes", a folder of pictures, .parquet, packed (pack.py); edit: PRESET:PATH
     stage: Literal["base", "inpaint", "edit"] = "inpaint"  # text to image; with mask; with source
     preset: str = "tiny"  # architecture, see PRESETS in model.py; ignored with --init
     init: Annotated[str | None, tyro.conf.arg(aliases=["--base"])] = None  # to start from: checkpoint or SD3
@@ -72,7 +75,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     checkpointing: int = 0  # recompute every n-th block's activations: 1 = all, a third more time; 0 = none
     fsdp: bool = False  # shard the blocks that train over torchrun's ranks (sharded.py)
-    compile: bool = False  # torch.compile the transformer: about a minute first, then faster
+    compile: bool = False  # torch.compile every block: half a minute first, then faster
     dry_run: bool = False  # print parameters, tokens and memory, and stop
     seed: int = 0  # of weights, data order, noise
     workers: int = 1  # data processes per rank
@@ -117,9 +120,12 @@ def main(cfg: Config) -> None:
     latents = cfg.batch_size, editor.cfg.channels, *[cfg.image_size // space.stride] * 2
     ranks = dist.world if cfg.fsdp else 0
     words = editor.cfg.txt_bytes // 4 or 77 + surroundings.get("t5_length", 77)
+    flops = 0  # of a micro-batch
     if common.is_main(dist):  # the count takes a second
         common.print0(tokens_a_block(cfg, editor, latents, words))
-        common.print0(memory.omni(editor, latents, device, bf16, ranks, words).report())
+        count = memory.omni(editor, latents, device, bf16, ranks, words)
+        common.print0(count.report())
+        flops = count.flops
     if cfg.dry_run:
         return
     if cfg.fsdp:
@@ -154,16 +160,16 @@ def main(cfg: Config) -> None:
     common.check_writable(cfg.out)
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     if cfg.compile:
-        editor.compile(dynamic=False)
-        if editor.cfg.txt_bytes:
-            editor.text.compile(dynamic=False)
+        model.compile_blocks(editor)
 
-    # 4) data: batch s is a function of (seed, s, rank, world)
+    # 4) data: batch s is a function of (seed, s, rank, world). The workers also do what `draws` says: noise,
+    #    times, dropped captions and their bytes are functions of (seed, s, global position of the sample)
     at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
               start_step=step * cfg.accum, stride=stride)
     source = (data.open_edits if cfg.stage == "edit" else data.open_source)(cfg.data, "train")
     if cached and cached.made["latents"]:
         source, space = stack.latents(cached, source, space, cfg, stride)
+    at |= dict(device=device, draw=partial(draws, cfg, space.channels, space.stride, editor.cfg.txt_bytes))
     if cfg.stage == "edit":
         weightless(cfg, source)
         loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region,
@@ -171,10 +177,10 @@ def main(cfg: Config) -> None:
     else:
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
     common.print0(loader.summary)
-    grid = sample_inputs(cfg, stride, source) if cfg.sample_every else None
+    grid = sample_inputs(cfg, stride, source, device) if cfg.sample_every else None
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
-    perf = common.Perf()
-    bad_steps = lost_saves = 0
+    perf, lost_saves = Perf(device, bf16, f"--data {cfg.data}"), 0
+    verdict = Verdict(dist, cfg.out, "lower --lr or resume an earlier checkpoint")
 
     bar = common.progress(cfg.steps, step, cfg.stage, dist)
     while step < cfg.steps:
@@ -184,55 +190,45 @@ def main(cfg: Config) -> None:
         for micro in range(cfg.accum):
             with perf.wait():
                 batch = next(loader)
+            t, noise = batch["t"], batch["noise"]                                    # [B], [B, C, h, w]
             with torch.no_grad():
-                x0 = space.encode(batch["image"].to(device))                                 # [B, C, h, w]
+                x0 = space.encode(batch["image"])                                             # [B, C, h, w]
+                condition = conditions(cfg, batch, space)
 
-            # 5) everything random comes from (seed, step, global position of the sample)
-            gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
-            t = flow.sample_t(common.rand(gens, device), cfg.t_density, cfg.t_shift)                     # [B]
-            captions, *condition = conditions(cfg, batch, common.rand(gens), space, device)
-            noise = common.randn(gens, x0.shape[1:], device)
-
-            # 6) flow matching: lambda t^w || v_theta(x_t, t, c, condition) - (noise - x_0) ||^2
+            # 5) flow matching: lambda t^w || v_theta(x_t, t, c, condition) - (noise - x_0) ||^2
             #    condition: m and x_0 (1 - m), or the source picture and its region; lambda: Eq. 6 of OmniEdit
             with autocast:
-                txt, vec = editor.encode_text(captions)
+                txt, vec = editor.encode_text(batch["text"])
                 v = editor(flow.interpolate(x0, noise, t), t, txt, vec, *condition)
             error = (v.float() - flow.velocity(x0, noise)).square().flatten(1).mean(1)                   # [B]
-            loss = (importance(cfg, batch).to(device) * t**cfg.t_weight * error).mean()
+            loss = (batch["weight"] * t**cfg.t_weight * error).mean()
             (loss / cfg.accum).backward()
             loss_sum += loss.detach() / cfg.accum
             for lo in (0, 25, 50, 75):
-                inside = (100 * t >= lo) & (100 * t < lo + 25)
-                metrics.add(**{f"loss_t/{lo}-{lo + 25}": error.detach()[inside]})
-            perf.add(len(x0) * dist.world)
+                metrics.add_where((100 * t >= lo) & (100 * t < lo + 25), **{f"loss_t/{lo}-{lo + 25}": error})
+            perf.add(len(x0) * dist.world, flops)
 
-        # 7) one verdict for all ranks; a non-finite step changes nothing
+        # 6) one verdict for all ranks: a non-finite step changes nothing. All of it happens on the device,
+        #    for which nothing here waits; what the verdict was is read a step later
         common.average_gradients(editor.parameters(), dist.world)
         grad_norm = sharded.clip_grad_norm(editor.parameters(), cfg.grad_clip or torch.inf)
-        stop, bad = common.sync_flags(dist, ~torch.isfinite(grad_norm) | ~torch.isfinite(loss_sum))
-        bad_steps = bad_steps + 1 if bad else 0
-        if bad:
-            common.print0(f"warning: step {step}: non-finite loss or gradient, skipped ({bad_steps} running)")
-            if bad_steps == 20:
-                raise SystemExit(f"error: {cfg.out}: 20 non-finite steps in a row: lower --lr or resume an "
-                                 "earlier checkpoint")
-        else:
-            opt.step()
-            ema.update()
+        opt.found_inf = bad = verdict.give(step, loss_sum, grad_norm)
+        opt.step()
+        ema.update(bad)
         opt.zero_grad(set_to_none=True)
         step += 1
         bar.update()
         metrics.add(**{"loss": loss_sum, "grad_norm": grad_norm})
+        stop = verdict.read(last=step == cfg.steps)
 
-        # 8) logs, samples from the averaged weights, checkpoints
+        # 7) logs, samples from the averaged weights, checkpoints
         if step % cfg.log_every == 0 or step == cfg.steps:
             metrics.flush(step, {"lr": opt.param_groups[0]["lr"], "data/skipped": loader.stats()["skipped"],
                                  **perf.read()})
         due = cfg.sample_every and (step % cfg.sample_every == 0 or step == cfg.steps)
         if due and (cfg.fsdp or common.is_main(dist)):  # shards: all ranks compute the sheet
             with ema.swapped(), torch.no_grad(), autocast:
-                metrics.images(step, {"samples": sample_sheet(cfg, editor, space, grid, device)})
+                metrics.images(step, {"samples": sample_sheet(cfg, editor, space, grid)})
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             nets = model.trained_tensors(editor, ema)
             meta = {"arch": editor.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
@@ -346,22 +342,37 @@ def build_edit(cfg: Config, arch: dict, state: dict) -> model.EditNet:
     return net
 
 
-def conditions(cfg: Config, batch: dict, u: torch.Tensor, space, device: torch.device) -> tuple:
-    """Captions, and the latents and masks that go with them, some dropped for guidance; u [B] in [0, 1).
+def draws(cfg: Config, channels: int, stride: int, txt_bytes: int, batch: dict) -> dict:
+    """What the data workers add to a batch: t, weight [B]; noise [B, C, h, w] in the space of `channels` and
+    `stride`; text, as bytes [B, txt_bytes] or, for encoders from outside, captions; null [B] bool.
 
-    base: caption. inpaint: caption; m, x_0 (1 - m). edit: instruction; source, region, dropped by one draw as
-    in InstructPix2Pix: with p = drop_edit text alone below p, both up to 2p, source alone up to 3p.
+    Captions and source pictures (null) are dropped for guidance. base, inpaint: captions with p =
+    drop_caption. edit: by one draw as in InstructPix2Pix, with p = drop_edit: text alone below p, both up to
+    2p, source alone up to 3p.
     """
-    if cfg.stage != "edit":
-        captions = [c if keep else "" for c, keep in zip(batch["caption"], (u >= cfg.drop_caption).tolist())]
-        if cfg.stage == "base":
-            return captions,
-        image, mask = batch["image"].to(device), batch["mask"].to(device)   # [B, 3, H, W], [B, 1, H, W]
-        return captions, frozen.shrink(mask, space.stride), space.encode(image * (1 - mask))
-    captions = [c if keep else "" for c, keep in zip(batch["caption"], (u >= 2 * cfg.drop_edit).tolist())]
-    null = ((u >= cfg.drop_edit) & (u < 3 * cfg.drop_edit)).to(device)[:, None, None, None]
-    source, mask = space.encode(batch["source"].to(device)), batch["mask"].to(device)
-    return captions, source.masked_fill(null, 0.0), frozen.shrink(mask, space.stride).masked_fill(null, 1.0)
+    gens = common.generators(cfg.seed, batch["step"], batch["position"])
+    t = flow.sample_t(common.rand(gens), cfg.t_density, cfg.t_shift)
+    u = common.rand(gens)
+    p, drop, null = cfg.drop_edit, u < cfg.drop_caption, torch.zeros(len(u), dtype=torch.bool)
+    if cfg.stage == "edit":
+        drop, null = u < 2 * p, (u >= p) & (u < 3 * p)
+    text = ["" if gone else c for c, gone in zip(batch["caption"], drop.tolist())]
+    h, w = batch["image"].shape[1:3] if batch["image"].dtype == torch.uint8 else batch["image"].shape[2:]
+    return {"t": t, "noise": common.randn(gens, (channels, h // stride, w // stride)), "null": null,
+            "text": model.byte_ids(text, txt_bytes) if txt_bytes else text, "weight": importance(cfg, batch),
+            "segments": None}  # label maps have done their work: nothing to copy
+
+
+def conditions(cfg: Config, batch: dict, space) -> tuple:
+    """The latents and masks beside the text. inpaint: m, x_0 (1 - m). edit: source, region; zeros and ones
+    where they are dropped."""
+    if cfg.stage == "base":
+        return ()
+    mask = frozen.shrink(batch["mask"], space.stride)                                          # [B, 1, h, w]
+    if cfg.stage == "inpaint":
+        return mask, space.encode(batch["image"] * (1 - batch["mask"]))
+    null = batch["null"][:, None, None, None]
+    return space.encode(batch["source"]).masked_fill(null, 0.0), mask.masked_fill(null, 1.0)
 
 
 def importance(cfg: Config, batch: dict) -> torch.Tensor:
@@ -415,32 +426,33 @@ def task_mixture(cfg: Config) -> dict[str, float]:
     return {"t2i": cfg.p_t2i} | {task: p * (1 - cfg.p_t2i) / sum(rest.values()) for task, p in rest.items()}
 
 
-def sample_inputs(cfg: Config, stride: int, source) -> dict:
+def sample_inputs(cfg: Config, stride: int, source, device: torch.device) -> dict:
     """The fixed pictures, masks and captions of every sample sheet, up to eight: held out and square; of a
-    cache the first ones, at the bucket at which it holds them."""
+    cache the first ones, at the bucket at which it holds them. Nothing is dropped from them."""
     known = isinstance(source, cache.Latents)
-    at = dict(stride=stride, aspects=known and cfg.aspects)
+    at = dict(stride=stride, aspects=known and cfg.aspects, device=device)
     if cfg.stage == "edit":
         source = source if known else data.heldout_or(source, data.open_edits, cfg.data)
-        return next(data.make_edit_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
-                                                p_region=cfg.p_region, **at))
-    source = source if known else data.heldout_or(source, data.open_source, cfg.data)
-    return next(data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
-                                       task_mixture(cfg), **at))
+        batches = data.make_edit_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
+                                              p_region=cfg.p_region, **at)
+    else:
+        source = source if known else data.heldout_or(source, data.open_source, cfg.data)
+        batches = data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
+                                         task_mixture(cfg), **at)
+    batch = next(batches)
+    return batch | {"null": torch.zeros(len(batch["image"]), dtype=torch.bool, device=device)}
 
 
-def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch: dict,
-                 device: torch.device):
+def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch: dict):
     """Contact sheet at 20 steps without guidance and with it: 3; for edits text 3, source 1.5.
 
     Columns: picture, and its masked input; or source and target of an edit. Rows are titled by caption.
     """
-    image = batch["image"].to(device)
-    captions, *condition = conditions(cfg, batch, torch.ones(len(image)), space, device)
-    txt, vec = editor.encode_text(captions)
+    image, condition = batch["image"], conditions(cfg, batch, space)
+    txt, vec = editor.encode_text(batch["caption"])
     null = editor.encode_text([""] * len(image))
     gens = common.generators(cfg.seed, 0, range(len(image)), stream=1)
-    noise = common.randn(gens, space.encode(image[:1]).shape[1:], device)
+    noise = common.randn(gens, space.encode(image[:1]).shape[1:], image.device)
     ts = flow.timesteps(20, cfg.shift)
 
     def plain(x, t):
@@ -450,8 +462,8 @@ def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch
         guided = flow.edit_denoise(editor, (txt, vec), null, *condition, 3.0, 1.5)
     else:
         guided = flow.guide(lambda x, t: (plain(x, t), editor(x, t, *null, *condition)), 3.0)
-    columns = [batch["source"].to(device), image] if cfg.stage == "edit" else [image]
-    columns += [image * (1 - batch["mask"].to(device))] * (cfg.stage == "inpaint")
+    columns = [batch["source"], image] if cfg.stage == "edit" else [image]
+    columns += [image * (1 - batch["mask"])] * (cfg.stage == "inpaint")
     columns = [space.decode(x) for x in columns] if isinstance(space, frozen.Encoded) else columns
     columns += [space.decode(flow.sample(net, noise, ts)) for net in (plain, guided)]
     titles = {"base": ["picture"], "inpaint": ["picture", "input"], "edit": ["source", "target"]}[cfg.stage]

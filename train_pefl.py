@@ -21,6 +21,7 @@ import copy
 import math
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -38,6 +39,8 @@ import sharded
 import stack
 import towers
 import weights
+from perf import Perf
+from verdict import Verdict
 
 
 @dataclass
@@ -139,9 +142,12 @@ def main(cfg: Config) -> None:
     disc = load_coherence(cfg, image_size, patch).to(device)
     pictures, ranks = (cfg.batch_size, 3, image_size, image_size), dist.world if cfg.fsdp else 0
     vgg = perceptual if cfg.vgg else None
+    flops = call_flops = 0  # of a micro-batch with one call of the editor in stage 2; of a call
     if common.is_main(dist):  # the count takes a few seconds
-        common.print0(memory.pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks,
-                                  77 + surroundings.get("t5_length", 77), bool(cfg.checkpointing)).report())
+        count = memory.pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks,
+                            77 + surroundings.get("t5_length", 77), bool(cfg.checkpointing))
+        common.print0(count.report())
+        flops, call_flops = count.flops, count.call_flops
     if cfg.fsdp:
         sharded.shard(editor, dist, bf16)
     trained = [p for p in editor.parameters() if p.requires_grad]
@@ -181,12 +187,14 @@ def main(cfg: Config) -> None:
     common.check_writable(cfg.out)
     metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id=run_id, resumed_from=step or None)
 
-    # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions
+    # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions. The workers
+    #    also do what `draws` says: noise and t' are functions of (seed, step, position of the sample)
     seen_by = [r.cfg.patch for r in rewards.values() if isinstance(r, model.PreferenceReward)]
     stride = math.lcm(patch, disc.cfg.patch, *([] if cfg.vgg else seen_by))  # L_vgg's features: unresized
     tasks = {"outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint, "erase": cfg.p_erase}
     at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
-              start_step=step * cfg.accum, stride=stride)
+              start_step=step * cfg.accum, stride=stride, device=device)
+    at["draw"] = partial(draws, cfg, phases, space.channels, space.stride, editor.cfg.txt_bytes)
     if instructed:
         source = data.open_edits(cfg.data, "train")
         loader = data.make_edit_loader(source, image_size, cfg.batch_size, p_region=cfg.p_region, **at)
@@ -195,12 +203,13 @@ def main(cfg: Config) -> None:
         loader = data.make_loader(source, image_size, cfg.batch_size, tasks, **at, prompt_free={
             "outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
     common.print0(loader.summary)
-    grid = heldout_grid(cfg, source, instructed, image_size, tasks, stride)
+    grid = heldout_grid(cfg, source, instructed, image_size, tasks, stride, device)
     reward_loss = {
         "neg_log_sigmoid": lambda r: -F.logsigmoid(r),
         "relu_margin": lambda r: F.relu(2 - r),  # ImageReward's
     }[cfg.reward_loss]
-    perf, bad_steps, lost_saves = common.Perf(), 0, 0
+    perf, lost_saves = Perf(device, bf16, f"--data {cfg.data}"), 0
+    verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
 
     bar = common.progress(total, step, "pefl", dist)
     while step < total:
@@ -210,21 +219,14 @@ def main(cfg: Config) -> None:
             group["lr"] = common.lr_at(max(step - cfg.disc_first, 0), cfg.lr, cfg.warmup, total)
         g_sum = d_sum = torch.zeros((), device=device)
         for micro in range(cfg.accum):
-            draw = step * cfg.accum + micro
             with perf.wait():
                 batch = next(loader)
-            x = batch["image"].to(device)                               # the real picture, [B, 3, H, W]
-            start, condition, told, hole, (like, where) = prepare(batch, space, device)
-            prompted = torch.tensor([float(bool(c)) for c in told], device=device)
-
-            # noise comes from (seed, draw, global position of the sample): the same for any number of ranks;
-            # t' is one for the whole batch on all ranks, so that they do equal work
-            gens = common.generators(cfg.seed, draw, batch["position"])
-            noise = common.randn(gens, start.shape[1:], device)
-            t_prime = int(common.randint(common.generators(cfg.seed, draw, [0], stream=1), 1, T2 + 1))
+            x, noise, t_prime = batch["image"], batch["noise"], batch["t_prime"]  # x: real, [B, 3, H, W]
+            start, condition, hole, (like, where) = prepare(batch, space)
+            told, prompted = batch["told"], batch["prompted"]
 
             with autocast:
-                txt, vec = editor.encode_text(batch["caption"])
+                txt, vec = editor.encode_text(batch["text"])
 
                 # stage 1: diffuse the masked input to step T1; the noisier steps, T .. T1 + 1, are skipped
                 ts = flow.timesteps(T, shift, start=T1, stop=t_prime)
@@ -244,7 +246,7 @@ def main(cfg: Config) -> None:
 
                 # L_reward, Eq. 7: -log sigmoid of aesthetic, alignment and coherence. Through noise a reward
                 # answers to what a picture shows, and not to patterns too faint to see that raise its score
-                veil = cfg.reward_noise * common.randn(gens, fake.shape[1:], device)
+                veil = cfg.reward_noise * batch["veil"] if cfg.reward_noise else torch.zeros_like(x)
                 seen = fake + veil
                 losses = {}
                 for name, weight in weighted.items():
@@ -276,32 +278,28 @@ def main(cfg: Config) -> None:
             metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()})
             metrics.add(**{
                 "coherence/real": real_logits, "coherence/fake": fake_logits,
-                "coherence/accuracy": torch.cat([real_logits > 0, fake_logits <= 0]).float(),
-                "coherence/seam": (real_logits > fake_logits)[seam(hole)].float()})
-            perf.add(len(x) * dist.world)
+                "coherence/accuracy": torch.cat([real_logits > 0, fake_logits <= 0]).float()})
+            metrics.add_where(seam(hole), **{"coherence/seam": (real_logits > fake_logits).float()})
+            perf.add(len(x) * dist.world, flops + (T1 - t_prime - 1) * call_flops)
 
-        # 5) one verdict on both losses for all ranks; a non-finite step changes nothing
+        # 5) one verdict on both losses for all ranks: a non-finite step changes nothing. All of it happens on
+        #    the device, for which nothing here waits; what the verdict was is read a step later
         common.average_gradients(trained, dist.world)
         common.average_gradients(disc.parameters(), dist.world)
         g_norm = sharded.clip_grad_norm(trained, cfg.grad_clip or torch.inf)
         d_norm = torch.nn.utils.clip_grad_norm_(disc.parameters(), cfg.grad_clip or torch.inf)
-        stop, bad = common.sync_flags(dist, ~torch.isfinite(torch.stack([g_norm, d_norm, g_sum, d_sum])))
-        bad_steps = bad_steps + 1 if bad else 0
-        if bad:
-            common.print0(f"warning: step {step}: non-finite loss or gradient: skipped ({bad_steps} running)")
-            if bad_steps == 20:
-                raise SystemExit(f"error: {cfg.out}: 20 non-finite steps in a row: lower --lr or the "
-                                 "reward weights")
-        else:
-            disc_opt.step()
-            if moving:
-                opt.step()
-                ema.update()
+        bad = verdict.give(step, g_norm, d_norm, g_sum, d_sum)
+        opt.found_inf = disc_opt.found_inf = bad
+        disc_opt.step()
+        if moving:
+            opt.step()
+            ema.update(bad)
         opt.zero_grad(set_to_none=True)
         disc_opt.zero_grad(set_to_none=True)
         step += 1
         bar.update()
         metrics.add(**{"loss/G": g_sum, "loss/D": d_sum, "grad/G": g_norm, "grad/D": d_norm})
+        stop = verdict.read(last=step == total)
 
         # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
         due = bool(cfg.sample_every) and (step % cfg.sample_every == 0 or step == total)
@@ -309,7 +307,7 @@ def main(cfg: Config) -> None:
         if due and (cfg.fsdp or common.is_main(dist)):
             with ema.swapped(), torch.no_grad(), autocast:
                 ts = flow.timesteps(T, shift)
-                alarms, sheet = judge(cfg, editor, base, space, scores, grid, ts, device)
+                alarms, sheet = judge(cfg, editor, base, space, scores, grid, ts)
             metrics.images(step, {"samples": sheet})
             extra |= alarms
         if due or step % cfg.log_every == 0 or step == total:
@@ -417,24 +415,48 @@ def load_editor(path: str) -> tuple[model.Editor | model.EditNet, dict]:
     return editor, manifest
 
 
-def prepare(batch: dict, space, device: torch.device) -> tuple:
-    """What a batch means to PeFL -> (what stage 1 noises [B, C, h, w], the editor's two conditions, the
-    captions that rewards are told, what changes [B, 1, H, W], (what L_reg holds to [B, 3, H, W], where)).
+def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int, batch: dict) -> dict:
+    """What the data workers add to a batch: noise [B, C, h, w] in the space of `channels` and `stride`; veil
+    [B, 3, H, W], the rewards' noise, if there is any; text, as bytes [B, txt_bytes] or, for encoders from
+    outside, captions; told, as told_of has it, and prompted [B], 1 where something is told; and t', one for
+    the whole batch on all ranks, so that they do equal work."""
+    step = min(batch["step"] // cfg.accum, sum(phase[-1] for phase in phases) - 1)  # they work ahead
+    _, (_, _, T2) = phase_at(phases, step)
+    gens = common.generators(cfg.seed, batch["step"], batch["position"])
+    H, W = batch["image"].shape[1:3]
+    out = {"noise": common.randn(gens, (channels, H // stride, W // stride))}
+    if cfg.reward_noise:
+        out["veil"] = common.randn(gens, (3, H, W))
+    t_prime = common.randint(common.generators(cfg.seed, batch["step"], [0], stream=1), 1, T2 + 1)
+    told, text = told_of(batch), batch["caption"]
+    out |= {"t_prime": int(t_prime), "told": told, "prompted": torch.tensor([float(c != "") for c in told])}
+    return out | {"text": model.byte_ids(text, txt_bytes) if txt_bytes else text,
+                  "segments": None}  # label maps have done their work: nothing to copy
 
-    Inpainting: x (1 - m); m, x (1 - m); the captions, none for the erase prompt; m; x everywhere.
-    Instructions: the source; source, region; captions of the target where the data has them; where target and
-    source differ by more than 0.1; the source in the rest. Some pixels of a JPEG (6 % at quality 90) differ
-    by more without being edited.
+
+def told_of(batch: dict) -> list[str]:
+    """The captions that rewards are told: none for the erase prompt; those of the target of an edit."""
+    if "target_caption" in batch:
+        return batch["target_caption"]
+    return ["" if task == "erase" else c for c, task in zip(batch["caption"], batch["task"])]
+
+
+def prepare(batch: dict, space) -> tuple:
+    """What a batch means to PeFL -> (what stage 1 noises [B, C, h, w], the editor's two conditions, what
+    changes [B, 1, H, W], (what L_reg holds to [B, 3, H, W], where)).
+
+    Inpainting: x (1 - m); m, x (1 - m); m; x everywhere.
+    Instructions: the source; source, region; where target and source differ by more than 0.1; the source in
+    the rest. Some pixels of a JPEG (6 % at quality 90) differ by more without being edited.
     """
-    x, mask = batch["image"].to(device), batch["mask"].to(device)
+    x, mask = batch["image"], batch["mask"]
     if "source" not in batch:
         masked = space.encode(x * (1 - mask))
-        told = ["" if task == "erase" else c for c, task in zip(batch["caption"], batch["task"])]
-        return masked, (frozen.shrink(mask, space.stride), masked), told, mask, (x, torch.ones_like(mask))
-    source = batch["source"].to(device)
+        return masked, (frozen.shrink(mask, space.stride), masked), mask, (x, torch.ones_like(mask))
+    source = batch["source"]
     changed = ((source - x).abs().amax(1, keepdim=True) > 0.1).float()
-    src, told = space.encode(source), batch["target_caption"]
-    return src, (src, frozen.shrink(mask, space.stride)), told, changed, (source, 1 - changed)
+    src = space.encode(source)
+    return src, (src, frozen.shrink(mask, space.stride)), changed, (source, 1 - changed)
 
 
 def load_reward(path: str, device: torch.device, what: str):
@@ -513,15 +535,16 @@ def seam(mask: torch.Tensor) -> torch.Tensor:
     return (F.max_pool2d(mask, 5, 1, 2) > 0) & (F.max_pool2d(1 - mask, 5, 1, 2) > 0)
 
 
-def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, tasks: dict, stride: int) -> dict:
+def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, tasks: dict, stride: int,
+                 device: torch.device) -> dict:
     """The fixed held-out pictures, masks and captions of the judge and its sheet. train: the other part."""
+    at = dict(stride=stride, device=device)
     if instructed:
         source = data.heldout_or(train, data.open_edits, cfg.data)
         return next(data.make_edit_eval_batches(source, range(min(32, len(source))), image_size, 32,
-                                                stride=stride, p_region=cfg.p_region))
+                                                p_region=cfg.p_region, **at))
     source = data.heldout_or(train, data.open_source, cfg.data)
-    indices = range(min(32, len(source)))
-    return next(data.make_eval_batches(source, indices, image_size, 32, tasks, stride=stride))
+    return next(data.make_eval_batches(source, range(min(32, len(source))), image_size, 32, tasks, **at))
 
 
 def image_stats(x: torch.Tensor) -> dict[str, float]:
@@ -540,19 +563,18 @@ def image_stats(x: torch.Tensor) -> dict[str, float]:
             "clipped": (x.abs() > 0.99).float().mean().item()}
 
 
-def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[float],
-          device: torch.device):
+def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[float]):
     """Held-out samples without guidance: rewards (trained and held out), statistics over the real pictures',
     change outside the mask, distance to the frozen base in velocity and in weights; and a sheet of them."""
-    x, captions = batch["image"].to(device), batch["caption"]
-    start, condition, told, hole, (like, _) = prepare(batch, space, device)
-    noise = common.randn(common.generators(cfg.seed, 0, range(len(x)), stream=9), start.shape[1:], device)
+    x, captions, told = batch["image"], batch["caption"], told_of(batch)
+    start, condition, hole, (like, _) = prepare(batch, space)
+    noise = common.randn(common.generators(cfg.seed, 0, range(len(x)), stream=9), start.shape[1:], x.device)
     out, v = {}, {}
     for name, net in (("base", base), ("tuned", editor)):
         txt, vec = net.encode_text(captions)
         z0 = flow.sample(lambda x, t: net(x, t, txt, vec, *condition), noise, ts)
         out[name] = space.decode(z0).clamp(-1, 1)
-        half = torch.full((len(x),), 0.5, device=device)
+        half = torch.full((len(x),), 0.5, device=x.device)
         v[name] = net(flow.interpolate(space.encode(x), noise, half), half, txt, vec, *condition).float()
     row = {}
     for name, score in scores.items():

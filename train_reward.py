@@ -12,6 +12,7 @@ its manifest holds the architecture and the tokenizer.
 import math
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,6 +26,8 @@ import data
 import model
 import pictures
 import towers
+from perf import Perf
+from verdict import Verdict
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive forking workers
 
@@ -135,9 +138,10 @@ def main(cfg: Config) -> None:
     # 5) data: batch s is a function of (seed, s, rank, world)
     batches = data.pair_loader(
         pairs, arch.image_size, cfg.batch_size, seed=cfg.seed, rank=dist.rank, world=dist.world,
-        workers=cfg.workers, start_step=step * cfg.accum, stride=arch.patch)
-    perf = common.Perf()
-    bad_steps, lost_saves, flat_since, warned = 0, 0, None, False
+        workers=cfg.workers, start_step=step * cfg.accum, stride=arch.patch, device=device,
+        draw=partial(draws, cfg))
+    perf, verdict = Perf(device, bf16, f"--pairs {cfg.pairs}"), Verdict(dist, cfg.out, "lower --lr")
+    lost_saves, flat_since, warned = 0, None, False
 
     bar = common.progress(cfg.steps, step, "reward", dist)
     while step < cfg.steps:
@@ -149,13 +153,12 @@ def main(cfg: Config) -> None:
         for micro in range(cfg.accum):
             with perf.wait():
                 batch = next(batches)
-            gens = common.generators(cfg.seed, step * cfg.accum + micro, batch["position"])
             if cfg.augment:
-                batch |= shift_pairs(batch["better"], batch["worse"], gens, cfg.augment)
+                batch |= shift_pairs(batch["better"], batch["worse"], batch["shifts"], cfg.augment)
             if cfg.noise:
-                std = cfg.noise * common.rand(gens)[:, None, None, None]                     # [B, 1, 1, 1]
+                std = cfg.noise * batch["u"][:, None, None, None]                            # [B, 1, 1, 1]
                 for side in ("better", "worse"):
-                    batch[side] = batch[side] + std * common.randn(gens, batch[side].shape[1:])
+                    batch[side] = batch[side] + std * batch["noise_" + side]
 
             # 6) Eq. 1: -log sigmoid(R(c, x_p) - R(c, x_n)).  Eq. 5: -log sigmoid(R(c_p, x) - R(c_n, x)).
             with autocast:
@@ -168,22 +171,18 @@ def main(cfg: Config) -> None:
                            "reward/better": r_better, "reward/worse": r_worse})
             perf.add(2 * len(r_better) * dist.world)
 
-        # 7) one verdict for all ranks; a non-finite step changes nothing
+        # 7) one verdict for all ranks: a non-finite step changes nothing. It is given on the device, and read
+        #    a step later
         common.average_gradients(params, dist.world)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or torch.inf)
-        stop, bad = common.sync_flags(dist, ~torch.isfinite(grad_norm) | ~torch.isfinite(loss_sum))
-        bad_steps = bad_steps + 1 if bad else 0
-        if bad:
-            common.print0(f"warning: step {step}: loss or gradient not finite, skipped ({bad_steps} running)")
-            if bad_steps == 20:
-                raise SystemExit(f"error: {cfg.out}: 20 steps in a row were not finite: lower --lr")
-        else:
-            opt.step()
+        opt.found_inf = verdict.give(step, grad_norm, loss_sum)
+        opt.step()
         opt.zero_grad(set_to_none=True)
         step += 1
         bar.update()
         last = step == cfg.steps
         metrics.add(**{"train/grad_norm": grad_norm})
+        stop = verdict.read(last)
 
         # 8) logs, and the plateau: gradients of a head that starts too small are below Adam's eps
         if step % cfg.log_every == 0 or last:
@@ -305,18 +304,31 @@ def freeze(reward: model.PreferenceReward, fraction: float) -> None:
         vit.norm.requires_grad_(False)
 
 
-def shift_pairs(better: Tensor, worse: Tensor, gens: list, reach: int) -> dict[str, Tensor]:
-    """Both pictures [B, 3, H, W] of a pair, moved alike by up to `reach` pixels each way, edges repeated."""
+def draws(cfg: Config, batch: dict) -> dict:
+    """What the data workers add to a batch: shifts, where each pair is cut out (y, x); u [B] in [0, 1) and
+    noise_better, noise_worse [B, 3, H, W]. Functions of (seed, step, global position of the pair)."""
+    gens, out = common.generators(cfg.seed, batch["step"], batch["position"]), {}
+    if cfg.augment:
+        out["shifts"] = [torch.randint(0, 2 * cfg.augment + 1, (2,), generator=g).tolist() for g in gens]
+    if cfg.noise:
+        H, W = batch["better"].shape[1:3]
+        out["u"] = common.rand(gens)
+        out |= {"noise_" + side: common.randn(gens, (3, H, W)) for side in ("better", "worse")}
+    return out
+
+
+def shift_pairs(better: Tensor, worse: Tensor, at: list, reach: int) -> dict[str, Tensor]:
+    """Both pictures [B, 3, H, W] of a pair, moved alike by up to `reach` pixels each way, edges repeated: cut
+    out at (y, x) of `at`, from 0 to 2 reach."""
     H, W = better.shape[-2:]
     padded = F.pad(torch.cat([better, worse], 1), (reach,) * 4, mode="replicate")  # [B, 6, H + 2r, W + 2r]
-    at = [torch.randint(0, 2 * reach + 1, (2,), generator=g).tolist() for g in gens]
     moved = torch.stack([p[:, y:y + H, x:x + W] for p, (y, x) in zip(padded, at)])
     return {"better": moved[:, :3], "worse": moved[:, 3:]}
 
 
 def score_pairs(reward: model.PreferenceReward, batch: dict, device) -> tuple[Tensor, Tensor]:
     """R of the better and of the worse couples of a batch, fp32 [B] each, in one pass over both."""
-    image = torch.cat([batch["better"], batch["worse"]]).to(device, non_blocking=True)  # [2B, 3, H, W]
+    image = torch.cat([batch["better"], batch["worse"]])                                 # [2B, 3, H, W]
     tokens = reward.tokenize(batch["caption_better"] + batch["caption_worse"], device)
     return reward(image, *tokens).float().chunk(2)
 
@@ -335,7 +347,7 @@ def accuracy(reward, held: data.Pairs, every: int, cfg: Config, dist: common.Dis
     rows = {"": 0, **{k: i for i, k in enumerate(sorted({k for k in kinds if k}), 1)}}
     sums = torch.zeros(len(rows), 5, dtype=torch.float64)  # right, loss, score, score^2, pairs
     loader = data.pair_loader(pairs, reward.cfg.image_size, cfg.batch_size, rank=dist.rank, world=dist.world,
-                              workers=cfg.workers, stride=reward.cfg.patch, once=True)
+                              workers=cfg.workers, stride=reward.cfg.patch, once=True, device=dist.device)
     reward.eval()
     for batch in loader:
         with autocast:

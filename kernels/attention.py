@@ -29,6 +29,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import dispatch
 from kernels.dispatch import jit, tl
@@ -595,6 +596,24 @@ def _grads(ctx, grads: list[Tensor | None]) -> tuple:
 
 
 _attend.register_autograd(_grads, setup_context=_save)
+
+
+def _flops(q: list[torch.Size], k: list[torch.Size], attends: int, products: int) -> int:
+    """Of that many products of scores' size, for torch.utils.flop_counter (memory.py, perf/mfu)."""
+    B, _, H, D = q[0]
+    pairs = sum(x[1] * y[1] * (attends >> (a * len(k) + j) & 1) for a, x in enumerate(q)
+                for j, y in enumerate(k))
+    return 2 * products * B * H * D * pairs
+
+
+@register_flop_formula(torch.ops.kernels.joint_attention)
+def _(q, k, v, wq, wk, bias, q_normed, k_normed, attends, *args, **kwargs) -> int:
+    return _flops(q, k, attends, 2)
+
+
+@register_flop_formula(torch.ops.kernels.joint_attention_backward)
+def _(grads, q, k, v, out, lse, rstd_q, rstd_k, wq, wk, bias, q_normed, k_normed, attends, **kwargs) -> int:
+    return _flops(q, k, attends, 4)  # what a gradient needs: that the kernels make scores again is theirs
 
 
 def shipped(arch: str, dtype: str = "bf16", streams: int = 2) -> dict[str, tuple]:

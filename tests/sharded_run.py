@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import model  # noqa: E402
 import sharded  # noqa: E402
+from verdict import Verdict  # noqa: E402
 
 CFG = replace(model.PRESETS["test"], depth=3, dual=1)
 
@@ -43,7 +44,8 @@ def batch(seed, dist):
     return [x.chunk(dist.world)[dist.rank] for x in (*pictures, torch.rand(4, generator=g))]
 
 
-def run(out, kind="editor", shard=True, steps=4, save=(), checkpoint=0, bf16=False, data=0, failing=False):
+def run(out, kind="editor", shard=True, steps=4, save=(), checkpoint=0, bf16=False, data=0, failing=False,
+        bad=0):
     dist = common.setup("cpu")
     net = build(kind)
     getattr(net, "base", net).mmdit.checkpoint = checkpoint
@@ -60,16 +62,18 @@ def run(out, kind="editor", shard=True, steps=4, save=(), checkpoint=0, bf16=Fal
             ema.load_state_dict(found[0]["ema"])
             common.load_optimizer_tensors(opt, found[0]["optimizer"])
         step = found[1]["step"]
+    verdict = Verdict(dist, out, "repair it")
     for step in range(step + 1, steps + 1):
         x, src, t = batch(step + 1000 * data, dist)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             v = forward(net, x, src, t)
-        loss = (v.float() - x).square().mean()
+        loss = (v.float() - x).square().mean() * (float("nan") if step == bad and dist.rank == 1 else 1)
         loss.backward()
         common.average_gradients(net.parameters(), dist.world)
         norm = sharded.clip_grad_norm(list(net.parameters()), 1.0)
+        opt.found_inf = verdict.give(step, loss, norm)
         opt.step()
-        ema.update()
+        ema.update(opt.found_inf)
         opt.zero_grad(set_to_none=True)
         loss = loss.detach()
         if dist.world > 1:

@@ -21,6 +21,7 @@ from PIL import Image
 import common
 from common import Dist
 from kernels import dispatch
+from perf import Perf, peak_flops
 
 ROOT = Path(common.__file__).parent
 
@@ -141,6 +142,43 @@ def test_muon():
     assert {"0.momentum", "1.momentum", "3.exp_avg"} <= state.keys()
     common.load_optimizer_tensors(opt, state)
     assert torch.equal(opt.state[qkv]["momentum"], state["0.momentum"])
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_a_bad_step_changes_nothing(warmup):
+    """Weights, moments, counts and averages of AdamW, Muon and EMA: bit for bit, and the next step counts as
+    if there had been none. Without found_inf a step is what it is with found_inf = 0."""
+    def start():
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.GELU(), torch.nn.Linear(24, 4))
+        groups = [{"params": [m.weight for m in module if hasattr(m, "weight")], "muon": True},
+                  {"params": [m.bias for m in module if hasattr(m, "bias")]}]
+        opt = common.Muon(groups, lr=0.1, weight_decay=0.1, fused=True)
+        return module, opt, common.EMA(module, 0.3, warmup)
+
+    def step(module, opt, ema, seed, bad=None):
+        g = torch.Generator().manual_seed(seed)
+        for p in module.parameters():
+            p.grad = torch.randn(p.shape, generator=g) * (math.nan if bad else 1)
+        if bad is not None:
+            opt.found_inf = torch.tensor(bad)
+        opt.step()
+        ema.update(None if bad is None else torch.tensor(bad))
+
+    def state(module, opt, ema):
+        return {**ema.state_dict(), **{f"raw {k}": v for k, v in module.state_dict().items()},
+                **common.optimizer_tensors(opt)}
+
+    plain, judged = start(), start()
+    for seed in range(4):
+        step(*plain, seed)
+        step(*judged, seed, 0.0)
+        before = {k: v.clone() for k, v in state(*judged).items()}
+        step(*judged, 99, 1.0)
+        after, clean = state(*judged), state(*plain)
+        assert after.keys() == before.keys() == clean.keys() and len(after) == 19
+        assert all(torch.equal(after[k], before[k]) and torch.equal(after[k], clean[k]) for k in after)
+    assert clean[common.EMA_COUNT] == 4 and all(v.isfinite().all() for v in clean.values())
 
 
 def test_ema_of_bf16_and_tied_weights():
@@ -477,6 +515,7 @@ def test_unwritable_out_dir_does_not_stop_metrics(tmp_path, capsys):
 TWO_RANKS = """
 import json, os, signal, sys, torch, common
 from pathlib import Path
+from verdict import Verdict
 dist = common.setup("cpu")
 out, result = Path(sys.argv[1]), {}
 common.print0("only once")
@@ -492,9 +531,10 @@ if dist.rank == 0:
 loss.backward()
 common.average_gradients(net.parameters(), dist.world, bucket_bytes=100)
 result["grads"] = [None if p.grad is None else p.grad.flatten().tolist() for p in net.parameters()]
-result["quiet"] = common.sync_flags(dist, torch.tensor(False))
-bad = torch.tensor([0.0, float("nan")]).isnan() if dist.rank == 1 else False
-result["nan"] = common.sync_flags(dist, bad)
+judged = Verdict(dist, out, "repair it")
+result["given"] = [judged.give(0, torch.tensor(1.0)).item()]
+result["given"].append(judged.give(1, torch.tensor([0.0, float("nan")][dist.rank])).item())
+result["read"] = [judged.read(), judged.running, judged.read(last=True), judged.running]
 metrics = common.Metrics(out, dist, {}, wandb="off")
 metrics.add(both=torch.full((1 + dist.rank,), float(dist.rank)), **{f"only{dist.rank}": 5.0})
 result["row"] = metrics.flush(1, {"lr": 1.0})
@@ -508,7 +548,8 @@ if dist.rank == 0:
 result["resumed"] = common.load_latest(out)[1]["step"]
 if dist.rank == 1:
     os.kill(os.getpid(), signal.SIGTERM)
-result["stop"] = common.sync_flags(dist)
+judged.give(2, torch.tensor(1.0))
+result["stop"] = [judged.read(), judged.read(last=True)]
 metrics.close()
 common.cleanup()
 (out / f"rank{dist.rank}.json").write_text(json.dumps(result))
@@ -536,7 +577,8 @@ def test_two_ranks(tmp_path):
         assert grad is None or torch.allclose(torch.tensor(grad).double(), p.grad.flatten(), rtol=1e-6)
     assert a["bf16"] is b["bf16"] is False
     assert "precision: fp32 (some rank's CPU has no bf16 instructions)" in out[0]
-    assert a["quiet"] == [False, False] and a["nan"] == [False, True] and a["stop"] == [True, False]
+    assert a["given"] == [0, 1] and a["read"] == [False, 0, False, 1] and a["stop"] == [False, True]
+    assert "warning: step 1: non-finite" in out[0]
     assert a["row"]["both"] == pytest.approx(2 / 3) and a["row"]["only0"] == a["row"]["only1"] == 5
     assert a["none"] == {} and a["fresh"] is None and a["resumed"] == 1
     assert a["saved"].endswith("step_00000001") and a["failed"] == "None"
@@ -544,10 +586,13 @@ def test_two_ranks(tmp_path):
 
 
 SIGNALLED = """
-import common, os, time
-dist = common.setup("cpu")
+import common, os, time, torch
+from verdict import Verdict
+judged, step = Verdict(common.setup("cpu"), "out", "repair it"), 0
 print("ready", flush=True)
-while not common.sync_flags(dist)[0]:
+while not judged.read():
+    judged.give(step, torch.tensor(1.0))
+    step += 1
     time.sleep(0.01)
 print("saved and left")
 """
@@ -668,13 +713,18 @@ def test_contact_sheet(tmp_path):
     assert nan.size == (4, 4) and nan.mode == "RGB"
 
 
-def test_perf_and_memory():
-    perf = common.Perf()
-    with perf.wait():
-        time.sleep(0.02)
-    perf.add(10)
-    row = perf.read()
-    assert 0.5 < row["perf/data_wait"] <= 1 and 0 < row["perf/img_s"] < 500
+def test_perf_and_memory(capsys):
+    perf = Perf(what="--data photos")
+    for said in ("", "warning: --data photos: ", ""):  # once, and not for the first rows
+        with perf.wait():
+            time.sleep(0.02)
+        perf.add(10)
+        row = perf.read()
+        assert 0.5 < row["perf/data_wait"] <= 1 and 0 < row["perf/img_s"] < 500
+        assert "perf/gpu_busy" not in row and "perf/mfu" not in row  # of a GPU
+        assert capsys.readouterr().out[:len("warning: --data photos: ")] == said
     assert perf.read()["perf/img_s"] == 0
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("a card nobody knows") == 0
     assert common.peak_bytes() > 10**7 and "GiB" in common.peak_memory()
     assert common.n_params(torch.nn.Linear(3, 2)) == 8

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_sd3 import imagereward, sd3, vgg  # noqa: F401  (sd3: a fixture)
 from test_text_encoders import files  # noqa: F401  (a fixture)
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import common
 import memory
@@ -146,6 +147,29 @@ def test_a_step_of_known_size():
     assert rank.still == weight * (1 + 2 + 1) and rank.rows["gradients of net"] == weight
     assert kept == 2 * map_ and kept + weight < rank.live.peak <= 3 * map_ + 2 * weight + 8
     assert net.weight.grad is None and fake.weight.grad.nbytes == weight
+
+
+def test_flops_are_those_of_a_real_step():
+    torch.manual_seed(0)
+    net = model.EditNet(model.PRESETS["test"])
+    net.base.requires_grad_(False)
+    counted = memory.omni(net, (2, 3, 32, 32), "cpu", False).flops
+    x, ids = torch.randn(2, 3, 32, 32), torch.zeros(2, 128, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as real:
+        net(x, torch.rand(2), *net.text(ids), x, x[:, :1]).square().mean().backward()
+    assert counted == real.get_total_flops() > 5e7
+
+
+def test_flops_of_the_attention_kernels():
+    """Queries and keys of 5 and 7 tokens: forward two products, backward four; a mask leaves some out."""
+    q = [torch.empty(2, n, 3, 64, device="meta") for n in (5, 7)]
+    forward, backward = (flop_registry[op] for op in (torch.ops.kernels.joint_attention,
+                                                      torch.ops.kernels.joint_attention_backward))
+    each = 2 * 2 * 3 * 64
+    assert forward(q, q, q, None, None, None, 0, 0, -1, 1e-6, out_val=q) == 2 * each * 12 * 12
+    assert forward(q, q, q, None, None, None, 0, 0, 0b1011, 1e-6, out_val=q) == 2 * each * (5 * 12 + 7 * 7)
+    stats = (q[0],) * 3
+    assert backward(q, q, q, q, q, *stats, None, None, None, 0, 0, -1, out_val=q) == 4 * each * 12 * 12
 
 
 def test_sharding_divides_what_trains():

@@ -599,3 +599,22 @@ def test_modulate():
     assert torch.allclose(modulate(x, shift, scale), h * (1 + scale[:, None]) + shift[:, None], atol=1e-5)
     rough = modulate(x, shift.bfloat16(), scale.bfloat16())
     assert rough.dtype == torch.bfloat16 and error(rough.float(), modulate(x, shift, scale)) < 0.02
+
+
+def test_blocks_are_compiled_once_for_all_depths():
+    """Graphs traced for 3 and for 6 blocks: one of the first ones, one of the last one, those of the text."""
+    traced = {}
+    for depth in (3, 6):
+        torch.manual_seed(0)
+        editor = Editor(replace(PRESETS["test"], depth=depth))
+        for p in editor.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        x, t = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.8])
+        plain = editor(x, t, *editor.encode_text(["a red cube", "x"]))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_blocks(editor, "eager")
+        assert torch.equal(editor(x, t, *editor.encode_text(["a red cube", "x"])), plain)
+        traced[depth] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    assert traced[3] == traced[6] <= 4, traced

@@ -13,6 +13,7 @@ from PIL import Image
 
 import common
 import data
+import frozen
 import masks
 import model
 import sample
@@ -70,6 +71,35 @@ def at(tmp_path_factory):
     Image.fromarray(picture).save(root / "turned.jpg", exif=exif)
     Image.fromarray(mask.T.copy()).save(root / "turned.mask.png")
     return root
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "refined", "sd3.5", "editnet", "cached"])
+def test_frozen_weights_in_16_bits_give_the_same_pictures(kind):
+    """Of every layer that autocast casts, and no other: bit for bit, in half the memory."""
+    cfg = model.replace(model.PRESETS["test"], **{
+        "inpaint": dict(inpaint=True), "refined": dict(refine=8, qk_norm=False, inpaint=True),
+        "sd3.5": dict(dual=1, txt_bytes=0, predict="v"), "editnet": {}, "cached": {}}[kind])
+    edits = kind in ("editnet", "cached")
+    net = model.EditNet(cfg, cached=kind == "cached") if edits else model.Editor(cfg)
+    torch.manual_seed(0)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    net.eval().requires_grad_(False)
+    if kind == "sd3.5":
+        words, pooled = torch.randn(1, 5, cfg.txt_dim), torch.randn(1, cfg.vec_dim)
+        net.read = lambda captions: (words.repeat(len(captions), 1, 1), pooled.repeat(len(captions), 1))
+    picture, mask = torch.rand(2, 3, 16, 16) * 2 - 1, torch.ones(2, 1, 16, 16)
+    mask[:, :, :5] = 0
+
+    def draw():
+        gens = common.generators(7, 0, range(2))
+        return (sample.edit if edits else sample.generate)(
+            net, frozen.PixelSpace(), ["a red star", "snow"], mask, picture * mask, gens, 3, 2.0, bf16=True)
+
+    whole, size = draw(), sum(p.nbytes for p in net.parameters())
+    model.half_linears(net)
+    assert torch.equal(draw(), whole) and whole.isfinite().all()
+    assert sum(p.nbytes for p in net.parameters()) < 0.75 * size
 
 
 def run(*args):

@@ -65,6 +65,16 @@ def test_two_ranks_equal_one(tmp_path, kind, more):
         assert k.endswith("qkv.bias") or (a[k].float() - b[k].float()).abs().max() < 2e-5, k
 
 
+def test_a_bad_step_of_one_rank_changes_nothing(tmp_path):
+    """A loss of NaN on rank 1: both ranks' shards of weights, moments and averages stay, bit for bit."""
+    clean = run(2, out=tmp_path / "clean", steps=2, save=[2])
+    judged = run(2, out=tmp_path / "judged", steps=3, save=[3], bad=3)
+    assert judged["rows"][:2] == clean["rows"] and judged["rows"][2][0] != judged["rows"][2][0]
+    assert all(judged[k] == clean[k] for k in NUMBERS)
+    a, b = state(tmp_path / "clean/step_00000002"), state(tmp_path / "judged/step_00000003")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 @pytest.mark.slow
 def test_bf16_is_near_autocast(tmp_path):
     """Gathered in bf16, masters in fp32: as near to autocast as bf16 is, and not equal to fp32."""

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +26,7 @@ import tyro
 from inprocess import run_ranks, run_script
 from PIL import Image
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 import common
 import flow
@@ -33,6 +35,7 @@ import train_omni
 import train_pefl
 import train_reward
 from kernels import dispatch
+from verdict import Verdict
 
 ROOT = Path(train_omni.__file__).parent
 pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals", "uncounted")
@@ -438,6 +441,48 @@ def test_nan_changes_nothing(made, tmp_path, monkeypatch, capsys, script):
     assert "warning: step 2: non-finite" in capsys.readouterr().out
     assert not differ(tensors(tmp_path / "clean"), tensors(tmp_path / "nan"))
     assert found[-1]["step"] == 3 and found[-1]["loss" if script is train_omni else "loss/G"] is None
+
+
+class Asked(TorchFunctionMode):
+    """What the host asks of tensors from the first verdict of a training to its last: a GPU would be waited
+    for at each. `flush` and Verdict.read may."""
+
+    ASKS = {getattr(torch.Tensor, name) for name in (
+        "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero",
+        "masked_select", "unique", "__getitem__", "__setitem__")} | {torch.nonzero, torch.masked_select}
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found, self.on = [], False
+        give, read = Verdict.give, Verdict.read
+        monkeypatch.setattr(Verdict, "give", lambda *a: (setattr(self, "on", True), give(*a))[1])
+        monkeypatch.setattr(Verdict, "read", lambda v, last: (setattr(self, "on", not last), read(v, last))[1]
+                            )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.on and func in self.ASKS and not torch.utils.data.get_worker_info():
+            index = args[1] if func.__name__ in ("__getitem__", "__setitem__") else None
+            picks = any(isinstance(i, torch.Tensor) for i in (index if isinstance(index, tuple) else [index]))
+            where = [f"{f.name} line {f.lineno}" for f in traceback.extract_stack()]
+            if (picks or not func.__name__.endswith("item__")) and not any(
+                    w.startswith(("flush", "read ")) for w in where):
+                self.found.append(f"{func.__name__}: {where[-4:]}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train_omni, dict(stage="inpaint")), (train_omni, dict(stage="base", muon_lr=1e-3, accum=2)),
+    (train_pefl, dict(reward_noise=0.1, disc_first=1))])
+def test_no_step_asks_the_device(made, tmp_path, monkeypatch, script, flags):
+    flags = flags | dict(workers=1, save_every=9, log_every=2, **steps(script, 3))
+    with Asked(monkeypatch) as asked:
+        call(made, tmp_path / "asks", script, **flags)
+    assert asked.found == []
+    plain = flow.interpolate
+    monkeypatch.setattr(flow, "interpolate", lambda x, noise, t: (t[t > 0.5], plain(x, noise, t))[1])
+    with asked:
+        call(made, tmp_path / "asked", script, **flags)
+    assert asked.found and all("__getitem__" in line for line in asked.found)
 
 
 @pytest.mark.parametrize("script", [train_omni, train_pefl])
