@@ -1,6 +1,6 @@
 """What a training step needs in memory, before a weight is built: the step runs on tensors without data.
 
-    1. Live: bytes of live tensors, op by op    2. Rank: what one rank holds    3. the steps of the scripts
+    1. Live: bytes of live tensors, op by op; FLOP    2. Rank: what one rank holds    3. the scripts' steps
 
 Nothing here is a formula of the architecture: the networks' own forward and backward passes run on fake
 tensors (torch._subclasses), so that kernels, autocast's casts, checkpointing, the VAE's decoder and rewards
@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import flow
 import model
@@ -29,12 +30,37 @@ import sharded
 ########################################## 1. live bytes #####################################################
 
 
+def attention_flop(q, k, attends, backward):
+    """Of kernels.joint_attention: 4 per score and channel, backward 10, as torch counts its own."""
+    B, _, H, D = q[0].shape
+    seen = sum(x.shape[1] * y.shape[1] for a, x in enumerate(q) for j, y in enumerate(k)
+               if attends >> (a * len(k) + j) & 1)
+    return (10 if backward else 4) * B * H * D * seen
+
+
+@register_flop_formula(torch.ops.kernels.joint_attention, get_raw=True)
+def _(q, k, v, wq, wk, bias, q_normed, k_normed, attends, eps, out_val=None):
+    return attention_flop(q, k, attends, False)
+
+
+@register_flop_formula(torch.ops.kernels.joint_attention_backward, get_raw=True)
+def _(grads, q, k, v, out, lse, rstd_q, rstd_k, wq, wk, bias, q_normed, k_normed, attends, out_val=None):
+    return attention_flop(q, k, attends, True)
+
+
+for ours, theirs in (("_for_cpu", ""), ("_for_cpu_backward", "_backward")):  # what torch does not count
+    name = "_scaled_dot_product_flash_attention"
+    flop_registry.setdefault(getattr(torch.ops.aten, name + ours),
+                             flop_registry[getattr(torch.ops.aten, name + theirs)])
+
+
 class Live(TorchDispatchMode):
-    """In the block: `now`, bytes of storages that were made in it (or added) and live, and their `peak`."""
+    """In the block: `now`, bytes of storages that were made in it (or added) and live, and their `peak`;
+    `flop` of products, convolutions and attention, recomputed ones too."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flop = 0
         self.known = {}
 
     def add(self, tensor, counted=True):
@@ -53,6 +79,8 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
+        if count := flop_registry.get(op._overloadpacket):
+            self.flop += count(*args, **(kwargs or {}), out_val=out)
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 self.add(t)
@@ -71,7 +99,7 @@ class Rank:
     def __init__(self, device, bf16, ranks=0):
         self.device, self.bf16, self.ranks = torch.device(device), bf16, ranks
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live, self.rows, self.still, self.unit = Live(), {}, 0, 0
+        self.live, self.rows, self.still, self.unit, self.booked = Live(), {}, 0, 0, 0
 
     def hold(self, name, module, average=None):
         """A copy of the module (which may be on the meta device) without data, its memory in the books.
@@ -108,7 +136,7 @@ class Rank:
             self.rows[f"gradients of {name}"] = 4 * n
         if split:
             units = [sum(p.numel() for p in m.parameters() if id(p) in split) for m in sharded.blocks(module)]
-            self.rows["gathered blocks"] = sum(units) * (2 if self.bf16 else 4)
+            self.rows["gathered blocks"] = self.booked = sum(units) * (2 if self.bf16 else 4)
             self.unit = (6 if self.bf16 else 8) * max(units)  # one's gradients, and in fp32 to be reduced
         return fake
 
@@ -141,10 +169,10 @@ class Rank:
         with self.mode, self.live, torch.device(self.device):
             yield
 
-    def kept(self, name, since=0):
-        """Book what is alive since a moment as a row; -> the present moment."""
-        self.rows[name] = self.live.now - since
-        return self.live.now
+    def kept(self, name):
+        """Book as a row what has come alive since the last one, or since the blocks were gathered."""
+        self.rows[name] = self.live.now - self.booked
+        self.booked = self.live.now
 
     @property
     def peak(self):
@@ -161,6 +189,9 @@ class Rank:
 
 ########################################## 3. the steps ######################################################
 
+# What the scripts compute in a step, up to the gradients, on random inputs: here without data, in
+# runs/bench_sd3.py with them. kept(name) is told when a part has done its forward pass.
+
 
 def omni(editor, latents, device, bf16, ranks=0, words=154):
     """A step of train_omni.py -> Rank.
@@ -171,29 +202,35 @@ def omni(editor, latents, device, bf16, ranks=0, words=154):
     rank = Rank(device, bf16, ranks)
     net = rank.hold("the editor", editor, average=True)
     with rank.stepping():
-        x0, noise, t = torch.empty(latents), torch.empty(latents), torch.empty(latents[0])
-        with torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16):
+        omni_step(net, latents, rank.device, bf16, words, rank.kept)
+    return rank
+
+
+def omni_step(net, latents, device, bf16, words=154, kept=lambda name: None):
+    with torch.device(device):
+        x0, noise, t = torch.randn(latents), torch.randn(latents), torch.rand(latents[0])
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             txt, vec = text(net, latents[0], words)
             v = net(flow.interpolate(x0, noise, t), t, txt, vec, *condition(net, x0))
         loss = (t * (v.float() - flow.velocity(x0, noise)).square().flatten(1).mean(1)).mean()
-        rank.kept("activations, kept by the forward pass", rank.rows.get("gathered blocks", 0))
+        kept("activations, kept by the forward pass")
         loss.backward()
-    return rank
+    return loss.detach()
 
 
 def text(net, batch, words):
     """encode_text without captions -> txt, vec."""
     if net.cfg.txt_bytes:
-        return net.text(torch.empty(batch, net.cfg.txt_bytes, dtype=torch.uint8))
-    return torch.empty(batch, words, net.cfg.txt_dim), torch.empty(batch, net.cfg.vec_dim)
+        return net.text(torch.randint(0, 256, (batch, net.cfg.txt_bytes), dtype=torch.uint8))
+    return torch.randn(batch, words, net.cfg.txt_dim), torch.randn(batch, net.cfg.vec_dim)
 
 
 def condition(net, x):
     """Source and region, or mask and masked picture, as large as the latents x."""
-    mask = torch.empty_like(x[:, :1])
+    mask = torch.rand_like(x[:, :1])
     if isinstance(net, model.EditNet):
-        return torch.empty_like(x), mask
-    return (mask, torch.empty_like(x)) if net.cfg.inpaint else ()
+        return torch.randn_like(x), mask
+    return (mask, torch.randn_like(x)) if net.cfg.inpaint else ()
 
 
 def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, words=154, recompute=False):
@@ -212,39 +249,48 @@ def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, wor
     features = rank.hold("VGG16", vgg) if vgg else next(
         (s for s in (getattr(r, "image_features", None) for r in rewards.values()) if s), lambda image: [])
     disc = rank.hold("the coherence model", disc, average=False)
+    with rank.stepping():
+        pefl_step(net, space, scores, disc, features, pictures, rank.device, bf16, words, recompute,
+                  kept=rank.kept)
+    return rank
 
+
+def pefl_step(net, space, scores, disc, features, pictures, device, bf16, words=154, recompute=False, calls=1,
+              kept=lambda name: None):
+    """calls: of the editor in stage 2, without gradient. scores: functions of pictures and captions."""
     def maybe_checkpoint(fn, *inputs):
         return checkpoint(fn, *inputs, use_reentrant=False) if recompute else fn(*inputs)
 
-    autocast = torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16)
-    with rank.stepping():
-        x, where, B = torch.empty(pictures), torch.empty(pictures[0], 1, *pictures[2:]), pictures[0]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with torch.device(device):
+        x, where, B = torch.rand(pictures), torch.rand(pictures[0], 1, *pictures[2:]), pictures[0]
         with torch.no_grad():
             start = space.encode(x)
-        given, t = condition(net, start), torch.empty(B)
+        given, t = condition(net, start), torch.rand(B)
         with autocast:
             txt, vec = text(net, B, words)
             with torch.no_grad():
-                x_t = flow.interpolate(start, torch.empty_like(start), t)
-                x_t = x_t + net(x_t, t, txt, vec, *given)
-        at = rank.kept("pictures, latents", rank.rows.get("gathered blocks", 0))
+                x_t = flow.interpolate(start, torch.randn_like(start), t)
+                for _ in range(calls):
+                    x_t = x_t - 0.05 * net(x_t, t, txt, vec, *given)
+        kept("pictures, latents")
         with autocast:
             z0 = flow.x0_from_v(x_t, net(x_t, t, txt, vec, *given), t)
-            at = rank.kept("activations of the editor", at)
+            kept("activations of the editor")
             fake = maybe_checkpoint(space.decode, z0)
-            at = rank.kept("activations of the decoder", at)
-            seen = fake + torch.empty_like(fake)
+            kept("activations of the decoder")
+            seen = fake + torch.randn_like(fake)
             losses = [-F.logsigmoid(maybe_checkpoint(score, seen, ["a few words"] * B)).mean()
                       for score in scores.values()]
-            at = rank.kept("activations of the rewards", at)
+            kept("activations of the rewards")
             losses.append(-F.logsigmoid(maybe_checkpoint(disc, seen)).mean())
             losses.append(((x - fake).abs() * where).mean())
             with torch.no_grad():
                 real = features(x)
             losses += [(a - b).abs().mean() for a, b in zip(real, features(fake))]
-            rank.kept("activations of the coherence model and L_vgg", at)
+            kept("activations of the coherence model and L_vgg")
         sum(losses).backward(inputs=[p for p in net.parameters() if p.requires_grad])
         with autocast:
-            logits = disc(x + torch.empty_like(x)), disc(seen.detach())
+            logits = disc(x + torch.randn_like(x)), disc(seen.detach())
         (F.softplus(-logits[0]) + F.softplus(logits[1])).mean().backward()
-    return rank
+    return sum(losses).detach()

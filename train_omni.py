@@ -176,6 +176,7 @@ def main(cfg: Config) -> None:
     perf = common.Perf()
     bad_steps = lost_saves = 0
 
+    second = min(step + 2, cfg.steps)  # the first one's forward pass has no optimiser state beside it yet
     bar = common.progress(cfg.steps, step, cfg.stage, dist)
     while step < cfg.steps:
         for group in opt.param_groups:
@@ -224,6 +225,8 @@ def main(cfg: Config) -> None:
         step += 1
         bar.update()
         metrics.add(**{"loss": loss_sum, "grad_norm": grad_norm})
+        if step == second:
+            common.print0(f"memory, measured: {common.peak_memory()}")
 
         # 8) logs, samples from the averaged weights, checkpoints
         if step % cfg.log_every == 0 or step == cfg.steps:

@@ -8,8 +8,8 @@ What was chosen is printed once per operation and kind of input. On a CPU it is 
 `force("triton")`: Triton's interpreter then runs the kernels, if TRITON_INTERPRET=1 stood before the import.
 
 The first to ask may be anywhere: under fake tensors (memory.py counts before step 0), while torch.compile
-traces, in a checkpointed block, in a thread of autograd. The self-test runs in a thread of its own, where none
-of that reaches, and its answer is the same everywhere.
+traces, in a checkpointed block, in a thread of autograd. The self-test runs in a thread of its own, which
+none of that reaches: the answer is the same everywhere.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def interpreted() -> bool:
 
 
 def _mend_interpreter() -> None:
-    """Bounds of loops are arrays of one number: Triton before 3.7 calls int() on them, numpy 2.4 refuses it."""
+    """Bounds of loops are arrays of one number: Triton before 3.7 calls int() on them, numpy 2.4 refuses."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor

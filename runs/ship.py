@@ -19,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 
 
+def gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
 def minutes(run: str) -> float:
     """Training time by metrics.jsonl; a gap of more than ten minutes is a pause between two starts."""
     rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
@@ -46,7 +50,7 @@ def main(out: str, command: str, *runs: str) -> None:
         "command": command, "commit": manifest["git"], "pictures_seen": seen,
         "training_minutes": round(sum(map(minutes, runs))), "saved": manifest["time"],
         "torch": manifest["torch"],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "weights": "EMA, bf16",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu()}", "weights": "EMA, bf16",
         "stages": [{k: v for k, v in m["config"].items() if k not in ("out", "init")} for _, m in stages]}
     meta = {"arch": manifest["arch"], "config": config, "precision": manifest.get("precision"),
             "samples": seen, "provenance": provenance}
