@@ -238,7 +238,7 @@ def bench_pefl(result: dict, arch: model.EditorConfig, size: int, device: torch.
                            words=WORDS, recompute=recompute)
 
     flop = batch * (counted(arch, partial(count, False), 1)[1] + (CALLS - 1) * forward_flop(arch, size // 8))
-    size_in_bytes, _ = counted(arch, partial(count, True), batch)
+    size_in_bytes = count(True, arch, batch).peak  # which part has the peak depends on the number of blocks
 
     def make():
         net, before = (build("inpaint", arch, device) for _ in range(2))
