@@ -330,6 +330,35 @@ def judge(log: Log, small: bool) -> None:
         sheet.save(log.out / "judge.png")
 
 
+def goals(parts: dict) -> list[dict]:
+    """What was aimed at on an H100 (SXM), and what was found; only what was measured."""
+    def numbers(*names: str) -> list[dict]:
+        found = (parts.get(name, {}).get("numbers") for name in names)
+        return [row for content in found if isinstance(content, dict) for row in content.get("rows", [])]
+
+    def attention(shape: str, who: str, mode: str) -> list[float]:
+        return [row[mode]["TFLOP/s"] for row in numbers("kernels") if mode in row
+                and (row["op"], row["shape"], row["who"]) == ("attention", shape, who)]
+
+    def step(part: str, size: int, key: str) -> list:
+        return [row[key] for row in numbers("sd3", "compiled") if key in row
+                and (row["part"], row["size"]) == (part, size)]
+
+    trained = parts.get("t2i", {}).get("numbers")
+    rows = [("SD3's joint attention at 1024, forward, TFLOP/s", 380,
+             attention("sd3-1024", "ours", "forward")),
+            ("the same backward", 300, attention("sd3-1024", "ours", "backward")),
+            ("over cuDNN with its joining and splitting, forward and backward", 1.0,
+             [a / b for a, b in zip(attention("sd3-1024", "ours", "both"),
+                                    attention("sd3-1024", "cudnn", "both"))]),
+            ("EditNet training step on SD3 at 1024, MFU", 0.4, step("edit", 1024, "mfu")),
+            ("a sample at 1024, 28 steps with guidance, per second", 1 / 1.4,
+             [1e3 / ms[1] for ms in step("sample", 1024, "ms")]),
+            ("tiny preset, text to image, pictures/s", 40000,
+             [trained["perf/img_s"]] if isinstance(trained, dict) else [])]
+    return [{"what": what, "goal": goal, "found": max(found)} for what, goal, found in rows if found]
+
+
 def main(cfg: Config) -> dict:
     began, skip = time.monotonic(), [name for name in cfg.skip.split(",") if name]
     for name in skip:
@@ -359,8 +388,11 @@ def main(cfg: Config) -> dict:
             judge(log, small)
     finally:
         log.content["seconds"] = round(time.monotonic() - began, 1)
+        log.content["goals"] = goals(log.content["parts"])
         save(log)
         shutil.rmtree(log.scratch, ignore_errors=True)
+    for row in log.content["goals"]:
+        print(f"{row['what']:66} {row['found']:10.4g}, goal {row['goal']:.4g}")
     failed = [name for name, row in log.content["parts"].items() if row["code"] and not row["late"]]
     print(f"{log.content['seconds']:.0f} s; failed: {', '.join(failed) or 'nothing'}; left out: "
           f"{'; '.join(log.content['left_out']) or 'nothing'}; {out / 'gpu.json'}")

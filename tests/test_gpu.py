@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=0 python -m pytest -q -m "not slow" tests/test_gpu.py
 
-Without a GPU, or where TRITON_INTERPRET is not 0, the same tests run at toy sizes on the CPU, the kernels in
-Triton's interpreter: then they test themselves. What has no meaning there is skipped.
+Without TRITON_INTERPRET=0 the same tests run at toy sizes on the CPU, the kernels in Triton's interpreter:
+then they test themselves, and skip what has no meaning there. With it and no GPU all are skipped.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 STEPS = 20 if ON_GPU else 2
 PRECISION = "bf16" if ON_GPU else "fp32"
 
-pytestmark = [pytest.mark.skipif(dispatch.triton is None, reason="no Triton"),
+pytestmark = [pytest.mark.skipif(not (ON_GPU or dispatch.interpreted()), reason="no GPU, no interpreter"),
               pytest.mark.usefixtures("one_thread_and_own_signals")]
 gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU, or TRITON_INTERPRET is not 0")
 LONG = [] if ON_GPU else [pytest.mark.slow]  # interpreted

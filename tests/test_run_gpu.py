@@ -110,6 +110,21 @@ def test_flags_that_cannot_work(flags, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_goals_are_compared_with_what_was_measured():
+    def row(who, forward, both):
+        return {"op": "attention", "shape": "sd3-1024", "who": who, "forward": {"TFLOP/s": forward},
+                "both": {"TFLOP/s": both}}
+
+    absent = {"op": "attention", "shape": "sd3-1024", "who": "flash", "note": "no viable backend"}
+    found = gpu.goals({
+        "kernels": {"numbers": {"rows": [row("ours", 400.0, 330.0), row("cudnn", 420.0, 300.0), absent]}},
+        "sd3": {"numbers": {"rows": [{"part": "sample", "size": 1024, "ms": [1900, 2000, 2100], "mfu": 0.3},
+                                     {"part": "edit", "size": 1024, "note": "no memory"}]}},
+        "compiled": {"numbers": {"rows": [{"part": "sample", "size": 1024, "ms": [990, 1000, 1010]}]}},
+        "t2i": {"numbers": "none: FileNotFoundError"}})
+    assert [(g["found"], g["goal"]) for g in found] == [(400.0, 380), (1.1, 1.0), (1.0, 1 / 1.4)]
+
+
 @pytest.mark.slow
 def test_the_rehearsal(tmp_path):
     content = gpu.main(gpu.Config(out=str(tmp_path), minutes=60, rehearse=True))
