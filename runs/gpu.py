@@ -312,7 +312,7 @@ def ship(log: Log, name: str, command: str, *runs: Path) -> bool:
 
 def judge(log: Log, small: bool) -> None:
     """What was made beside what is in assets/; the two sheets, one below the other, become judge.png."""
-    how, started = "--steps 2 --n 4" if small else "--steps 20 --n 150", {}
+    how, started = "--rows 2 " + ("--steps 2 --n 4" if small else "--steps 20 --n 150"), {}
     holes = [str(log.out / name) for name in ("base", "pefl") if (log.out / name).exists()]
     edits = [str(log.out / name) for name in ("editnet",) if (log.out / name).exists()]
     for name, task, old, new in (("judge", "scenes", "base", holes),

@@ -559,8 +559,13 @@ print(dispatch.triton, joint_attention(x, x, x)[1].shape, runs)
 
 
 @pytest.mark.slow
-def test_selftest_command():
-    done = subprocess.run([sys.executable, "-m", "kernels.selftest"], capture_output=True, text=True,
-                          cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_selftest_command(jobs):
+    """Every check once, one headline and one verdict, in however many processes."""
+    done = subprocess.run([sys.executable, "-m", "kernels.selftest", "--jobs", str(jobs)], cwd=ROOT,
+                          env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "no GPU here" in done.stdout or torch.cuda.is_available()
-    assert "all within their bounds" in done.stdout
+    head, *checks, verdict = done.stdout.splitlines()
+    assert verdict == "all within their bounds" and all(line.endswith("  ok") for line in checks)
+    assert len(set(checks)) == len(checks) == (19 if torch.cuda.is_available() else 17)

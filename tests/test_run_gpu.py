@@ -145,4 +145,6 @@ def test_the_rehearsal(tmp_path):
     assert max(files.values()) < 16 * 2**20
     for folder in folders:
         assert common.load_checkpoint(tmp_path / folder)[1]["step"] == 2
+        manifest = (tmp_path / folder / "manifest.json").read_text()
+        assert str(tmp_path) not in manifest and "gpu_" not in manifest  # folders of this machine
     assert Image.open(tmp_path / "judge.png").width > 100
