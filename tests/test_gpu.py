@@ -46,7 +46,9 @@ LONG = [] if ON_GPU else [pytest.mark.slow]  # interpreted
 def fresh():
     """Decisions as at the start of a process."""
     dispatch._decide.cache_clear()
-    if not ON_GPU:
+    if ON_GPU:
+        dispatch.newer_ptxas(dispatch.architecture(DEVICE))  # for kernels that run without a decision, too
+    else:
         widen_interpreted_dots()
 
 
