@@ -1,6 +1,6 @@
 """What a training step needs in memory, before a weight is built: the step runs on tensors without data.
 
-    1. Live: bytes of live tensors, op by op    2. Rank: what one rank holds    3. the steps of the scripts
+    1. Live: bytes of live tensors, op by op; FLOP    2. Rank: what one rank holds    3. the scripts' steps
 
 Nothing here is a formula of the architecture: the networks' own forward and backward passes run on fake
 tensors (torch._subclasses), so that kernels, autocast's casts, checkpointing, the VAE's decoder and rewards
@@ -29,10 +29,15 @@ import sharded
 
 ########################################## 1. live bytes #####################################################
 
+for ours, theirs in (("_for_cpu", ""), ("_for_cpu_backward", "_backward")):  # what torch does not count
+    name = "_scaled_dot_product_flash_attention"
+    flop_registry.setdefault(getattr(torch.ops.aten, name + ours),
+                             flop_registry[getattr(torch.ops.aten, name + theirs)])
+
 
 class Live(TorchDispatchMode):
     """In the block: `now`, bytes of storages that were made in it (or added) and live, and their `peak`;
-    `flops`, those of products, convolutions and attention."""
+    `flops`, those of products, convolutions and attention, recomputed ones too."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +80,8 @@ class Rank:
     def __init__(self, device, bf16, ranks=0):
         self.device, self.bf16, self.ranks = torch.device(device), bf16, ranks
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live, self.rows, self.still, self.unit, self.call_flops = Live(), {}, 0, 0, 0
+        self.live, self.rows, self.still, self.unit, self.booked = Live(), {}, 0, 0, 0
+        self.call_flops = 0  # of one call of the editor in PeFL's stage 2, of which a step has several
 
     def hold(self, name, module, average=None):
         """A copy of the module (which may be on the meta device) without data, its memory in the books.
@@ -112,7 +118,7 @@ class Rank:
             self.rows[f"gradients of {name}"] = 4 * n
         if split:
             units = [sum(p.numel() for p in m.parameters() if id(p) in split) for m in sharded.blocks(module)]
-            self.rows["gathered blocks"] = sum(units) * (2 if self.bf16 else 4)
+            self.rows["gathered blocks"] = self.booked = sum(units) * (2 if self.bf16 else 4)
             self.unit = (6 if self.bf16 else 8) * max(units)  # one's gradients, and in fp32 to be reduced
         return fake
 
@@ -145,10 +151,10 @@ class Rank:
         with self.mode, self.live, torch.device(self.device):
             yield
 
-    def kept(self, name, since=0):
-        """Book what is alive since a moment as a row; -> the present moment."""
-        self.rows[name] = self.live.now - since
-        return self.live.now
+    def kept(self, name):
+        """Book as a row what has come alive since the last one, or since the blocks were gathered."""
+        self.rows[name] = self.live.now - self.booked
+        self.booked = self.live.now
 
     @property
     def flops(self):
@@ -170,6 +176,9 @@ class Rank:
 
 ########################################## 3. the steps ######################################################
 
+# What the scripts compute in a step, up to the gradients, on random inputs: here without data, in
+# runs/bench_sd3.py with them. kept(name) is told when a part has done its forward pass.
+
 
 def omni(editor, latents, device, bf16, ranks=0, words=154):
     """A step of train_omni.py -> Rank.
@@ -180,29 +189,35 @@ def omni(editor, latents, device, bf16, ranks=0, words=154):
     rank = Rank(device, bf16, ranks)
     net = rank.hold("the editor", editor, average=True)
     with rank.stepping():
-        x0, noise, t = torch.empty(latents), torch.empty(latents), torch.empty(latents[0])
-        with torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16):
+        omni_step(net, latents, rank.device, bf16, words, rank.kept)
+    return rank
+
+
+def omni_step(net, latents, device, bf16, words=154, kept=lambda name: None):
+    with torch.device(device):
+        x0, noise, t = torch.randn(latents), torch.randn(latents), torch.rand(latents[0])
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             txt, vec = text(net, latents[0], words)
             v = net(flow.interpolate(x0, noise, t), t, txt, vec, *condition(net, x0))
         loss = (t * (v.float() - flow.velocity(x0, noise)).square().flatten(1).mean(1)).mean()
-        rank.kept("activations, kept by the forward pass", rank.rows.get("gathered blocks", 0))
+        kept("activations, kept by the forward pass")
         loss.backward()
-    return rank
+    return loss.detach()
 
 
 def text(net, batch, words):
     """encode_text without captions -> txt, vec."""
     if net.cfg.txt_bytes:
-        return net.text(torch.empty(batch, net.cfg.txt_bytes, dtype=torch.uint8))
-    return torch.empty(batch, words, net.cfg.txt_dim), torch.empty(batch, net.cfg.vec_dim)
+        return net.text(torch.randint(0, 256, (batch, net.cfg.txt_bytes), dtype=torch.uint8))
+    return torch.randn(batch, words, net.cfg.txt_dim), torch.randn(batch, net.cfg.vec_dim)
 
 
 def condition(net, x):
     """Source and region, or mask and masked picture, as large as the latents x."""
-    mask = torch.empty_like(x[:, :1])
+    mask = torch.rand_like(x[:, :1])
     if isinstance(net, model.EditNet):
-        return torch.empty_like(x), mask
-    return (mask, torch.empty_like(x)) if net.cfg.inpaint else ()
+        return torch.randn_like(x), mask
+    return (mask, torch.randn_like(x)) if net.cfg.inpaint else ()
 
 
 def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, words=154, recompute=False):
@@ -221,41 +236,56 @@ def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, wor
     features = rank.hold("VGG16", vgg) if vgg else next(
         (s for s in (getattr(r, "image_features", None) for r in rewards.values()) if s), lambda image: [])
     disc = rank.hold("the coherence model", disc, average=False)
+    flops = {}
 
+    def kept(name):
+        rank.kept(name)
+        flops[name] = rank.flops
+
+    with rank.stepping():
+        pefl_step(net, space, scores, disc, features, pictures, rank.device, bf16, words, recompute,
+                  kept=kept)
+    rank.call_flops = flops["stage 2"] - flops["pictures, latents"]
+    return rank
+
+
+def pefl_step(net, space, scores, disc, features, pictures, device, bf16, words=154, recompute=False, calls=1,
+              kept=lambda name: None):
+    """calls: of the editor in stage 2, without gradient. scores: functions of pictures and captions."""
     def maybe_checkpoint(fn, *inputs):
         return checkpoint(fn, *inputs, use_reentrant=False) if recompute else fn(*inputs)
 
-    autocast = torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16)
-    with rank.stepping():
-        x, where, B = torch.empty(pictures), torch.empty(pictures[0], 1, *pictures[2:]), pictures[0]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with torch.device(device):
+        x, where, B = torch.rand(pictures), torch.rand(pictures[0], 1, *pictures[2:]), pictures[0]
         with torch.no_grad():
             start = space.encode(x)
-        given, t = condition(net, start), torch.empty(B)
+        given, t = condition(net, start), torch.rand(B)
         with autocast:
             txt, vec = text(net, B, words)
             with torch.no_grad():
-                x_t = flow.interpolate(start, torch.empty_like(start), t)
-                before = rank.flops
-                x_t = x_t + net(x_t, t, txt, vec, *given)
-                rank.call_flops = rank.flops - before  # of one call of stage 2, of which a step has several
-        at = rank.kept("pictures, latents", rank.rows.get("gathered blocks", 0))
+                x_t = flow.interpolate(start, torch.randn_like(start), t)
+                kept("pictures, latents")
+                for _ in range(calls):
+                    x_t = x_t - 0.05 * net(x_t, t, txt, vec, *given)
+        kept("stage 2")
         with autocast:
             z0 = flow.x0_from_v(x_t, net(x_t, t, txt, vec, *given), t)
-            at = rank.kept("activations of the editor", at)
+            kept("activations of the editor")
             fake = maybe_checkpoint(space.decode, z0)
-            at = rank.kept("activations of the decoder", at)
-            seen = fake + torch.empty_like(fake)
+            kept("activations of the decoder")
+            seen = fake + torch.randn_like(fake)
             losses = [-F.logsigmoid(maybe_checkpoint(score, seen, ["a few words"] * B)).mean()
                       for score in scores.values()]
-            at = rank.kept("activations of the rewards", at)
+            kept("activations of the rewards")
             losses.append(-F.logsigmoid(maybe_checkpoint(disc, seen)).mean())
             losses.append(((x - fake).abs() * where).mean())
             with torch.no_grad():
                 real = features(x)
             losses += [(a - b).abs().mean() for a, b in zip(real, features(fake))]
-            rank.kept("activations of the coherence model and L_vgg", at)
+            kept("activations of the coherence model and L_vgg")
         sum(losses).backward(inputs=[p for p in net.parameters() if p.requires_grad])
         with autocast:
-            logits = disc(x + torch.empty_like(x)), disc(seen.detach())
+            logits = disc(x + torch.randn_like(x)), disc(seen.detach())
         (F.softplus(-logits[0]) + F.softplus(logits[1])).mean().backward()
-    return rank
+    return sum(losses).detach()

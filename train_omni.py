@@ -182,6 +182,7 @@ def main(cfg: Config) -> None:
     perf, lost_saves = Perf(device, bf16, f"--data {cfg.data}"), 0
     verdict = Verdict(dist, cfg.out, "lower --lr or resume an earlier checkpoint")
 
+    second = min(step + 2, cfg.steps)  # the first one's forward pass has no optimiser state beside it yet
     bar = common.progress(cfg.steps, step, cfg.stage, dist)
     while step < cfg.steps:
         for group in opt.param_groups:
@@ -220,6 +221,8 @@ def main(cfg: Config) -> None:
         bar.update()
         metrics.add(**{"loss": loss_sum, "grad_norm": grad_norm})
         stop = verdict.read(last=step == cfg.steps)
+        if step == second:
+            common.print0(f"memory, measured: {common.peak_memory()}")
 
         # 7) logs, samples from the averaged weights, checkpoints
         if step % cfg.log_every == 0 or step == cfg.steps:

@@ -211,6 +211,7 @@ def main(cfg: Config) -> None:
     perf, lost_saves = Perf(device, bf16, f"--data {cfg.data}"), 0
     verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
 
+    second = min(step + 2, total)  # the first one's forward pass has no optimiser state beside it yet
     bar = common.progress(total, step, "pefl", dist)
     while step < total:
         phase, (T, T1, T2) = phase_at(phases, step)
@@ -300,6 +301,8 @@ def main(cfg: Config) -> None:
         bar.update()
         metrics.add(**{"loss/G": g_sum, "loss/D": d_sum, "grad/G": g_norm, "grad/D": d_norm})
         stop = verdict.read(last=step == total)
+        if step == second:
+            common.print0(f"memory, measured: {common.peak_memory()}")
 
         # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
         due = bool(cfg.sample_every) and (step % cfg.sample_every == 0 or step == total)

@@ -419,11 +419,18 @@ def machine(device: torch.device) -> dict:
                     + "+" * bool(said("git", "status", "--porcelain", "-uno"))}
 
 
-def write(file: str, content: dict) -> None:
+def save(file: str, content: dict) -> None:
+    """Whole at every moment: a benchmark that is cut off keeps what it has measured."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {path}")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def write(file: str, content: dict) -> None:
+    save(file, content)
+    print(f"wrote {file}")
 
 
 def chosen(asked: str, known: list[str], flag: str) -> list[str]:
@@ -473,6 +480,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{'op':<14} {'shape':<22}{'who':<10}{'mode':<9}{'ms, p20/p50/p80':>24}{'rate':>14}{'limit':>10}"
           f"{'MB':>7}")
     rows = []
+    result = {"machine": info, "dtype": str(dtype).removeprefix("torch."), "limits": top, "rows": rows}
     for op in ops:
         make, known = OPS[op]
         for shape in (name for name in asked if name in known):
@@ -485,8 +493,8 @@ def main(argv: list[str] | None = None) -> dict:
                     row = measure(problem, who, towards, expected, device, args.ms, top)
                 rows.append({"op": op, "shape": shape, "who": who, **row})
                 show(rows[-1], problem.unit)
+                save(args.json, result)
             del problem, towards, expected
-    result = {"machine": info, "dtype": str(dtype).removeprefix("torch."), "limits": top, "rows": rows}
     write(args.json, result)
     return result
 

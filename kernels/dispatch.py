@@ -6,6 +6,10 @@
 
 What was chosen is printed once per operation and kind of input. On a CPU it is always plain torch, unless
 `force("triton")`: Triton's interpreter then runs the kernels, if TRITON_INTERPRET=1 stood before the import.
+
+The first to ask may be anywhere: under fake tensors (memory.py counts before step 0), while torch.compile
+traces, in a checkpointed block, in a thread of autograd. The self-test runs in a thread of its own, which
+none of that reaches: the answer is the same everywhere.
 """
 
 import contextlib
@@ -13,7 +17,9 @@ import functools
 import importlib.metadata
 import os
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import torch
@@ -25,8 +31,10 @@ except ImportError:  # there is no Triton for macOS and Windows; plain torch nee
     triton, tl = None, SimpleNamespace(constexpr=int)  # what the kernels' annotations name
 
 MODES = ("auto", "reference", "triton")
+MENDED = (3, 7)  # Triton before: its interpreter needs numpy < 2.4, or _mend_interpreter
 SAFE_PTXAS = (13, 3)  # older: may overwrite registers that a running WGMMA still reads (fixed in CUDA 13.3)
 _forced: str | None = None
+_deciding = threading.Lock()  # whoever asks meanwhile waits for the answer: one self-test, one line
 
 
 def jit(fn):
@@ -37,6 +45,23 @@ def jit(fn):
 def interpreted() -> bool:
     """Whether the kernels were decorated for Triton's interpreter, which runs on CPU tensors."""
     return triton is not None and triton.knobs.runtime.interpret
+
+
+def _mend_interpreter() -> None:
+    """Bounds of loops are arrays of one number: Triton before 3.7 calls int() on them, numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended
+
+
+if interpreted() and tuple(map(int, triton.__version__.split(".")[:2])) < MENDED:
+    _mend_interpreter()
 
 
 @contextlib.contextmanager
@@ -85,7 +110,8 @@ def mode() -> str:
 
 
 def _constant(*question) -> bool:
-    return _decide(*question)
+    with _deciding:
+        return _decide(*question)
 
 
 # torch.compile calls it while tracing, and keeps the answer. torch.compiler.assume_constant_result sets this
@@ -109,7 +135,7 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, ch
     ptxas = newer_ptxas(arch)
     error = float("inf")
     try:
-        error = check(device, dtype, head_dim, *variant) if check else 0.0
+        error = _aside(device, check, device, dtype, head_dim, *variant) if check else 0.0
         failed = "" if error <= 1 else f"self-test is off by {error:.3g} times what {dtype} allows"
     except Exception as e:  # what a broken compiler or driver raises is anyone's guess
         failed = f"self-test ended with {type(e).__name__}: {' '.join(str(e).split())[:200]}"
@@ -122,6 +148,22 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, ch
     if failed:
         return _say(f"{what}: plain torch on {arch}, since the {failed}{remedy}", False)
     return _say(f"{what}: Triton on {arch}, self-test at {error:.2g} of its bound{remedy}", True)
+
+
+def _aside(device: torch.device, check: Callable[..., float], *question) -> float:
+    """check(*question) in a thread of its own, in which `device` is the current GPU.
+
+    Modes, hooks on saved tensors, autocast and the state of tracing belong to threads: a self-test in the
+    asking one would compute without data under FakeTensorMode, and in a checkpointed block its backward pass
+    would recompute that block, which asks again.
+    """
+    def run() -> float:
+        # autograd's own thread of the GPU may be the one that asks and waits: the backward pass stays here
+        with torch.autograd.set_multithreading_enabled(False), torch.cuda.device(device):
+            return check(*question)
+
+    with ThreadPoolExecutor(1, "kernels") as executor:
+        return executor.submit(run).result()
 
 
 def _say(text: str, answer: bool) -> bool:

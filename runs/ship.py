@@ -19,6 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 
 
+def gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def portable(config: dict) -> dict:
+    """Without the folders of this machine: of other absolute paths the last name."""
+    return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v for k, v in config.items()
+            if k not in ("out", "init")}
+
+
 def minutes(run: str) -> float:
     """Training time by metrics.jsonl; a gap of more than ten minutes is a pause between two starts."""
     rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
@@ -41,13 +51,13 @@ def main(out: str, command: str, *runs: str) -> None:
     tensors, manifest = stages[-1]
     weights = {k: v.to(torch.bfloat16) for k, v in tensors["ema"].items() if k != common.EMA_COUNT}
     seen = sum(m["samples"] for _, m in stages)
-    config = {k: v for k, v in manifest["config"].items() if k not in ("out", "init")}
+    config = portable(manifest["config"])
     provenance = {
         "command": command, "commit": manifest["git"], "pictures_seen": seen,
         "training_minutes": round(sum(map(minutes, runs))), "saved": manifest["time"],
         "torch": manifest["torch"],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "weights": "EMA, bf16",
-        "stages": [{k: v for k, v in m["config"].items() if k not in ("out", "init")} for _, m in stages]}
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu()}", "weights": "EMA, bf16",
+        "stages": [portable(m["config"]) for _, m in stages]}
     meta = {"arch": manifest["arch"], "config": config, "precision": manifest.get("precision"),
             "samples": seen, "provenance": provenance}
     if manifest["arch"]["kind"] == "editnet":

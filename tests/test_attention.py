@@ -1,13 +1,18 @@
 """Joint attention: the Triton kernels, interpreted, and plain torch against the formula in fp64."""
 
+import contextlib
 import math
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, dispatch, joint_attention
 from kernels.attention import relative_error
@@ -378,6 +383,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(dispatch, "newer_ptxas", lambda arch: (12, 8))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.delenv("KERNELS", raising=False)
     dispatch._decide.cache_clear()
     yield lambda check: dispatch._decide("attention", torch.device("cuda", 0), torch.bfloat16, 64, check)
@@ -444,18 +450,89 @@ def test_a_safe_ptxas_of_the_wheel_is_taken_on_hopper(monkeypatch, found, versio
     dispatch.newer_ptxas.cache_clear()
 
 
-def test_the_decision_does_not_break_a_graph(hopper):
-    """The self-test runs with real tensors while torch.compile traces what asks for it."""
-    def check(*_):
-        x = torch.ones(3, requires_grad=True)
-        (2 * x).sum().backward()
-        return 0.1 if x.grad.tolist() == [2, 2, 2] else 9.0
+def small_check(*_):
+    """A self-test as it is, of few tokens, interpreted: forward and backward passes of both sides."""
+    return attention.worst_error(torch.device("cpu"), torch.float32, 64, True, False, lengths=(3, 9), heads=1)
 
+
+def under_fake_tensors(ask):
+    """As memory.py, the first to ask in every training script."""
+    with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
+        return ask()
+
+
+def in_a_block(ask, calls=(1, 2)):
+    """In a checkpointed block: in its forward pass and when the backward pass recomputes it."""
+    answers = []
+
+    def block(x):
+        answers.append(ask() if len(answers) + 1 in calls else None)
+        return x.sin().sin()
+
+    checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert len(answers) == 2
+    return all(a for a in answers if a is not None)
+
+
+def while_recomputing(ask):
+    return in_a_block(ask, calls=(2,))
+
+
+def while_tracing(ask):
+    """torch.compile traces what asks, in one graph; the answer is a constant of it."""
     def fn(x):
-        return 2 * x if dispatch._constant("op", torch.device("cuda", 0), x.dtype, 64, check) else x
+        return 2 * x if dispatch._constant("attention", torch.device("cuda", 0), torch.bfloat16, 64,
+                                           small_check) else x
 
     torch._dynamo.reset()
-    assert torch.compile(fn, fullgraph=True, backend="aot_eager")(torch.ones(2)).tolist() == [2, 2]
+    return torch.compile(fn, fullgraph=True, backend="aot_eager")(torch.ones(2)).tolist() == [2, 2]
+
+
+def with_another_state(ask):
+    """Everything that a thread carries, turned on."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None)
+    with hooks, torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        return ask()
+
+
+@pytest.mark.parametrize("place", [under_fake_tensors, in_a_block, while_recomputing, while_tracing,
+                                   with_another_state], ids=lambda f: f.__name__)
+def test_the_decision_is_the_same_wherever_it_is_asked(hopper, capsys, place):
+    assert place(lambda: hopper(small_check))
+    assert capsys.readouterr().err.count("Triton on sm_90, self-test at") == 1
+
+
+def test_threads_that_ask_together_wait_for_one_self_test(hopper, capsys):
+    """And one that asks meanwhile what needs no self-test is not told the kernels that it forces."""
+    started, asked, calls = threading.Event(), threading.Event(), []
+
+    def check(*_):
+        calls.append(1)
+        started.set()
+        assert asked.wait(30)
+        return small_check()
+
+    def ask():
+        return dispatch._constant("attention", torch.device("cuda", 0), torch.bfloat16, 64, check)
+
+    with ThreadPoolExecutor(3) as threads:
+        answers = [threads.submit(ask) for _ in range(3)]
+        assert started.wait(30)
+        asked.set()
+        meanwhile = []
+        while not all(a.done() for a in answers):
+            meanwhile.append(dispatch.use_triton("attention", torch.ones(1)))
+        assert all(a.result() for a in answers)
+    assert len(calls) == 1 and meanwhile and not any(meanwhile)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_self_test_does_not_wait_for_autograds_threads(hopper):
+    """A GPU's backward pass runs in a thread of autograd, which may be the one that asks."""
+    def check(*_):
+        return 9.0 if torch._C._is_multithreading_enabled() else 0.1
+
+    assert torch._C._is_multithreading_enabled() and hopper(check)
 
 
 def test_worst_error_sees_a_wrong_kernel(monkeypatch):
@@ -482,8 +559,13 @@ print(dispatch.triton, joint_attention(x, x, x)[1].shape, runs)
 
 
 @pytest.mark.slow
-def test_selftest_command():
-    done = subprocess.run([sys.executable, "-m", "kernels.selftest"], capture_output=True, text=True,
-                          cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_selftest_command(jobs):
+    """Every check once, one headline and one verdict, in however many processes."""
+    done = subprocess.run([sys.executable, "-m", "kernels.selftest", "--jobs", str(jobs)], cwd=ROOT,
+                          env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "no GPU here" in done.stdout or torch.cuda.is_available()
-    assert "all within their bounds" in done.stdout
+    head, *checks, verdict = done.stdout.splitlines()
+    assert verdict == "all within their bounds" and all(line.endswith("  ok") for line in checks)
+    assert len(set(checks)) == len(checks) == (19 if torch.cuda.is_available() else 17)

@@ -114,6 +114,22 @@ def test_errors_are_notes():
         == {"note": "OutOfMemoryError: no memory"}
 
 
+def test_a_run_that_is_cut_off_keeps_its_rows(tmp_path, threads, monkeypatch):
+    own, calls = bench.measure, []
+
+    def cut_off(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    monkeypatch.setattr(bench, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--shapes", "test", "--only", "eager,ours")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(r["op"], r["who"]) for r in rows] == [("attention", "eager"), ("attention", "ours")]
+
+
 @pytest.mark.parametrize("flag, value", [("--ops", "softmax"), ("--shapes", "tiny,huge"), ("--only", "mine")])
 def test_unknown_names(flag, value, tmp_path, threads):
     word = value.split(",")[-1]

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import common
 import memory
 import model
+from kernels import attention, bench, dispatch, joint_attention
 
 ROOT = Path(memory.__file__).parent
 
@@ -147,6 +148,24 @@ def test_a_step_of_known_size():
     assert rank.still == weight * (1 + 2 + 1) and rank.rows["gradients of net"] == weight
     assert kept == 2 * map_ and kept + weight < rank.live.peak <= 3 * map_ + 2 * weight + 8
     assert net.weight.grad is None and fake.weight.grad.nbytes == weight
+    assert rank.live.flops == 2 * 2 * B * n * n  # x W, and the gradient of W
+
+
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+def test_attention_is_counted_as_the_formulas_need(mode, monkeypatch):
+    """4 FLOP per score and channel forward, of pairs that see each other alone; backward 8, which is what a
+    gradient needs, whether the scores were kept or are computed again."""
+    monkeypatch.setattr(attention, "CPU_MATH_TOKENS", {torch.float32: 64})
+    shape = bench.Attention(2, (5, 16, 16), 2, 64, attends=bench.CACHED)
+    forward, backward = bench.attention_problem(shape, torch.float32, torch.device("cpu")).work
+    rank = memory.Rank("cpu", False)
+    with rank.stepping(), dispatch.force(mode):
+        qkv = [torch.randn(2, n, 3, 2, 64, requires_grad=True) for n in shape.streams]
+        q, k, v = zip(*(x.unbind(2) for x in qkv))
+        out = joint_attention(list(q), list(k), list(v), attends=shape.attends)
+        assert rank.live.flops == forward
+        sum(x.sum() for x in out).backward()
+    assert rank.live.flops == forward + 0.8 * backward  # bench.py counts what flash kernels do: 10
 
 
 def test_flops_are_those_of_a_real_step():

@@ -37,7 +37,9 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "cache.py": "--image_size 32 --workers 0",
     "weights.py": "",
     "kernels/bench.py": "--shapes test --ms 1",
-    "-m kernels.selftest": "",
+    "-m kernels.selftest": "--jobs 2",
+    "runs/bench_sd3.py": "--rehearse True --precision fp32 --how eager",
+    "runs/gpu.py": "--rehearse True --skip selftest,tests,sd3,kernels,t2i,rewards,inpaint,edit",
 }
 
 
