@@ -233,7 +233,8 @@ class ParserBatches(torch.utils.data.Dataset):
                 r, short = scenes.RADIUS[o.size], min(h, w)
                 off, angle = r * rng.uniform(0.6, 1.4), rng.uniform(0, 2 * math.pi)
                 x, y = o.x + off * math.cos(angle) * short / w, o.y + off * math.sin(angle) * short / h
-                if all(math.hypot(x - p.x, y - p.y) > 0.6 * scenes.RADIUS[p.size] for p in s.objects if p != o):
+                others = [p for p in s.objects if p != o]
+                if all(math.hypot(x - p.x, y - p.y) > 0.6 * scenes.RADIUS[p.size] for p in others):
                     places.append((x, y, r, [-100, -100, -100, 2]))
             for x, y, r, labels in places:
                 if self.jitter:
