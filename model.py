@@ -528,13 +528,16 @@ class EditNet(nn.Module):
     Every variant starts as its base, bit for bit, and differs in how the source gets in:
         editnet      each block's copy, the control block, attends jointly to the base's image tokens, to the
                      source's and to the text, all as they stand before that block; what it makes of the image
-                     and of the text tokens is added to the base's after the block
+                     and of the text tokens is added to the base's after the block, and what it makes of each
+                     source token to the image token at its place
         controlnet   the copies run on their own: noisy + source tokens enter the first one; only image tokens
                      are added to the base's
         textcontrol  the same, and text tokens are added too
         concat       InstructPix2Pix: the source is further channels of the input; no copies, all is tuned
 
-    Sums enter through zero Linears, new input columns are zero (ours: OmniEdit is silent). An instruction is
+    Sums enter through zero Linears, new input columns are zero (ours: OmniEdit is silent). That the source
+    tokens' own output is added is our reading of Sec. 4 ("output of the control branch tokens"): without it
+    every pixel that is to stay has to be found by attention (LOG.md). An instruction is
     read by a trainable copy of a built-in text encoder, since the base's has only read captions; `base` alone
     is untouched. Base blocks read that copy too, so a ControlNet gets a text that learns, which the published
     ones, on frozen encoders, do not: `--text_lr 0` compares as the paper does. Free-form edits have a region
@@ -562,10 +565,12 @@ class EditNet(nn.Module):
                 JointBlock(D, base.heads, base.qk_norm, i == base.depth - 1, i < base.dual, i)
                 for i in range(base.depth))
             self.img_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
+        if variant == "editnet":
+            self.src_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
         if variant in ("editnet", "textcontrol"):
             self.txt_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth - 1))  # the last: no text
         for name, p in self.named_parameters():
-            if name.startswith(("img_out.", "txt_out.", "src_embedder.")):
+            if name.startswith(("img_out.", "src_out.", "txt_out.", "src_embedder.")):
                 nn.init.zeros_(p)
 
     @property
@@ -601,19 +606,21 @@ class EditNet(nn.Module):
         """src [B, C, H, W], region [B, 1, H, W] -> [B, hw, D], without positions."""
         return self.src_embedder(torch.cat([src, region.to(src.dtype)], dim=1))
 
-    def remember(self, txt: Tensor, vec: Tensor, src: Tensor, region: Tensor) -> list[Memory]:
-        """Keys and values of the source at every control block: all that `cached` needs of it at a step."""
+    def remember(self, txt: Tensor, vec: Tensor, src: Tensor, region: Tensor) -> list[tuple[Memory, Tensor]]:
+        """All that `cached` needs of the source at a step: its keys and values at every control block, and
+        what the block makes of its tokens [B, hw, D]."""
         m = self.base.mmdit
         h, w = src.shape[-2] // m.patch, src.shape[-1] // m.patch
         tokens = self.source_tokens(src, region) + crop_pos(m.pos_embed, h, w)
         silu_c = F.silu(m.t_embedder(src.new_zeros(len(src))) + m.y_embedder(vec))
-        txt, memory = m.context_embedder(txt), []
+        txt, memory, made = m.context_embedder(txt), [], []
         for block in self.branch:
             tokens, txt = block(tokens, txt, silu_c, None, memory)
-        return memory
+            made.append(tokens)
+        return list(zip(memory, made))
 
     def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor, src: Tensor, region: Tensor,
-                memory: list[Memory] | None = None) -> Tensor:
+                memory: list[tuple[Memory, Tensor]] | None = None) -> Tensor:
         """Velocity at x_t.
 
         x [B, C, H, W] at times t [B] in [0, 1]; txt, vec from encode_text; src [B, C, H, W] the source's
@@ -636,19 +643,20 @@ class EditNet(nn.Module):
         return self.base.to_velocity(x, t, m.unembed(img, silu_c, h, w))
 
     def interact(self, img: Tensor, txt: Tensor, silu_c: Tensor, src: Tensor, region: Tensor,
-                 memory: list[Memory] | None) -> Tensor:
+                 memory: list[tuple[Memory, Tensor]] | None) -> Tensor:
         """EditNet: block by block, the control block reads the base's tokens and writes to them."""
         m, L = self.base.mmdit, img.shape[1]
         h, w = src.shape[-2] // m.patch, src.shape[-1] // m.patch
         tokens = None if self.cached else self.source_tokens(src, region) + crop_pos(m.pos_embed, h, w)
         for i, (block, control) in enumerate(zip(m.joint_blocks, self.branch)):
             if self.cached:
-                read_img, read_txt = m.run(control, img, txt, silu_c, memory[i])
+                far, tokens = memory[i]
+                read_img, read_txt = m.run(control, img, txt, silu_c, far)
             else:  # image and source tokens share a stream: the same weights, the same modulation
                 both, read_txt = m.run(control, torch.cat([img, tokens], 1), txt, silu_c)
                 read_img, tokens = both[:, :L], both[:, L:]
             img, txt = m.run(block, img, txt, silu_c)
-            img = img + self.img_out[i](read_img)
+            img = img + self.img_out[i](read_img) + self.src_out[i](tokens)
             if txt is not None:
                 txt = txt + self.txt_out[i](read_txt)
         return img

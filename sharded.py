@@ -72,7 +72,7 @@ def shard(net, dist, bf16):
 def blocks(net):
     """The modules that `shard` makes units of, in the order of their use."""
     mmdit = getattr(net, "base", net).mmdit
-    beside = [getattr(net, n) for n in ("branch", "img_out", "txt_out") if hasattr(net, n)]
+    beside = [getattr(net, n) for n in ("branch", "img_out", "src_out", "txt_out") if hasattr(net, n)]
     return [m for group in (mmdit.joint_blocks, *beside) for m in group]
 
 

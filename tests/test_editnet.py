@@ -102,11 +102,28 @@ def test_only_editnet_reads_the_base_as_it_goes(name, follows):
 def test_who_changes_the_text(name, writes):
     """Paper Sec. 5.2: ControlNet cannot update the text tokens; TextControl and EditNet do."""
     net, (x, t, src, region) = build(name), inputs()
-    for layer in net.img_out:
+    for layer in (*net.img_out, *getattr(net, "src_out", ())):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     changed = (run(net, x, t, src, region) - run(net, x, t, src.flip(-1), region)).abs().max()
     assert (changed > 1e-4) == writes
+
+
+@pytest.mark.parametrize("name", ["editnet", "cached"])
+def test_source_tokens_write_at_their_place(name):
+    """Through the last block's src_out alone, which nothing mixes any more, a change of one source patch
+    changes that token's output most by far: the others see it through the branch's attention only."""
+    net, (x, t, src, region) = build(name), inputs()
+    for layer in (*net.img_out, *net.txt_out, *net.src_out[:-1]):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    other, p = src.clone(), PLAIN.patch
+    other[..., p:2 * p, :p] += 1
+    change = (run(net, x, t, src, region) - run(net, x, t, other, region)).abs().sum(1, keepdim=True)
+    patches = torch.nn.functional.avg_pool2d(change, p).mean((0, 1))
+    rest = patches.clone()
+    rest[1, 0] = 0
+    assert patches[1, 0] > 3 * rest.max()
 
 
 def test_cached_source_does_not_see_noise_or_time():

@@ -88,7 +88,7 @@ def test_two_ranks(made, tmp_path, script):
 
 
 @pytest.mark.parametrize("flags, moves, stays", [
-    ({}, ("branch.", "text.", "img_out.", "src_embedder."), ("base.",)),
+    ({}, ("branch.", "text.", "img_out.", "src_out.", "src_embedder."), ("base.",)),
     ({"variant": "controlnet"}, ("branch.", "img_out."), ("base.",)),
     ({"variant": "concat"}, ("base.mmdit.", "src_embedder.", "text."), ("base.text.",)),
     ({"tune_base": "full"}, ("base.mmdit.", "branch."), ("base.text.",)),
