@@ -75,7 +75,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     checkpointing: int = 0  # recompute every n-th block's activations: 1 = all, a third more time; 0 = none
     fsdp: bool = False  # shard the blocks that train over torchrun's ranks (sharded.py)
-    compile: bool = False  # torch.compile every block: half a minute first, then faster
+    compile: bool = False  # torch.compile every block: slow at first, then faster
     dry_run: bool = False  # print parameters, tokens and memory, and stop
     seed: int = 0  # of weights, data order, noise
     workers: int = 1  # data processes per rank

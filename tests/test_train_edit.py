@@ -24,6 +24,7 @@ from test_train import (
 
 import common
 import data
+import flow
 import frozen
 import model
 import train_omni
@@ -110,16 +111,52 @@ def tensors_of(folder):
     return common.load_checkpoint(folder, "model")[0]["model"]
 
 
-def test_condition_dropout():
-    """One draw decides, as in InstructPix2Pix: text alone, both, source alone, 5 % each."""
-    cfg = train_omni.Config(stage="edit", drop_edit=0.1)
-    u = torch.tensor([0.05, 0.15, 0.25, 0.35])
-    ones = torch.ones(4, 3, 8, 8)
-    batch = {"image": ones, "source": ones, "mask": torch.full((4, 1, 8, 8), 0.5), "caption": list("abcd")}
-    text, src, region = train_omni.conditions(cfg, batch, u, frozen.PixelSpace(), torch.device("cpu"))
-    assert text == ["", "", "c", "d"]
+def test_condition_dropout(monkeypatch):
+    """One draw decides, as in InstructPix2Pix: text alone, both, source alone, 5 % each. Draws are functions
+    of seed, step and position, whatever else is in a batch."""
+    cfg = train_omni.Config(stage="edit", drop_edit=0.1, seed=3)
+    batch = {"image": torch.zeros(4, 8, 8, 3, dtype=torch.uint8), "caption": list("abcd"), "step": 5,
+             "position": [0, 1, 2, 3], "score": torch.ones(4)}
+    drawn = train_omni.draws(cfg, 16, 4, 0, batch)
+    gens = common.generators(3, 5, range(4))
+    t, u = common.rand(gens), common.rand(gens)
+    assert torch.equal(drawn["t"], flow.sample_t(t, cfg.t_density, cfg.t_shift)) and len(set(u.tolist())) == 4
+    assert torch.equal(drawn["noise"], common.randn(gens, (16, 2, 2))) and drawn["weight"].tolist() == [0] * 4
+    one = {k: v[2:3] if k != "step" else v for k, v in batch.items()}
+    assert torch.equal(train_omni.draws(cfg, 16, 4, 0, one)["noise"][0], drawn["noise"][2])
+
+    monkeypatch.setattr(common, "rand", lambda gens: torch.tensor([0.05, 0.15, 0.25, 0.35]))
+    drawn = train_omni.draws(cfg, 3, 1, 0, batch)
+    assert drawn["text"] == ["", "", "c", "d"] and drawn["null"].tolist() == [False, True, True, False]
+    ids = train_omni.draws(cfg, 3, 1, 8, batch)["text"]
+    assert torch.equal(ids, model.byte_ids(["", "", "c", "d"], 8))
+    seen = {"source": torch.ones(4, 3, 8, 8), "mask": torch.full((4, 1, 8, 8), 0.5), "null": drawn["null"]}
+    src, region = train_omni.conditions(cfg, seen, frozen.PixelSpace())
     assert src.flatten(1).sum(1).tolist() == [192, 0, 0, 192]
     assert region.flatten(1).mean(1).tolist() == [0.5, 1, 1, 0.5]  # a null picture may change everywhere
+
+
+def test_draws_of_feedback():
+    """t' is one for all ranks and in [1, T2] of the step's phase; workers that run ahead of the end stay in
+    the last one; rewards are told what the target shows, and nothing of what is erased."""
+    cfg = train_pefl.Config(seed=3, accum=2, reward_noise=0.1)
+    phases = train_pefl.parse_phases("9/8/7x2,5/4/1x1")
+
+    def at(step, positions, **more):
+        batch = {"image": torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "caption": ["a", "b"], "step": step,
+                 "position": positions, "task": ["erase", "edit"]}
+        return train_pefl.draws(cfg, phases, 16, 4, 0, batch | more)
+
+    first = [at(step, [0, 1])["t_prime"] for step in range(4)]
+    assert first == [at(step, [2, 3])["t_prime"] for step in range(4)]
+    assert all(1 <= t <= 7 for t in first) and len(set(first)) > 1
+    assert [at(step, [0, 1])["t_prime"] for step in (4, 5, 6, 99)] == [1] * 4
+    drawn, gens = at(0, [4, 5]), common.generators(3, 0, [4, 5])
+    assert torch.equal(drawn["noise"], common.randn(gens, (16, 2, 2)))
+    assert torch.equal(drawn["veil"], common.randn(gens, (3, 8, 8)))
+    assert drawn["told"] == ["", "b"] and drawn["prompted"].tolist() == [0, 1] and drawn["text"] == ["a", "b"]
+    told = at(0, [4, 5], target_caption=["c", ""])
+    assert told["told"] == ["c", ""] and told["prompted"].tolist() == [1, 0]
 
 
 def test_importance():
