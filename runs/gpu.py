@@ -80,6 +80,7 @@ class Log:
     end: float  # of everything, by time.monotonic()
     env: dict
     content: dict = field(default_factory=lambda: {"parts": {}, "left_out": []})
+    running: list[subprocess.Popen] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)  # parts end in two threads
 
     def left(self) -> float:
@@ -87,10 +88,9 @@ class Log:
 
 
 def save(log: Log) -> None:
-    part = log.scratch / "gpu.json"
+    part = log.out / "gpu.json.part"
     part.write_text(json.dumps(log.content, indent=1) + "\n")
-    shutil.copy(part, log.out / "gpu.json.part")
-    (log.out / "gpu.json.part").replace(log.out / "gpu.json")
+    part.replace(log.out / "gpu.json")
 
 
 def start(log: Log, command: str, **env: str) -> tuple[subprocess.Popen, Path, float]:
@@ -98,7 +98,8 @@ def start(log: Log, command: str, **env: str) -> tuple[subprocess.Popen, Path, f
     with tempfile.NamedTemporaryFile(dir=log.scratch, suffix=".txt", delete=False) as said:
         process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, env=log.env | env,
                                    stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   start_new_session=True)
+                                   process_group=0)
+    log.running.append(process)
     return process, Path(said.name), time.monotonic()
 
 
@@ -116,11 +117,9 @@ def finish(log: Log, name: str, started: tuple, seconds: float, numbers=None, gr
             process.wait(grace)
         except subprocess.TimeoutExpired:
             pass
-    try:
-        os.killpg(process.pid, signal.SIGKILL)  # whatever it has left behind, too
-    except ProcessLookupError:
-        pass
+    kill(process)  # and whatever it has left behind
     code = process.wait()
+    log.running.remove(process)
     row = {"command": shlex.join(process.args[1:]), "code": code, "late": late,
            "seconds": round(time.monotonic() - began, 1)}
     how = "stopped, its time is over" if late else f"FAILED, code {code}" if code else "done"
@@ -135,6 +134,22 @@ def finish(log: Log, name: str, started: tuple, seconds: float, numbers=None, gr
         save(log)
         print(f"{log.left():6.0f} s left  {name}: {how}, {row['seconds']} s", flush=True)
     return code == 0
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Its whole group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def stop(log: Log, why: str) -> None:
+    """What runs ends now, nothing more begins, what is known is kept."""
+    log.end = time.monotonic()
+    for process in list(log.running):
+        kill(process)
+    raise SystemExit(f"error: {why}: {log.out / 'gpu.json'} has what was found until then")
 
 
 def part(log: Log, name: str, seconds: float, command: str, numbers=None, **env: str) -> bool:
@@ -375,6 +390,8 @@ def main(cfg: Config) -> dict:
     env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
     log = Log(out, Path(tempfile.mkdtemp(prefix="gpu_")), began + 60 * cfg.minutes, env)
     log.content["config"] = asdict(cfg)
+    before = {number: signal.signal(number, lambda number, _: stop(log, signal.Signals(number).name))
+              for number in (signal.SIGTERM, signal.SIGINT)}
     small = cfg.rehearse
     workers = 1 if small else max(1, (os.cpu_count() or 1) - 2)
     flags = "train_omni.py --data scenes --lr 1e-3 --muon_lr 3e-3 --text_lr 0.5 --warmup 50 --shift 2 " \
@@ -389,6 +406,8 @@ def main(cfg: Config) -> dict:
         if "judge" not in skip:
             judge(log, small)
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         log.content["seconds"] = round(time.monotonic() - began, 1)
         log.content["goals"] = goals(log.content["parts"])
         save(log)

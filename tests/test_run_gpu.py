@@ -15,6 +15,8 @@ ROOT = Path(common.__file__).parent
 sys.path.insert(0, str(ROOT / "runs"))
 import gpu  # noqa: E402
 
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+
 # says when it is ready; at SIGTERM it saves
 SAVES = """
 import signal, sys, time
@@ -81,13 +83,26 @@ def test_a_training_that_is_stopped_has_saved(log, capsys):
     assert "train: stopped, its time is over" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+@linux
 def test_what_hangs_is_killed_with_all_that_it_started(log):
     started = when_it_speaks(log, HANGS)
     child = int(started[1].read_text())
     assert alive(child)
     assert not gpu.finish(log, "hangs", started, 0.0, grace=0.3)
     assert stored(log)["hangs"]["code"] == -9 and stored(log)["hangs"]["seconds"] < 20
+    end = time.monotonic() + 10
+    while alive(child) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not alive(child)
+
+
+@linux
+def test_a_signal_ends_what_runs(log):
+    started = when_it_speaks(log, HANGS)
+    child = int(started[1].read_text())
+    with pytest.raises(SystemExit, match="error: SIGTERM: .*gpu.json has what was found"):
+        gpu.stop(log, "SIGTERM")
+    assert started[0].wait(10) == -9 and not gpu.part(log, "next", 30, script(log, "print(7)"))
     end = time.monotonic() + 10
     while alive(child) and time.monotonic() < end:
         time.sleep(0.02)
