@@ -208,6 +208,6 @@ def test_dry_run_reads_no_weights(tmp_path, capsys):
     train_omni.main(train_omni.Config(stage="edit", init=str(tmp_path / "sd3.safetensors"), dry_run=True,
                                       image_size=512, batch_size=1, checkpointing=1, device="cpu"))
     out = capsys.readouterr().out
-    assert "4204.9 M parameters, 2119.9 M trained" in out  # 2,119,810,560 + 99,840
+    assert "4261.5 M parameters, 2176.6 M trained" in out  # 2,176,470,528 + 99,840
     assert "base 1024 image + 154 text, branch 1024 image + 1024 source + 154 text" in out
     assert "peak of a training step" in out
