@@ -215,8 +215,8 @@ def test_every_second_block_recomputed_lies_between():
 
 
 def test_sd3_is_counted_without_being_built():
-    """8 GB of weights and 16 of optimiser, in a process whose memory stays as it is. What trains: 24 blocks,
-    24 + 24 + 23 projections (2 176 470 528), the source's embedding of 16 channels (99 840) and of the region."""
+    """8 GB of weights and 17 of optimiser, in a process whose memory stays as it is. What trains: 24 blocks,
+    24 + 24 + 23 projections (2 176 470 528), the embedding of the source (99 840) and the region."""
     before = common.peak_bytes()
     net = editnet(True, model.PRESETS["sd3-medium"])
     rank = memory.omni(net, (1, 16, 128, 128), "cpu", True, 8)
