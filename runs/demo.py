@@ -32,7 +32,7 @@ class Config:
     align_steps: int = 350  # of the alignment reward
     phases: str = "20/15/10x60,8/6/3x24"  # of PeFL, T/T1/T2 x steps (Sec. 3.3)
     disc_first: int = 24  # steps in which the coherence model learns alone
-    judged: int = 100  # held-out scenes for each task
+    judged: int = 80  # held-out scenes for each task
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     fast: bool = False  # two steps of everything
 
@@ -66,7 +66,7 @@ def stages(cfg: Config) -> list[Stage]:
                     "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.05 --w_aesthetic 0.0005 "
                     "--w_alignment 0.0005 --w_coherence 0.1 --sample_every 0 --save_every 20 --wandb off "
                     f"--out {out}/pefl"}),
-        Stage("the judge, on held-out scenes: base and PeFL", 115, {
+        Stage("the judge, on held-out scenes: base and PeFL", 92, {
             "judge": f"evaluate.py scenes --ckpt assets/base,{out}/pefl,{out}/pefl --steps 20,20,8 "
                      f"--n {n.judged} --out {out}/judge"})]
 

@@ -4,7 +4,7 @@
 #   bash runs/editnet.sh                                       all of it: hours on 4 cores, less than one on a GPU
 #   PARTS=variants SEEDS=0 STEPS=600 bash runs/editnet.sh      a part of it
 #   JUDGE=0 bash runs/editnet.sh                               the trainings without the evaluations
-#   STEPS=2000 bash runs/editnet.sh ship                       trains assets/editnet anew, hours on 2 plain cores
+#   STEPS=1400 bash runs/editnet.sh ship                       trains assets/editnet anew: half an hour on 2 cores with bf16
 # What is done already is not done again; a run that was cut resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
