@@ -123,9 +123,16 @@ def _on_signal(number, frame):
 
 
 def cleanup():
-    """Leave the process group, if there is one."""
+    """The last call of a script: leave the process group, if there is one. A process of several ranks ends
+    here, with code 0: the interpreter's own end destroys threads of torch that still run, and now and then
+    aborts a run that is complete (LOG.md)."""
     if td.is_initialized():
+        several = td.get_world_size() > 1
         td.destroy_process_group()
+        if several:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def is_main(dist):
