@@ -2,10 +2,10 @@
 
     python data.py check photos/         # counts, broken files, shapes, captions, mask areas, a sample sheet
     python data.py check omniedit:DIR    # the same of a set of edit pairs (edits.py names the layouts)
-    python data.py pack scenes --out DIR --limit 1000000    # draw or decode ahead; then train with --data DIR
+    python pack.py scenes --out DIR --limit 1000000    # draw or decode ahead; then train with --data DIR
 
 Sources, cropping, loaders, preferences, check. Below it: pictures.py reads files, masks.py makes masks,
-order.py says what comes when, pack.py draws and decodes ahead.
+order.py says what comes when, packed.py reads what pack.py drew or decoded ahead.
 Masks are 1 where the picture is to be regenerated. Pictures leave this file as float [-1, 1].
 """
 
@@ -723,6 +723,4 @@ def check_edits(source, image_size, stride, limit, out):
 if __name__ == "__main__":
     import tyro
 
-    from pack import pack  # it needs this file
-
-    tyro.extras.subcommand_cli_from_dict({"check": check, "pack": pack})
+    tyro.extras.subcommand_cli_from_dict({"check": check})

@@ -1,8 +1,8 @@
-"""python data.py pack: draw or decode a source once, into a folder that packed.py describes and reads.
+"""Draw or decode a source once, into a folder that packed.py describes and reads.
 
-    python data.py pack scenes --out DIR --limit 1000000 --image_size 64     # then train with --data DIR
-    python data.py pack scenes:wrong=0.5 --out DIR --limit 200000
-    python data.py pack omniedit:SET --out DIR --image_size 512 --aspects True
+    python pack.py scenes --out DIR --limit 1000000 --image_size 64     # then train with --data DIR
+    python pack.py scenes:wrong=0.5 --out DIR --limit 200000
+    python pack.py omniedit:SET --out DIR --image_size 512 --aspects True
 """
 
 import json
@@ -220,3 +220,9 @@ def replace(path, write):
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(pack, config=(tyro.conf.FlagConversionOff,))

@@ -25,7 +25,7 @@ PARTS = ("train", "heldout")
 INDEX = np.dtype([("at", "<i8"), ("bytes", "<i8"), ("crc", "<u4"), ("h", "<i4"), ("w", "<i4"),
                   ("labels", "u1"), ("mask", "u1"), ("texts", "<i4"), ("task", "i1"), ("score", "<f4")])
 LABELS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<i4")}
-AGAIN = "give the same `data.py pack` command again, which makes anew what is damaged"
+AGAIN = "give the same `pack.py` command again, which makes anew what is damaged"
 
 
 def is_packed(path):
@@ -37,7 +37,7 @@ def manifest(root):
     BadFile if there is none yet, or it is damaged."""
     path = Path(root) / "packed.json"
     if not path.is_file():
-        raise BadFile(root, "packing was not finished", "give the same `data.py pack` command again")
+        raise BadFile(root, "packing was not finished", "give the same `pack.py` command again")
     try:
         found = json.loads(path.read_bytes())
         found["plan"]["edits"], found["tasks"], [found["shards"][part].items() for part in PARTS]

@@ -80,6 +80,6 @@ class Perf:
         if idle > STARVED and self.windows > 1 and not self.said:  # the workers start in the first one
             self.said = True
             common.print0(f"warning: {self.what}: {idle:.0%} of the time went by waiting for batches: give "
-                          "more --workers, or draw and decode ahead with `python data.py pack`")
+                          "more --workers, or draw and decode ahead with `python pack.py`")
         self.restart()
         return row

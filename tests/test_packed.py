@@ -128,7 +128,7 @@ def test_goes_on_and_mends(tmp_path, capsys):
     (out / "packed.json").rename(out / "packing.json")
     (out / "train_00001.bin").write_bytes(written["train_00001.bin"][:999])
     (out / "train_00001.npy").unlink()
-    with pytest.raises(BadFile, match="packing was not finished: give the same `data.py pack` command again"):
+    with pytest.raises(BadFile, match="packing was not finished: give the same `pack.py` command again"):
         data.open_source(str(out))
     assert "1 of 3 files to make" in again()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == written
@@ -138,7 +138,7 @@ def test_goes_on_and_mends(tmp_path, capsys):
     raw[5] ^= 1
     (out / "train_00002.bin").write_bytes(raw)
     source = data.open_source(str(out))
-    with pytest.raises(BadFile, match=r"train_00002.bin item 16: damaged .*data.py pack"):
+    with pytest.raises(BadFile, match=r"train_00002.bin item 16: damaged .*pack.py"):
         source.load(16, 16, 16)
     batches = list(data.make_eval_batches(source, range(20), 16, 4, stride=4))
     assert sum(b["index"].tolist().count(17) for b in batches) == 2
@@ -158,7 +158,7 @@ def test_damage_is_named(tmp_path, harm, text):
     out = tmp_path / "out"
     pack("scenes", str(out), limit=3, image_size=16, heldout=0, shard=2, workers=1)
     harm(out)
-    with pytest.raises(SystemExit, match=f"^error: [^\n]*{re.escape(text)}[^\n]*data.py pack"):
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{re.escape(text)}[^\n]*pack.py"):
         data.open_source(str(out))
 
 

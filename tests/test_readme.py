@@ -32,7 +32,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "evaluate.py edits": "--n 2 --steps 1",
     "evaluate.py t2i": "--n 2 --steps 1",
     "data.py check": "--limit 5",
-    "data.py pack": "--limit 5 --image_size 16 --heldout 2 --workers 1",
+    "pack.py": "--limit 5 --image_size 16 --heldout 2 --workers 1",
     "sample.py": "--steps 2 --size 32",
     "cache.py": "--image_size 32 --workers 0",
     "weights.py": "",
