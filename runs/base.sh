@@ -2,7 +2,7 @@
 # The inpainting base that ships in assets/base: text to image first, so that captions are learned, then inpainting; both from
 # scratch on scenes. Its averaged weights are stored in bf16.
 #   bash runs/base.sh     the same command resumes
-#   COMPILE=True bash runs/base.sh     a minute of compilation, then a sixth faster
+#   COMPILE=True bash runs/base.sh     a minute of compilation first, then faster (LOG.md)
 # RANKS processes of one thread each: with matrices this small that beats one process of many threads (LOG.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
