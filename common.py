@@ -1,46 +1,38 @@
 """Machinery that the scripts call and that never calls back.
 
-Contents: 1. processes and signals   2. randomness from progress   3. schedule, EMA, gradient averaging
-          4. checkpoints             5. metrics                    6. pictures
+    1. processes and signals     2. randomness from progress     3. optimisation: schedule, EMA, Muon
+    4. several devices: averaging gradients, FSDP2               5. which steps count
+
 Test for every helper here: delete the call, and the script still reads as a training loop.
 """
+
 import contextlib
 import datetime
-import errno
 import functools
 import hashlib
-import json
 import math
-import netrc
 import os
 import re
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 # Spinning OpenMP threads cost a factor of 10 on a shared machine. libgomp reads this as torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as td  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from kernels import dispatch  # noqa: E402
 
 ########################################## 1. processes and signals ##########################################
 
-_stop_signal = None  # name of the first SIGTERM or SIGUSR1 seen; read through verdict.py
+_stop_signal = None  # name of the first SIGTERM or SIGUSR1 seen; read through Verdict
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ def setup(device="auto"):
     """Join torchrun's process group (gloo on CPU, nccl on GPU, 10 minute timeout); alone without torchrun.
 
     device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N"; under torchrun each rank takes its
-    own GPU. From here on SIGTERM and SIGUSR1 only set a flag that verdict.py reports on every rank.
+    own GPU. From here on SIGTERM and SIGUSR1 only set a flag that Verdict reports on every rank.
     """
     env = os.environ
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
@@ -110,11 +102,59 @@ def use_bf16(precision, dist):
     return bf16
 
 
+OLD_FLAGS = {"cached": "--fixed_source",
+             "bf16": "--precision: auto (bf16 where the hardware has it, the default), bf16 or fp32",
+             "dry_run": "a command: python runs/memory.py omni, with the same flags",
+             "keep_known": "--blend every, or none"}
+
+
 def refuse_old_flags():
     """SystemExit for a flag of earlier commands that has another name now."""
-    if any(re.match(r"--(no-?)?bf16(=|$)", word) for word in sys.argv[1:]):
-        raise SystemExit("error: --bf16: is now --precision: auto (bf16 where the hardware has it, the "
-                         "default), bf16 or fp32")
+    for word in sys.argv[1:]:
+        flag = re.match(r"--(?:no[-_]?)?([a-z][\w-]*)", word)
+        if flag and (name := flag[1].replace("-", "_")) in OLD_FLAGS:
+            raise SystemExit(f"error: --{name}: is now {OLD_FLAGS[name]}")
+
+
+def numbers(text, what, low):
+    """A flag such as "20,8" -> [20, 8]; SystemExit below `low`. what: its name."""
+    try:
+        found = [int(x) for x in text.split(",")]
+    except ValueError:
+        raise SystemExit(f"error: --{what}: {text!r}: use whole numbers with commas between them") from None
+    if min(found) < low:
+        raise SystemExit(f"error: --{what}: {min(found)}: use at least {low}")
+    return found
+
+
+BOUNDS = {
+    "at_least_1": (lambda v: v >= 1, "must be at least 1"),
+    "not_negative": (lambda v: v >= 0, "must not be negative"),
+    "above_0": (lambda v: v > 0, "must be above 0"),
+    "share": (lambda v: 0 <= v <= 1, "must be from 0 to 1"),
+    "below_1": (lambda v: 0 <= v < 1, "must be at least 0 and below 1")}
+
+
+def check_bounds(cfg, **flags):
+    """SystemExit for a number of a script's Config that is out of range, before anything is loaded.
+
+    flags: a key of BOUNDS -> names of fields; None passes. Every number must be finite and below 10^9, a seed
+    below 2^63.
+    """
+    for name, value in vars(cfg).items():
+        most = 2**63 if name == "seed" else 10**9
+        if isinstance(value, int | float) and not abs(value) < most:  # not-a-number is not
+            refuse(cfg, name, f"must be a number below {'2^63' if name == 'seed' else '10^9'}")
+    for bound, names in flags.items():
+        holds, text = BOUNDS[bound]
+        for name in names:
+            if (value := getattr(cfg, name)) is not None and not holds(value):
+                refuse(cfg, name, text)
+
+
+def refuse(cfg, flag, text):
+    """SystemExit that names a flag, its value and what is wrong with it."""
+    raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
 
 
 def _on_signal(number, frame):
@@ -146,42 +186,9 @@ def print0(*words):
         sys.stdout.flush()
 
 
-class _Lines:
-    """stderr in a file, for tqdm: a bar that is drawn again and again would run into the lines of errors."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip("\r\n") + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
-
-
-def progress(total, start=0, desc="", dist=Dist()):
-    """A tqdm bar on rank 0 (on stderr; a line every 30 s at most when stderr is a file), silent elsewhere."""
-    look = dict(mininterval=30, file=_Lines(), ncols=100)
-    if sys.stderr.isatty():
-        look = dict(mininterval=0.2, dynamic_ncols=True)
-    return tqdm(total=total, initial=start, desc=desc, disable=dist.rank != 0, **look)
-
-
 def stop_asked():
-    """Whether this process got SIGTERM or SIGUSR1; other ranks may get theirs later (see verdict.py)."""
+    """Whether this process got SIGTERM or SIGUSR1; other ranks may get theirs later (see Verdict)."""
     return _stop_signal is not None
-
-
-def peak_bytes():
-    """Peak memory so far, in bytes: allocated on the GPU, without one the resident memory of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak_memory():
-    """`peak_bytes` as text."""
-    where = "GPU" if torch.cuda.is_available() and torch.cuda.is_initialized() else "host"
-    return f"{where} peak {peak_bytes() / 2**30:.2f} GiB"
 
 
 def n_params(module, trained=False):
@@ -242,7 +249,7 @@ EMA_COUNT = "_ema_updates"  # a key of EMA.state_dict(), for exact resume of the
 
 
 def local(tensor):
-    """What this rank holds of a tensor: its shard of one that sharded.py split (a DTensor), else all of it.
+    """What this rank holds of a tensor: its shard of one that `shard` split (a DTensor), else all of it.
     Shares memory with it, and knows nothing of autograd."""
     tensor = tensor.detach()
     return tensor.to_local() if is_sharded(tensor) else tensor
@@ -250,6 +257,22 @@ def local(tensor):
 
 def is_sharded(tensor):
     return hasattr(tensor, "to_local")  # a DTensor, whose import costs half a second
+
+
+def check_fit(module, tensors, what):
+    own = module.state_dict()
+    given = {k: v for k, v in tensors.items() if k != EMA_COUNT}
+    problems = {
+        "missing": sorted(own.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - own.keys()),
+        "of another shape": [f"{k} {list(given[k].shape)} instead of {list(own[k].shape)}" for k in own
+                             if k in given and given[k].shape != own[k].shape],
+    }
+    text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
+                     for kind, keys in problems.items() if keys)
+    if text:
+        raise SystemExit(f"error: {what}: does not fit {type(module).__name__}: {text}: another architecture "
+                         "saved it, build the model from its manifest's arch")
 
 
 class EMA:
@@ -273,7 +296,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, bad=None):
-        """Take in the weights as they are now; not where `bad`, a scalar on the device, is 1 (verdict.py)."""
+        """Take in the weights as they are now; not where `bad`, a scalar on the device, is 1 (Verdict)."""
         n = self.n.double()
         decay = ((1 + n) / (10 + n)).clamp(max=self.decay) if self.warmup else torch.full_like(n, self.decay)
         share, counts = 1 - decay, 1
@@ -289,15 +312,6 @@ class EMA:
         state = self.module.state_dict(keep_vars=True)
         state = {k: average.get(id(v), v.detach()) for k, v in state.items()}
         return state | {EMA_COUNT: self.n.clone()}
-
-    @torch.no_grad()
-    def load_state_dict(self, tensors):
-        check_fit(self.module, tensors, "ema")
-        if EMA_COUNT not in tensors:
-            raise SystemExit(f"error: ema: no {EMA_COUNT}: plain weights, not an EMA state: use load_state")
-        for name, average in zip(self.names, self.average):
-            average.copy_(tensors[name])
-        self.n.copy_(tensors[EMA_COUNT])
 
     @contextlib.contextmanager
     def swapped(self):
@@ -347,7 +361,7 @@ class Muon(torch.optim.AdamW):
 
     params: groups as of AdamW; those with muon hold matrices [out, in] alone, where out = 3 in is q, k and v
     one below the other, three matrices. torch.optim.Muon computes in bf16, which most CPUs only emulate.
-    found_inf: see verdict.py.
+    found_inf: see Verdict.
     """
 
     # quintic of which four rounds bring singular values from 0.01 up to 0.7 ... 1.2 (Jordan et al. 2024)
@@ -395,6 +409,9 @@ class Muon(torch.optim.AdamW):
         return x.mT if tall else x
 
 
+########################################## 4. several devices ################################################
+
+
 @torch.no_grad()
 def average_gradients(params, world, bucket_bytes=64 * 2**20):
     """Replace gradients by their mean over the ranks, in large buckets. All ranks pass the same parameters.
@@ -427,383 +444,6 @@ def average_gradients(params, world, bucket_bytes=64 * 2**20):
         torch._foreach_copy_(bucket, [f.view_as(g) for f, g in zip(parts, bucket)])
 
 
-########################################## 4. checkpoints ####################################################
-# OUT/step_00001000/{model,ema,optimizer,...}.safetensors + manifest.json. The manifest is written last, with
-# the SHA-256 of every file and of itself: a checkpoint is a folder that verifies, anything else is debris.
-
-_STEP = re.compile(r"step_(\d+)(\.old)?")  # .old: set aside while its replacement takes its name
-_FILE = re.compile(r"[\w.-]+\.safetensors|dcp/(\.metadata|[\w-]+\.distcp)")  # dcp/: of sharded.py
-
-
-class _Flaw(Exception):
-    """What is wrong with a checkpoint folder: "FILE: PROBLEM"."""
-
-
-def optimizer_tensors(opt):
-    """The optimiser's state: "INDEX.KEY" (index over all groups) -> tensor. Learning rates are not state."""
-    flat = {}
-    for i, p in enumerate(p for g in opt.param_groups for p in g["params"]):
-        for key, value in opt.state.get(p, {}).items():
-            if value is not None:  # SGD's empty momentum
-                value = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
-                flat[f"{i}.{key}"] = value
-    return flat
-
-
-def load_optimizer_tensors(opt, tensors):
-    """Restore what `optimizer_tensors` gave, exactly. SystemExit if it belongs to other parameters."""
-    params = [p for g in opt.param_groups for p in g["params"]]
-    state = {}
-    for name, value in tensors.items():
-        i, key = name.split(".", 1)
-        if int(i) >= len(params) or value.dim() and value.shape != params[int(i)].shape:
-            raise SystemExit(f"error: optimizer state: {name} {list(value.shape)}: is of other parameters, "
-                             "resume with the checkpoint's architecture, or start in a new folder")
-        state.setdefault(int(i), {})[key] = value.clone()  # load_state_dict would alias it
-    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
-
-
-def check_writable(out_dir):
-    """SystemExit if no file can be made in `out_dir`, which is created; a full disk is not noticed here."""
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as e:
-        raise SystemExit(f"error: --out: {out_dir}: cannot be written ({e.strerror}): give another folder "
-                         "or correct its permissions") from None
-
-
-def save_checkpoint(out_dir, step, tensors, meta, keep=2, dist=Dist()):
-    """Write OUT/step_STEP, then delete all but the `keep` newest (0: none). All ranks call it, rank 0 writes.
-
-    tensors: file name -> {key: Tensor}. meta: JSON-able; its arch, config, precision and samples become
-    entries of the manifest itself, the rest stands under "meta". Returns the folder on every rank, or None
-    after one printed line when the disk is full or failing: training goes on, and the caller counts failures
-    in a row.
-    """
-    folder = Path(out_dir) / f"step_{step:08d}"
-    done = False
-    if dist.rank == 0:
-        for pause in (1, 2, None):
-            try:
-                write_checkpoint(folder, step, tensors, meta, dist.world)
-                done = True
-                break
-            except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
-                full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(e)
-                if pause is None or full:
-                    print0(f"warning: checkpoint {folder} not saved ({one_line(e)}); training goes on")
-                    break
-                time.sleep(pause)
-        if done and keep:
-            prune(folder, step, keep)
-    if dist.world > 1:
-        flag = torch.tensor(float(done), device=dist.device)
-        td.all_reduce(flag, op=td.ReduceOp.MAX)
-        done = flag.item() > 0
-    return folder if done else None
-
-
-def write_checkpoint(folder, step, tensors, meta, world=1):
-    """Write one checkpoint folder, assets/ too: .tmp folder, fsync, rename. Errors leave nothing behind."""
-    folder, tmp = Path(folder), temporary(folder)
-    try:
-        begin_checkpoint(folder, sum(t.nbytes for group in tensors.values() for t in group.values()))
-        files = {}
-        for name, group in tensors.items():
-            path = tmp / f"{name}.safetensors"
-            save_file(_savable(group), path)
-            path.chmod(0o644)  # safetensors makes it 0600, which a shared run folder does not want
-            fsync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        finish_checkpoint(folder, step, files, meta, world)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    return folder
-
-
-def temporary(folder):
-    """Where a checkpoint is written before it takes its name."""
-    return Path(folder).with_name(Path(folder).name + ".tmp")
-
-
-def begin_checkpoint(folder, size):
-    """Make the empty temporary folder for `size` bytes of tensors. OSError if the disk has no room."""
-    tmp = temporary(folder)
-    tmp.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(tmp, ignore_errors=True)
-    need, free = 1.1 * size + 2**16, shutil.disk_usage(tmp.parent).free
-    if free < need:
-        raise OSError(errno.ENOSPC, f"needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
-    tmp.mkdir()
-
-
-def finish_checkpoint(folder, step, files, meta, world=1):
-    """Add the manifest to the temporary folder, whose files (name -> bytes, sha256) are on the disk, then
-    give it its name."""
-    folder, tmp = Path(folder), temporary(folder)
-    old = folder.with_name(folder.name + ".old")
-    lifted = {k: meta[k] for k in ("arch", "config", "precision", "samples") if k in meta}
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    rest = {k: v for k, v in meta.items() if k not in lifted}
-    manifest = {"format": 1, "step": step, **lifted, "files": files, "torch": torch.__version__,
-                "world": world, "git": git_revision(), "time": now, "meta": rest}
-    manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read, for the hash
-    manifest["sha256"] = _manifest_hash(manifest)
-    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    fsync(tmp / "manifest.json")
-    fsync(tmp)
-    if folder.exists():  # a resumed run passes this step again
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    tmp.rename(folder)
-    fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def count_lost(out, saved, lost, last):
-    """Checkpoints running that `save_checkpoint` could not write (it returned None): 0 if `saved`, else one
-    more than `lost`. SystemExit at the third, or when there is no later one to hope for (`last`)."""
-    lost = 0 if saved else lost + 1
-    if lost and (last or lost == 3):
-        raise SystemExit(f"error: {out}: {lost} checkpoint(s) running were not saved: free some space, then "
-                         "the same command resumes")
-    return lost
-
-
-def _savable(group):
-    """CPU, contiguous, no shared storage: safetensors refuses the rest."""
-    out, seen = {}, set()
-    for key, t in group.items():
-        t = t.detach().cpu().contiguous()
-        storage = t.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != t.nbytes:
-            t = t.clone()
-        seen.add(t.untyped_storage().data_ptr())
-        out[key] = t
-    return out
-
-
-def fsync(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno != errno.EINVAL:  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(fd)
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _manifest_hash(manifest):
-    rest = {k: v for k, v in manifest.items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _step_folders(out_dir):
-    """[(step, folder)], newest first."""
-    found = [(m, p) for p in Path(out_dir).glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
-    return sorted([(int(m[1]), p) for m, p in found], key=lambda f: (f[0], f[1].suffix == ""), reverse=True)
-
-
-def prune(newest, step, keep):
-    """Delete all but the `keep` newest checkpoints up to `newest`, that of `step`."""
-    # A folder of a later step did not verify when this run resumed before it: it is left alone until it is
-    # overwritten, and never counts among the kept.
-    earlier = [p for s, p in _step_folders(newest.parent) if s <= step]
-    for p in earlier[keep:] + list(newest.parent.glob("step_*.tmp")):
-        shutil.rmtree(p, ignore_errors=True)
-
-
-def _verify(folder, names=None):
-    """(files of those names, manifest) of one folder, every byte checked; raises _Flaw."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        files = {k: (v["bytes"], v["sha256"]) for k, v in manifest["files"].items()}
-        if manifest["sha256"] != _manifest_hash(manifest) or not all(_FILE.fullmatch(k) for k in files):
-            raise _Flaw("manifest.json: was changed after it was written")
-    except OSError:
-        raise _Flaw("manifest.json: cannot be read (a save that was cut off, or no checkpoint)") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _Flaw("manifest.json: damaged") from None
-    if names is not None:
-        names = (names,) if isinstance(names, str) else names
-        files = {k: v for k, v in files.items() if k.removesuffix(".safetensors") in names}
-        if not files:
-            raise _Flaw(f"manifest.json: lists no file named {' or '.join(names)}")
-    for file, (size, digest) in files.items():
-        try:
-            if (found := (folder / file).stat().st_size) != size:
-                raise _Flaw(f"{file}: {found} bytes instead of {size}")
-            if sha256(folder / file) != digest:
-                raise _Flaw(f"{file}: SHA-256 differs from the manifest's, the file is damaged")
-        except OSError as e:
-            raise _Flaw(f"{file}: cannot be read ({e.strerror})") from None
-    return list(files), manifest
-
-
-def _read(folder, names=None):
-    """(tensors, manifest) of one folder, every byte checked; raises _Flaw."""
-    files, manifest = _verify(folder, names)
-    tensors = {}
-    for file in (f for f in files if f.endswith(".safetensors")):
-        try:
-            tensors[file.removesuffix(".safetensors")] = load_file(folder / file)
-        except (OSError, SafetensorError) as e:
-            raise _Flaw(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-    if shared := manifest["meta"].get("shared"):
-        _add_shared(tensors, folder, **shared)
-    return tensors, manifest
-
-
-def _add_shared(tensors, folder, path, prefix, sha256):
-    """Weights that a shipped folder leaves in another one (an EditNet's base): `path`, relative to it, must
-    hold the model.safetensors of that hash; its keys are added below `prefix`."""
-    weights, manifest = _read(folder / path, "model")
-    if manifest["files"]["model.safetensors"]["sha256"] != sha256:
-        raise _Flaw(f"manifest.json: shares the weights of {path}, which holds other ones now")
-    for group in tensors.values():
-        group |= {prefix + k: v for k, v in weights["model"].items()}
-
-
-def _newest(out_dir, names=None, read=_read):
-    """(folder, *read(folder, names)) of the newest step that verifies; None without any step."""
-    flaws = []
-    for _, folder in _step_folders(out_dir):
-        try:
-            found = folder, *read(folder, names)
-        except _Flaw as e:
-            flaws.append(f"{folder.name}/{e}")
-            print0(f"warning: {folder}/{e}; FALLING BACK to the checkpoint before it")
-            continue
-        if flaws:
-            print0(f"warning: using {folder} instead of {len(flaws)} newer, damaged checkpoint(s)")
-        return found
-    if flaws:
-        raise SystemExit(f"error: {out_dir}: none of {len(flaws)} checkpoints verifies ({flaws[0]}): restore "
-                         "one, or move them away to start from scratch")
-
-
-def load_checkpoint(path, names=None):
-    """({file: {key: CPU Tensor}}, manifest) of a step or shipped folder, or of a run's newest good step.
-
-    names: files to read, those of them that exist, e.g. ("ema", "model"); None = all. Nothing is unpickled.
-    SystemExit naming the file for any flaw of a folder that was named; a run folder falls back to an earlier
-    step, loudly.
-    """
-    path = Path(path)
-    names = (names,) if isinstance(names, str) else names
-    if not path.is_dir():
-        raise SystemExit(f"error: {path}: no such folder: give a run folder, a step_* in it or a shipped one")
-    if (path / "manifest.json").exists() or _STEP.fullmatch(path.name):
-        try:
-            return _read(path, names)
-        except _Flaw as e:
-            raise SystemExit(f"error: {path}/{e}: use another checkpoint or copy this one again") from None
-    found = _newest(path, names)
-    if found is None:
-        raise SystemExit(f"error: {path}: holds neither manifest.json nor step_* folders: give a folder "
-                         "that a train script wrote")
-    return found[1:]
-
-
-def load_latest(out_dir):
-    """(tensors, manifest) to resume from, or None if nothing was saved. All ranks call it, and agree.
-
-    SystemExit if there are checkpoints and none verifies: starting from scratch is for the user to decide.
-    """
-    found = None
-
-    def find():
-        nonlocal found
-        found = _newest(out_dir)
-        return found and found[0].name
-
-    name = _on_first_rank(find)
-    if name is None:
-        return None
-    tensors, manifest = found[1:] if found else load_checkpoint(Path(out_dir) / name)
-    if any(file.startswith("dcp/") for file in manifest["files"]):
-        raise SystemExit(f"error: {out_dir}: {name} was saved by a sharded run: resume with --fsdp True")
-    return tensors, manifest
-
-
-def find_latest(out_dir):
-    """(folder, manifest) of what a sharded run resumes from, verified and not loaded; None if nothing was
-    saved. All ranks call it. SystemExit as `load_latest`."""
-    found = _on_first_rank(lambda: _newest(out_dir, read=_verify))
-    if found is None:
-        return None
-    folder, files, manifest = found
-    if not any(file.startswith("dcp/") for file in files):
-        raise SystemExit(f"error: {out_dir}: {folder.name} was saved by a run that was not sharded: resume "
-                         "without --fsdp")
-    return folder, manifest
-
-
-def _on_first_rank(find):
-    """What find() returns on rank 0, on every rank; its SystemExit too."""
-    if not (td.is_initialized() and td.get_world_size() > 1):
-        return find()
-    result = [None, None]
-    if td.get_rank() == 0:
-        try:
-            result[0] = find()
-        except SystemExit as e:
-            result[1] = str(e)
-    td.broadcast_object_list(result, device=torch.device("cuda") if td.get_backend() == "nccl" else None)
-    if result[1]:
-        raise SystemExit(result[1])
-    return result[0]
-
-
-def check_fit(module, tensors, what):
-    own = module.state_dict()
-    given = {k: v for k, v in tensors.items() if k != EMA_COUNT}
-    problems = {
-        "missing": sorted(own.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - own.keys()),
-        "of another shape": [f"{k} {list(given[k].shape)} instead of {list(own[k].shape)}" for k in own
-                             if k in given and given[k].shape != own[k].shape],
-    }
-    text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
-                     for kind, keys in problems.items() if keys)
-    if text:
-        raise SystemExit(f"error: {what}: does not fit {type(module).__name__}: {text}: another architecture "
-                         "saved it, build the model from its manifest's arch")
-
-
-SAME_RESULT = {"out", "device", "workers", "log_every", "eval_every", "eval_pairs", "sample_every", "keep",
-               "save_every", "plateau_warn", "wandb", "project", "compile", "checkpointing", "dry_run"}
-
-
-def warn_changed(out, manifest, now, bf16):
-    """On resuming, a line for each flag (of the dict `now`) that differs from the command that began the run,
-    less those that leave the result alone and those without a value of their own (None). Of --precision what
-    was decided is compared, in a manifest from before that flag its bool bf16."""
-    before = dict(manifest["config"])
-    before["precision"] = manifest.get("precision") or PRECISION.get(before.get("bf16"))
-    for key, value in (now | {"precision": PRECISION[bf16]}).items():
-        if before.get(key, value) != value and value is not None and key not in SAME_RESULT:
-            print0(f"warning: {out}: began with --{key} {before[key]}, goes on with {value}")
-
-
-def load_state(module, tensors, what):
-    """module.load_state_dict, strict; else SystemExit with one line, in which `what` names the file. A module
-    on the meta device (of a dry run) stays as it is."""
-    check_fit(module, tensors, what)
-    if any(p.is_meta for p in module.parameters()):
-        return
-    module.load_state_dict({k: v for k, v in tensors.items() if k != EMA_COUNT}, strict=True)
-
-
 @functools.cache  # setup() asks first: the checkout may move on while a run goes on
 def git_revision():
     """Commit of the code that runs, with "+" if the tree differed from it; None outside git."""
@@ -815,243 +455,147 @@ def git_revision():
         return None
 
 
-############################################ 5. metrics ######################################################
-
-
-class Metrics:
-    """Means, to stdout, OUT/metrics.jsonl and W&B. Rank 0 writes. A failing logger never stops a run.
-
-    wandb: "auto" (WANDB_MODE if set, else online with an API key, else offline), "online", "offline", "off".
-    run_id: W&B id from the checkpoint (put `metrics.run_id` into its meta): a resumed run goes on there.
-    resumed_from: step of that checkpoint. A row marks it, as rows of steps that are now repeated stand above.
-    """
-
-    def __init__(self, out_dir, dist, config, wandb="auto", project="feedback-editing", run_id=None,
-                 resumed_from=None):
-        self.out_dir, self.dist = Path(out_dir), dist
-        self.run_id = run_id or secrets.token_hex(4)
-        self.sums, self.counts = {}, {}
-        self.file = self.run = self.wandb = None
-        self.failures = 0
-        if dist.rank != 0:
-            return
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.out_dir / "metrics.jsonl", "a+b", buffering=0)
-            if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
-                self.file.write(b"\n")  # the last row was cut off by a kill
-        except OSError as e:
-            print0(f"warning: {self.out_dir}/metrics.jsonl: {e.strerror}; it is not written")
-        if resumed_from is not None:
-            self._row({"resumed_from": resumed_from})
-        self._start_wandb(wandb, project, config)
-
-    def _start_wandb(self, mode, project, config):
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
-        if mode in ("off", "disabled"):
-            return
-        if mode not in ("online", "offline"):
-            raise SystemExit(f"error: wandb mode: {mode}: use auto, online, offline or off")
-        for mode in ("online", "offline")[mode == "offline":]:
-            try:
-                import wandb  # 0.6 s and 33 packages: only when it is used
-                settings = wandb.Settings(silent=True, console="off", init_timeout=60, reinit="create_new")
-                self.run = wandb.init(project=project, id=self.run_id, resume="allow", mode=mode,
-                                      config=config, dir=self.out_dir, settings=settings)
-                self.run.define_metric("trainer/step")
-                self.run.define_metric("*", step_metric="trainer/step")
-                self.wandb = wandb
-                where = self.run.url if mode == "online" else Path(self.run.dir).parent  # for `wandb sync`
-                print0(f"wandb: {mode}, id {self.run_id}, {where}")
-                return
-            except Exception as e:  # no package, no key, no network, no space: none of them is worth a run
-                instead = "offline" if mode == "online" else "without it"
-                print0(f"warning: wandb {mode} failed ({one_line(e)}), going on {instead}")
-                self.run = None
-
-    def add(self, **values):
-        """Add tensors (every element counts) or floats. Sums stay on the device: no synchronisation."""
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                self.counts[name] = self.counts.get(name, 0) + value.numel()
-                value = value.detach().sum(dtype=torch.float64)
-            else:
-                self.counts[name] = self.counts.get(name, 0) + 1
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def add_where(self, chosen, **values):
-        """Add the elements of tensors where `chosen`, bool of their shape, is true; they are counted on the
-        device."""
-        for name, value in values.items():
-            value = torch.where(chosen, value.detach(), 0).sum(dtype=torch.float64)
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + chosen.sum()
-
-    def flush(self, step, extra={}):
-        """{name: mean over ranks and elements since the last flush} | extra (rank 0's, not reduced).
-
-        Every rank calls it. Ranks may have added different names. NaN is kept here, null in metrics.jsonl.
-        """
-        names = list(self.sums)
-        if self.dist.world > 1:
-            everyone = [None] * self.dist.world
-            td.all_gather_object(everyone, names)
-            names = names if all(n == names for n in everyone) else sorted(set().union(*everyone))
-        like = {"dtype": torch.float64, "device": self.dist.device}
-        table = torch.zeros(2, len(names), **like)
-        for n, column in zip(names, table.unbind(1)):
-            column[0], column[1] = self.sums.get(n, 0.0), self.counts.get(n, 0)
-        if self.dist.world > 1 and names:
-            td.all_reduce(table)
-        row = {n: total / count for n, total, count in zip(names, *table.tolist()) if count}
-        row |= {k: v.item() if isinstance(v, torch.Tensor | np.generic) else v for k, v in extra.items()}
-        self.sums, self.counts = {}, {}
-        if self.dist.rank == 0:
-            shown = [f"| {k} {v:.4g}" if isinstance(v, float) else f"| {k} {v}" for k, v in row.items()]
-            print0(f"step {step:6d}", *shown[:10])
-            self._row({"step": step, "time": round(time.time(), 1), **row})
-            self._log({"trainer/step": step, **row})  # never step=: W&B drops rows of earlier steps
-        return row
-
-    def images(self, step, pictures):
-        """{key: PIL picture} to OUT/images/step_STEP_KEY.png and to W&B, on rank 0."""
-        if self.dist.rank != 0:
-            return
-        for key, picture in pictures.items():
-            try:
-                key = re.sub(r"[^A-Za-z0-9_.-]+", "_", key)
-                path = self.out_dir / "images" / f"step_{step:08d}_{key}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
-            except OSError as e:
-                print0(f"warning: {path}: {one_line(e)}; the picture is not saved")
-        if self.run:
-            self._log({"trainer/step": step}, pictures)
-
-    def _row(self, row):
-        if self.file:
-            try:
-                self.file.write((json.dumps(_no_nan(row), default=str, allow_nan=False) + "\n").encode())
-            except OSError as e:
-                print0(f"warning: {self.out_dir}/metrics.jsonl: {e.strerror}; a row is lost")
-
-    def _log(self, row, pictures={}):
-        if not self.run:
-            return
-        try:
-            self.run.log(row | {k: self.wandb.Image(p, file_type="jpg") for k, p in pictures.items()})
-            self.failures = 0
-        except Exception as e:  # a full disk raises OSError here, out of the middle of a training step
-            self.failures += 1
-            if self.failures == 1:
-                print0(f"warning: wandb.log failed ({one_line(e)}), going on")
-            if self.failures == 5:
-                print0("warning: wandb.log failed 5 times in a row, going on without it")
-                self.run = None
-
-    def close(self):
-        """Finish W&B and close the file."""
-        if self.run:
-            try:
-                self.run.finish()
-            except Exception as e:
-                print0(f"warning: wandb.finish failed ({one_line(e)})")
-        if self.file:
-            self.file.close()
-        self.run = self.file = None
-
-
-def _wandb_key():
-    """Whether W&B could log in without asking: it would wait for an answer on a terminal."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def one_line(e):
     return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
-def _no_nan(value):
-    if isinstance(value, dict):
-        return {k: _no_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_no_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def shard(net, dist, bf16):
+    """Distribute an Editor or EditNet whose weights are the same on all ranks; `net` is then on dist.device.
 
+    Sharded, each its own FSDP2 unit: joint blocks and control blocks that train, and the zero projections
+    behind these. Their fp32 masters are split over the ranks, as are gradients, optimiser and average; from
+    the first use in a step to the end of its backward pass they are gathered in bf16 (fp32 without `bf16`),
+    2 bytes a parameter, for PeFL calls them up to T1 times a step. Gradients are averaged in fp32.
+    Replicated: what is frozen (an EditNet's base), in bf16: it has no optimiser state, and gathering would
+    cost more than holding. And what trains outside the blocks, in fp32, 1% of SD3: a text encoder is called
+    from outside `forward`, where nothing would gather it; average_gradients is for these.
 
-############################################ 6. pictures #####################################################
-
-
-def to_pil(picture):
-    """PIL RGB from a PIL picture, a float tensor [3, H, W] in [-1, 1] or a mask [1, H, W] in [0, 1]."""
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    x = picture.detach().float().cpu()
-    x = x.expand(3, -1, -1) if x.shape[0] == 1 else (x + 1) / 2
-    x = (x.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
-
-
-def contact_sheet(rows, titles, row_titles=None, scale=None, smooth=False):
-    """One PIL picture from rows of what `to_pil` takes, or None for an empty cell.
-
-    titles: one per column. row_titles: one per row, wrapped, at the left. scale: integer magnification; None
-    brings pictures of at most 64 px to about 128. smooth: Lanczos; nearest shows the pixels as they are.
+    Call it after every deepcopy of `net` and before optimiser and EMA are made: parameters become others.
+    Autocast stays on around the calls. Trap: FSDP2 would cast inputs to bf16, t among them (15% off).
     """
-    pictures = [[None if p is None else to_pil(p) for p in row] for row in rows]
-    longest = max([1] + [max(p.size) for row in pictures for p in row if p])
-    if scale is None:
-        scale = 128 // longest if longest <= 64 else 1
-    how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
-    pictures = [[p and p.resize((p.width * scale, p.height * scale), how) for p in row] for row in pictures]
-    n = max([len(titles)] + [len(row) for row in pictures])
-    font, line, gap = ImageFont.load_default(size=14), 18, 8
-    widths = [max([84] + [row[c].width for row in pictures if c < len(row) and row[c]]) for c in range(n)]
-    titles = list(titles) + [""] * (n - len(titles))
-    heads = [_wrap(str(t), font, w + gap - 2, 3) for t, w in zip(titles, widths)]
-    left = 176 if row_titles else 0
-    sides = [_wrap(str(t), font, left - gap, 12) for t in row_titles or []] + [[]] * len(pictures)
-    heights = [max([line * len(s)] + [p.height for p in row if p]) for row, s in zip(pictures, sides)]
-    top = gap + line * max([len(h) for h in heads] + [0])
-    size = gap + left + sum(w + gap for w in widths), top + gap + sum(h + gap for h in heights)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    x0 = gap + left
-    for head, w in zip(heads, widths):
-        for i, text in enumerate(head):
-            place = x0 + w / 2, top - line * (len(head) - i)
-            draw.text(place, text, fill="#202020", font=font, anchor="ma")
-        x0 += w + gap
-    y = top + gap // 2
-    for row, side, h in zip(pictures, sides, heights):
-        for i, text in enumerate(side):
-            draw.text((gap, y + line * i), text, fill="#202020", font=font)
-        x = gap + left
-        for p, w in zip(row, widths):
-            if p:
-                sheet.paste(p, (x + (w - p.width) // 2, y))
-            x += w + gap
-        y += h + gap
-    return sheet
+    # not above: their import costs half a second, which only a run with --fsdp should pay
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if any(".parametrizations." in name for name, _ in net.named_parameters()):
+        raise SystemExit("error: --fsdp: a low-rank update is small, and what it updates is replicated: "
+                         "leave out one of the two")
+    if getattr(net, "cached", False):  # FSDP2 sees what a block is given and returns, not what it hands aside
+        raise SystemExit("error: --fsdp: keys and values that --fixed_source keeps pass FSDP2 by: leave out "
+                         "one of the two")
+    if not td.is_initialized():  # one rank without torchrun takes the same path
+        td.init_process_group("nccl" if dist.device.type == "cuda" else "gloo", store=td.HashStore(), rank=0,
+                              world_size=1)
+    units = [m for m in blocks(net) if any(p.requires_grad for p in m.parameters())]
+    if not units:
+        raise SystemExit("error: --fsdp: no block trains, so there is nothing to shard: leave it out")
+    inside = {id(p) for m in units for p in m.parameters() if p.requires_grad}
+    whole = {p for p in net.parameters() if id(p) not in inside}
+    for p in whole:
+        p.data = p.data.to(dist.device, torch.bfloat16 if bf16 and not p.requires_grad else p.dtype)
+    for b in net.buffers():
+        b.data = b.data.to(dist.device)
+    settings = dict(mesh=init_device_mesh(dist.device.type, (dist.world,)), ignored_params=whole,
+                    reshard_after_forward=False, mp_policy=MixedPrecisionPolicy(
+                        torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False))
+    # the sums behind the zero projections are out of place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPLinear. returned a view")
+    for m in units:
+        fully_shard(m, **settings)
+    fully_shard(net, **settings)  # the root has no parameters: it tells the units when a pass begins and ends
 
 
-def _wrap(text, font, width, limit):
-    """Lines of `text` that fit `width` pixels, at most `limit` of them."""
-    text = "".join(c if c.isprintable() else " " for c in text.encode("utf-8", "replace").decode())[:400]
-    lines, current = [], ""
-    for word in text.split():
-        while font.getlength(word) > width and len(word) > 1:  # a word wider than the column is cut
-            cut = max(k for k in range(1, len(word)) if k == 1 or font.getlength(word[:k]) <= width)
-            lines, current, word = lines + ([current] if current else []) + [word[:cut]], "", word[cut:]
-        joined = f"{current} {word}".strip()
-        if font.getlength(joined) <= width:
-            current = joined
-        else:
-            lines, current = lines + [current], word
-    lines += [current] if current else []
-    return lines if len(lines) <= limit else lines[:limit - 1] + [lines[limit - 1] + " ..."]
+def blocks(net):
+    """The modules that `shard` makes units of, in the order of their use."""
+    mmdit = getattr(net, "base", net).mmdit
+    beside = [getattr(net, n) for n in ("branch", "img_out", "src_out", "txt_out") if hasattr(net, n)]
+    return [m for group in (mmdit.joint_blocks, *beside) for m in group]
+
+
+def split_groups(groups):
+    """Optimiser groups, those of shards apart: a fused or foreach step does not take both kinds at once."""
+    parts = [{**g, "params": [p for p in g["params"] if is_sharded(p) == sharded]}
+             for g in groups for sharded in (True, False)]
+    return [g for g in parts if g["params"]]
+
+
+@torch.no_grad()
+def clip_grad_norm(params, limit):
+    """torch.nn.utils.clip_grad_norm_ for parameters sharded or not -> the global norm, on every rank."""
+    params = [p for p in params if p.grad is not None]
+    if not any(is_sharded(p.grad) for p in params):
+        return torch.nn.utils.clip_grad_norm_(params, limit)
+    shards = [local(p.grad) for p in params if is_sharded(p.grad)]
+    whole = [p.grad for p in params if not is_sharded(p.grad)]
+    squares = torch.nn.utils.get_total_norm(shards).square()
+    td.all_reduce(squares)
+    norm = (squares + torch.nn.utils.get_total_norm(whole).to(squares).square()).sqrt()
+    torch._foreach_mul_(shards + whole, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def gathered(tensors):
+    """(name, whole tensor) of a state dict, one after the other. All ranks run through it together."""
+    for name, t in tensors.items():
+        yield name, (t.full_tensor() if is_sharded(t) else t).detach()
+
+
+########################################## 5. which steps count #############################################
+
+
+class Verdict:
+    """Which training steps count: decided on the device, alike on all ranks, read by the host a step later.
+
+        verdict = Verdict(dist, out, "lower --lr")
+        ...
+        opt.found_inf = bad = verdict.give(step, loss, grad_norm)
+        opt.step()
+        ema.update(bad)
+        stop = verdict.read()
+
+    A host that asked at every step whether its numbers are finite would wait for the device each time, and
+    the device then for the host. Here `bad` stays on the device. torch's fused optimisers leave weights,
+    moments and their count of steps as they are where found_inf is 1 (it is made for loss scaling), and so do
+    Muon and EMA: a step with a non-finite number changes nothing.
+
+    out, remedy: for the error after 20 bad steps in a row.
+    """
+
+    def __init__(self, dist, out, remedy):
+        self.dist, self.running, self.given = dist, 0, []
+        self.error = f"error: {out}: 20 non-finite steps in a row: {remedy}"
+
+    def give(self, step, *numbers):
+        """Scalars of a step, on the device -> 1.0 there if one of them is not finite on one rank, else 0.0.
+
+        The all-reduce also asks whether a rank was told to stop. Workers are signalled one after the other,
+        each at its own point of a step: acting on a local flag would let one rank save alone and hang.
+        """
+        bad = ~torch.isfinite(torch.stack([n.detach().float() for n in numbers])).all()
+        stop = torch.full((), float(stop_asked()), device=bad.device)
+        flags = torch.stack([bad.float(), stop])
+        if self.dist.world > 1:
+            td.all_reduce(flags, op=td.ReduceOp.MAX)
+        done = torch.cuda.Event() if flags.is_cuda else None
+        host = flags.to("cpu", non_blocking=True)  # into pinned memory, which torch makes for it
+        if done:
+            done.record()
+        self.given.append((step, host, done))
+        return flags[0]
+
+    def read(self, last=False):
+        """Whether to stop, by all verdicts but the newest, whose step may still run, or by all if it is the
+        `last`. Prints a line for a bad step; SystemExit at the 20th in a row."""
+        stop = False
+        while len(self.given) > (not last):
+            step, host, done = self.given.pop(0)
+            if done:
+                done.synchronize()
+            bad, asked = host.tolist()
+            stop, self.running = stop or asked > 0, self.running + 1 if bad else 0
+            if bad:
+                print0(f"warning: step {step}: non-finite loss or gradient: skipped ({self.running} "
+                              "running)")
+            if self.running == 20:
+                raise SystemExit(self.error)
+        return stop

@@ -1,160 +1,289 @@
 """Pictures, captions and masks, or edit pairs, from any source, in one batch format.
 
     python data.py check photos/         # counts, broken files, shapes, captions, mask areas, a sample sheet
-    python data.py check omniedit:DIR    # the same of a set of edit pairs (edits.py names the layouts)
-    python pack.py scenes --out DIR --limit 1000000    # draw or decode ahead; then train with --data DIR
+    python data.py check omniedit:DIR    # the same of a set of edit pairs (layouts: readers/edits.py)
 
-Sources, cropping, loaders, preferences, check. Below it: pictures.py reads files, masks.py makes masks,
-order.py says what comes when, packed.py reads what pack.py drew or decoded ahead.
-Masks are 1 where the picture is to be regenerated. Pictures leave this file as float [-1, 1].
+    1. shapes: aspect buckets       2. order: which sample comes when, a function of (seed, step, rank, world)
+    3. sources, opened by name      4. cropping      5. loaders      6. preferences      7. check
+
+Below it: readers/ reads files and masks.py makes masks. Masks are 1 where the picture is to be regenerated.
+Pictures leave this file as float [-1, 1].
 """
 
-import json
 import math
 import os
 import re
 import signal
 import sys
 from collections import Counter, namedtuple
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-import edits
-import packed
-from masks import task_mask
-from order import EditSampler, Listed, Sampler, bucket, mix, size_of
-from pictures import (
+from log import contact_sheet
+from masks import ERASE_PROMPT, PROMPT_FREE, TASKS, task_mask
+from readers import edits, packed
+from readers.files import (
     HELDOUT,
     MAX_BAD,
     MAX_CAPTION,
-    SUFFIXES,
     BadFile,
     EmptyPart,
-    RowGroups,
-    checked,
     clean_caption,
     files_of,
-    held_out,
-    image_size,
     inside,
-    json_lines,
+    mix,
     part_of,
-    picture_cell,
-    printable,
     read_image,
-    read_labels,
-    read_mask,
+    size_of,
     too_many,
 )
+from readers.pictures import Folder, Parquet
 
-ERASE_PROMPT = "empty background, nothing there"
-
-# How often a sample gets each task and loses its caption: ours, the paper gives no probabilities
-TASKS = {"t2i": 0.10, "inpaint": 0.30, "edit": 0.25, "outpaint": 0.25, "erase": 0.10}
-PROMPT_FREE = {"t2i": 0.0, "inpaint": 0.1, "edit": 0.0, "outpaint": 0.5, "erase": 0.0}
+DRAWN = 1_000_000  # pairs of a procedural source among which tasks or scores are chosen
 
 
-#### 1. sources ##############################################################################################
-# A source has len(), .name, .size(i) -> (h, w) or None when it draws at any size, and .load(i, h, w) ->
-# dict(image uint8 [h', w', 3] covering (h, w) if it can, caption str, segments int [h'', w''] or None).
-# Optional: .runs and .window, rows that are read together (see `shuffled`).
-CAPTION_COLUMNS = ("caption", "text", "prompt")  # of parquet files
-Row = namedtuple("Row", "file caption segments mask")  # caption None: look for NAME.txt
+#### 1. shapes ###############################################################################################
+SCENE_RATIOS = (1, 2 / 3, 3 / 2, 3 / 4, 4 / 3, 9 / 16, 16 / 9)  # the seven of OmniEdit
+RATIOS = SCENE_RATIOS + (1 / 2, 2, 1 / 3, 3, 1 / 4, 4)
 
 
-def _metadata_row(row):
-    if not isinstance(row.get("file_name"), str):
-        raise ValueError("no file_name")
-    caption = next((row[k] for k in ("text", "caption", "prompt") if row.get(k) is not None), "")
-    if not isinstance(caption, str):
-        raise ValueError("the caption is not a string")
-    return Row(row["file_name"], caption, row.get("segments"), row.get("mask"))
+@lru_cache(maxsize=None)
+def shapes(image_size, stride, ratios=RATIOS):
+    """(h, w) of every ratio h / w: multiples of `stride` with about image_size**2 pixels."""
+    if image_size < stride or image_size % stride:
+        raise SystemExit(f"error: image_size: {image_size}: use a multiple of {stride}")
+    sides = [[round(image_size * s / stride) * stride or stride for s in (r**0.5, r**-0.5)] for r in ratios]
+    return tuple(dict.fromkeys(map(tuple, sides)))
 
 
-class Folder:
-    """Folder of pictures with metadata.jsonl as in Hugging Face's imagefolder (file_name; text, caption or
-    prompt; perhaps segments = label map, mask = an object's mask), or NAME.txt, NAME.seg.png beside each."""
+@lru_cache(maxsize=1 << 16)
+def bucket(h, w, image_size, stride, aspects):
+    """Shape (h', w') at which a picture of (h, w) is used: the one rule for caching, training and sampling.
 
-    def __init__(self, root, split, share):
-        self.root, self.name, self.bad_lines = str(root), str(root), 0
-        if (Path(root) / "metadata.jsonl").is_file():
-            rows, self.bad_lines = checked(json_lines(Path(root) / "metadata.jsonl"), _metadata_row)
-        else:
-            files = sorted(os.path.relpath(os.path.join(at, f), root) for at, _, names in os.walk(root)
-                           for f in names if f.lower().endswith(SUFFIXES) and not f.startswith("."))
-            maps = {f.removesuffix(".seg.png"): f for f in files if f.endswith(".seg.png")}
-            rows = [Row(f, None, maps.get(os.path.splitext(f)[0]), None) for f in files
-                    if not f.endswith(".seg.png")]
-        if not rows:
-            raise BadFile(root, "no pictures", f"use metadata.jsonl, parquet or {', '.join(SUFFIXES)}")
-        self.rows = [r for r in rows if split == "all" or held_out(r.file, share) == (split == "heldout")]
+    Without `aspects` a square; else, of the shapes 1:4 to 4:1 of equal area, the nearest in log ratio."""
+    if not aspects:
+        return shapes(image_size, stride, (1,))[0]
+    return min(shapes(image_size, stride), key=lambda s: (round(abs(math.log(h * s[1] / (w * s[0]))), 9), s))
+
+
+def permute(i, n, key):
+    """Keyed bijection of [0, n), applied to integers [k] -> int64 [k]: a shuffle that is never stored.
+
+    A Feistel network on an even number of bits, walked until it lands below n. key: tuple of ints >= 0."""
+    half = np.uint64(max(3, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    x = np.array(i, np.uint64)
+    todo, round_keys = np.arange(len(x)), np.random.SeedSequence(key).generate_state(6, np.uint64)
+    while len(todo):
+        left, right = x[todo] >> half, x[todo] & low
+        for k in round_keys:
+            left, right = right, left ^ (mix(right + k) & low)
+        x[todo] = (left << half) | right
+        todo = todo[x[todo] >= n]
+    return x.astype(np.int64)
+
+
+def shuffled(i, runs, window, key, run_key):
+    """As `permute` over sum(runs), but rows of `window` runs (parquet row groups, in shuffled order) stay
+    together, so that only so many need be in memory. When one window holds all, it is a plain permutation."""
+    runs, i = np.asarray(runs, np.int64), np.asarray(i, np.int64)
+    if len(runs) <= window:
+        return permute(i, int(runs.sum()), key)
+    order = permute(np.arange(len(runs)), len(runs), run_key)
+    ends = np.cumsum(runs[order])
+    out, block = np.empty_like(i), np.searchsorted(ends, i, "right") // window
+    for b in np.unique(block).tolist():
+        start, stop = (ends[b * window - 1] if b else 0), ends[min((b + 1) * window, len(ends)) - 1]
+        out[block == b] = start + permute(i[block == b] - start, int(stop - start), (*key, b))
+    run = np.searchsorted(ends, out, "right")
+    return (np.cumsum(runs) - runs)[order[run]] + out - (ends - runs[order])[run]
+
+
+def paced(counts, rng):
+    """An even mixture of `counts` things: (kind, place in its kind) of each of sum(counts) places."""
+    pace = np.concatenate([(np.arange(k) + rng.random(k)) / k for k in counts])
+    order = np.argsort(pace, kind="stable")
+    kind, place = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(k) for k in counts])
+    return kind[order], place[order]
+
+
+# What one rank loads at a step. slot int64 [B] counts within the bucket; copy > 0 where it wrapped round.
+Request = namedtuple("Request", "step epoch shape bucket slot copy position wrapped")
+
+
+class Sampler:
+    """Endless order of a source: `request(step)` is a pure function of (seed, step, rank, world).
+
+    In an epoch every bucket is shuffled and cut into global batches of world * batch_size, the last filled by
+    wrapping round. All ranks have the same bucket at a step; buckets are interleaved evenly. A source that
+    draws at any size has one bucket whose shape, with `aspects`, is drawn for every global batch."""
+
+    def __init__(self, source, image_size, batch_size, seed, rank, world, aspects, stride):
+        if batch_size < 1:
+            raise SystemExit(f"error: batch_size: {batch_size}: must be at least 1")
+        self.seed, self.rank, self.batch, self.total = seed % 2**63, rank, batch_size, batch_size * world
+        n, self.window, self.drawn = len(source), getattr(source, "window", 1), False
+        runs = np.asarray(getattr(source, "runs", [n]))
+        self.shapes, self.runs, self.members = shapes(image_size, stride, (1,)), [runs], [None]
+        if aspects and size_of(source, 0) is None:
+            self.shapes, self.drawn = shapes(image_size, stride, SCENE_RATIOS), True
+        elif aspects:
+            every, which = shapes(image_size, stride), np.zeros(n, np.int64)
+            for i in range(n):
+                which[i] = every.index(bucket(*size_of(source, i), image_size, stride, True))
+            used, ends = np.unique(which), np.cumsum(runs)
+            self.shapes, self.members = [every[b] for b in used], [np.flatnonzero(which == b) for b in used]
+            run_of = np.searchsorted(ends, np.arange(n), "right")
+            self.runs = [np.bincount(run_of[m], minlength=len(runs)) for m in self.members]
+        self.count = [n if m is None else len(m) for m in self.members]
+        self.batches = [-(-c // self.total) for c in self.count]
 
     def __len__(self):
-        return len(self.rows)
+        return sum(self.batches)  # steps in an epoch
 
-    def size(self, i):
-        return image_size(inside(self.root, self.rows[i].file))
+    def summary(self):
+        if self.drawn:
+            return f"{self.count[0]:,} pictures drawn at " + ", ".join(f"{w}x{h}" for h, w in self.shapes)
+        extra = len(self) * self.total - sum(self.count)
+        return (f"{sum(self.count):,} items, {len(self):,} steps an epoch, {extra:,} repeated to fill them: "
+                + ", ".join(f"{w}x{h} {c:,}" for (h, w), c in zip(self.shapes, self.count)))
 
-    def caption(self, i):
-        row = self.rows[i]
-        text = os.path.splitext(row.file)[0] + ".txt"
-        if row.caption is not None or not os.path.isfile(os.path.join(self.root, text)):
-            return row.caption or ""
-        with open(inside(self.root, text), "rb") as f:
-            return f.read(16 * MAX_CAPTION).decode("utf-8", "replace")
+    @lru_cache(maxsize=8)
+    def _schedule(self, epoch):
+        """(bucket, batch) of every step of an epoch: each bucket in its own order, all at an even pace."""
+        return paced(self.batches, np.random.default_rng([self.seed, epoch, 1]))
 
-    def load(self, i, h, w):
-        row = self.rows[i]
-        image, segments = read_image(inside(self.root, row.file), cover=(h, w)), None
-        if row.segments:
-            segments = read_labels(inside(self.root, row.segments), None)
-        elif row.mask:
-            segments = (read_mask(inside(self.root, row.mask)) > 0.5).astype(np.int32)
-        return dict(image=image, caption=self.caption(i), segments=segments)
+    def _slots(self, epoch, b, at):
+        """(slot, copy) of places [k] of a bucket's epoch; places past its end wrap round."""
+        keys = (self.seed, epoch, 2, b), (self.seed, epoch, 3)
+        return shuffled(at % self.count[b], self.runs[b], self.window, *keys), at // self.count[b]
+
+    def request(self, step):
+        epoch, k = divmod(step, len(self))
+        b, j = (0, k) if len(self.batches) == 1 else (int(a[k]) for a in self._schedule(epoch))
+        at = np.arange(self.total) + j * self.total
+        wrapped = int((at >= self.count[b]).sum())
+        position = list(range(self.rank * self.batch, (self.rank + 1) * self.batch))
+        slot, copy = self._slots(epoch, b, at[position])
+        draw = np.random.default_rng([self.seed, step, 4]).integers(len(self.shapes)) if self.drawn else b
+        return Request(step, epoch, self.shapes[draw], b, slot, copy, position, wrapped)
+
+    def index(self, b, slot):
+        """Index in the source of a slot; slots past the end wrap round."""
+        slot = int(slot) % self.count[b]
+        return slot if self.members[b] is None else int(self.members[b][slot])
 
 
-class Parquet:
-    """Parquet files with a picture column (Hugging Face struct {bytes, path}, raw bytes, or a path under the
-    file's folder) and perhaps captions (string or list)."""
+class EditSampler(Sampler):
+    """Order of edit pairs: as Sampler's, with tasks as often as their weights say, and low scores left out.
 
-    def __init__(self, files, name, split, share):
-        self.name, self.groups = name, RowGroups(files, self._columns)
-        self.window, self.rows = self.groups.window, np.arange(self.groups.first[-1])
-        if split != "all":
-            held = mix(self.rows.astype(np.uint64)) < np.uint64(share * 2**63) * np.uint64(2)
-            self.rows = self.rows[held == (split == "heldout")]
-        self.runs = self.groups.runs(self.rows)
+    In every bucket the tasks are mixed at an even pace, and each goes through its own pairs again and again,
+    all of them shuffled before any comes back; the task that lasts longest makes the epoch. weights: task ->
+    weight ("": pairs without one), or None to take pairs as they are.
+    min_score: leave out what is scored lower; a pair without a score stays."""
 
-    @staticmethod
-    def _columns(file, kinds):
-        structs = [n for n, t in kinds.items() if t.startswith("struct<bytes")]
-        found = [n for n in ("image", "img", "jpg", "png", "image_path") if n in kinds] + structs
-        captions = [n for n in CAPTION_COLUMNS if n in kinds]
-        if not found:
-            raise BadFile(file, f"no picture column among {', '.join(kinds) or 'its none'}",
-                          "name it image: a struct {bytes, path}, bytes or a path")
-        return found[0], captions[0] if captions else None
+    def __init__(self, source, *args, weights=None, min_score=None):
+        super().__init__(source, *args)
+        n, runs = len(source), np.asarray(getattr(source, "runs", [len(source)]))
+        if size_of(source, 0) is None:  # drawn, not stored: as many as can be looked at one by one
+            n, runs = min(n, DRAWN), np.array([min(n, DRAWN)])
+        self.tasks, ids, keep = [""], np.zeros(n, np.int64), np.ones(n, bool)
+        if weights is not None:
+            self.tasks = [*source.tasks, ""]
+            ids = getattr(source, "task_of", None)
+            ids = [self.tasks.index(source.task(i) or "") for i in range(n)] if ids is None else ids[:n]
+            ids = np.asarray(ids, np.int64) % len(self.tasks)  # -1, no task, is the last
+            keep = np.array([weights.get(t, 0) > 0 for t in self.tasks])[ids]
+        self.unused = n - int(keep.sum())
+        if min_score is not None:
+            scores = getattr(source, "scores", None)
+            scores = [source.score(i) for i in range(n)] if scores is None else scores[:n]
+            keep &= ~(np.asarray([math.nan if s is None else s for s in scores], np.float32) < min_score)
+        self.low = n - self.unused - int(keep.sum())
+        if not keep.any():
+            raise SystemExit(f"error: --min_score, --tasks: {min_score}, {weights}: none of the {n:,} pairs "
+                             f"of {source.name} is left: lower the score, or change the weights")
+        self.number = np.bincount(ids[keep], minlength=len(self.tasks))
+        share = np.array([(weights or {"": 1.0}).get(t, 0) for t in self.tasks]) * (self.number > 0)
+        longest = max(k / s for k, s in zip(self.number, share) if s > 0)
+        self.often = share * longest / np.maximum(self.number, 1)  # of a task's pairs, in an epoch
+        self.window = max(1, self.window // int((self.number > 0).sum()))  # each task is somewhere else
+        run_of, buckets = np.searchsorted(np.cumsum(runs), np.arange(n), "right"), []
+        for shape, members in zip(self.shapes if self.members[0] is not None else [None], self.members):
+            m = np.arange(n) if members is None else members
+            groups = [m[keep[m] & (ids[m] == t)] for t in range(len(self.tasks))]
+            if any(map(len, groups)):
+                buckets.append((shape, groups, [np.bincount(run_of[g], minlength=len(runs)) for g in groups]))
+        if self.members[0] is not None:
+            self.shapes = [b[0] for b in buckets]
+        self.members = [np.concatenate(groups) for _, groups, _ in buckets]
+        self.first = [np.cumsum([0, *map(len, groups)]) for _, groups, _ in buckets]
+        self.runs = [runs for *_, runs in buckets]
+        # rounded first: 3.0000000000000004 times one pair is not four
+        self.quota = [np.ceil(np.round(np.diff(f) * self.often, 6)).astype(np.int64) for f in self.first]
+        self.count = [int(q.sum()) for q in self.quota]
+        self.batches = [-(-c // self.total) for c in self.count]
+
+    def summary(self):
+        tasks = ", ".join(f"{t or 'no task'} {k:,} x {o:.2f}" for t, k, o in
+                          zip(self.tasks, self.number, self.often) if k) if len(self.tasks) > 1 else ""
+        left = f"; left out: {self.low:,} by score, {self.unused:,} by task" * (self.low + self.unused > 0)
+        tasks = f"; pairs of a task, and how often an epoch has them: {tasks}" * bool(tasks)
+        return super().summary() + tasks + left
+
+    @lru_cache(maxsize=32)
+    def _mixed(self, epoch, b):
+        kinds, places = paced(self.quota[b], np.random.default_rng([self.seed, epoch, 5, b]))
+        return kinds.astype(np.int16), places.astype(np.int32)  # one of each per pair, in every worker
+
+    def _slots(self, epoch, b, at):
+        kinds, places = self._mixed(epoch, b)
+        kind, lap = kinds[at % self.count[b]], at // self.count[b]
+        turn = places[at % self.count[b]] + epoch * self.quota[b][kind]
+        cycle, place = np.divmod(turn, np.diff(self.first[b])[kind])
+        slot = np.empty_like(place)
+        for k, c in set(zip(kind.tolist(), cycle.tolist())):
+            mine = (kind == k) & (cycle == c)
+            keys = (self.seed, c, 2, b, k), (self.seed, c, 3)
+            slot[mine] = self.first[b][k] + shuffled(place[mine], self.runs[b][k], self.window, *keys)
+        return slot, cycle * 4096 + lap  # copies of a pair in an epoch differ in one or the other
+
+    def index(self, b, slot):
+        return int(self.members[b][int(slot) % len(self.members[b])])
+
+
+class Listed:
+    """The given indices once, in order; one shape per batch; positions count along the list."""
+
+    def __init__(self, source, indices, image_size, batch_size, rank, world, aspects, stride):
+        self.n, self.requests, group, last = len(source), [], [], None
+        if bad := [i for i in indices if not 0 <= i < self.n]:
+            raise SystemExit(f"error: indices: {bad[0]}: {source.name} has {self.n:,}")
+        share = -(-len(indices) // world)
+        for p in [*range(rank * share, min((rank + 1) * share, len(indices))), None]:
+            size = aspects and p is not None and size_of(source, indices[p]) or (1, 1)
+            shape = bucket(*size, image_size, stride, aspects)
+            if group and (p is None or shape != last or len(group) == batch_size):
+                slot = np.array([indices[q] for q in group])
+                self.requests.append(Request(0, 0, last, 0, slot, np.zeros_like(slot), group, 0))
+                group = []
+            group, last = group + [p], shape
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.requests)
 
-    def _picture(self, i):
-        """-> (bytes or path, name for messages, caption cell)."""
-        file, name, (picture, caption) = self.groups.row(self.rows[i])
-        return picture_cell(picture, file, name), name, caption
+    def summary(self):
+        return f"{sum(len(r.slot) for r in self.requests):,} listed, {len(self):,} batches"
 
-    def size(self, i):
-        return image_size(*self._picture(i)[:2])
+    def request(self, k):
+        return self.requests[k]
 
-    def load(self, i, h, w):
-        picture, name, caption = self._picture(i)
-        texts = [c for c in (caption if isinstance(caption, list) else [caption]) if isinstance(c, str)]
-        image = read_image(picture, name, cover=(h, w))
-        return dict(image=image, caption=texts[0] if texts else "", segments=None)
+    def index(self, _, slot):
+        return int(slot) % self.n
 
 
 def open_source(spec, split="train"):
@@ -166,7 +295,7 @@ def open_source(spec, split="train"):
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
     if spec.partition(":")[0] == "scenes":
-        from scenes import Scenes, parse_spec
+        from scenes.dataset import Scenes, parse_spec
 
         level, wrong = parse_spec(spec)
         if wrong is not None:
@@ -190,7 +319,7 @@ def open_source(spec, split="train"):
 
 
 def open_edits(spec, split="train"):
-    """Edit pairs -> source (see edits.py); SystemExit with one line on all else.
+    """Edit pairs -> source (readers/edits.py); SystemExit with one line on all else.
 
     spec: "scenes" or "scenes:hard", procedural pairs; "scenes:wrong=0.5" or "scenes:hard,wrong=0.5", half of
     them wrong, and scored; "omniedit:PATH", "ip2p:PATH", "magicbrush:PATH", "ultraedit:PATH", "jsonl:PATH" or
@@ -200,8 +329,7 @@ def open_edits(spec, split="train"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
     kind, colon, rest = spec.partition(":")
     if kind == "scenes":
-        from scene_edits import EditScenes
-        from scenes import parse_spec
+        from scenes.dataset import EditScenes, parse_spec
 
         level, wrong = parse_spec(spec)
         return EditScenes("train" if split == "all" else split, wrong or 0.0, level)
@@ -290,16 +418,14 @@ def mixture(tasks):
     return {t: p / sum(tasks.values()) for t, p in tasks.items() if p > 0}
 
 
-def make_sample(source, tasks, prompt_free, hflip, train, index, h, w, rng, notes):
+def make_sample(source, tasks, prompt_free, train, index, h, w, rng, notes):
     """One picture with its task and mask; all randomness is from `rng`, in a fixed order. Raises BadFile."""
     item = source.load(index, h, w)
-    y, x, flip, pick, drop = rng.random(5)
-    if item["image"].dtype == np.float32:  # latents (cache.py), cropped and never flipped
+    y, x, _, pick, drop = rng.random(5)  # pictures are never flipped: captions say left and right
+    if item["image"].dtype == np.float32:  # latents (make_cache.py), cropped and never flipped
         image, segments, (h, w) = item["image"], None, item["image"].shape[1:]
     else:
         image, segments = fit(item["image"], h, w, *((y, x) if train else (0.5, 0.5)), item.get("segments"))
-    if hflip and flip < 0.5:
-        image, segments = image[:, ::-1], None if segments is None else segments[:, ::-1]
     edges = np.cumsum(list(tasks.values()))[:-1]
     asked = list(tasks)[int(np.searchsorted(edges, pick, "right"))]
     mask, task = task_mask(asked, h, w, rng, segments)
@@ -327,7 +453,7 @@ def make_edit_sample(source, p_region, train, index, h, w, rng, notes):
     notes["captions cut"] += cut
     at = (y, x) if train else (0.5, 0.5)
     before, image, mask = item["source"], item["image"], item["mask"]
-    latents = image.dtype == np.float32  # cache.py: cropped and never flipped
+    latents = image.dtype == np.float32  # make_cache.py: cropped and never flipped
     if latents:
         h, w = image.shape[1:]
     else:
@@ -440,22 +566,22 @@ class Loader:
 
 
 def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1, workers=2, start_step=0,
-                aspects=False, stride=8, prompt_free=PROMPT_FREE, hflip=False, max_bad=MAX_BAD, **to):
+                aspects=False, stride=8, prompt_free=PROMPT_FREE, max_bad=MAX_BAD, **to):
     """Endless training batches from `start_step`. batch_size is per rank; the batch at step s depends on
     (seed, s, rank, world) alone, and the ranks' batches joined on world * batch_size alone. Random crops.
 
     batch: image [B, 3, H, W] in [-1, 1]; mask [B, 1, H, W], 1 = regenerate; caption and task, lists of str;
     index int64 [B]; segments int32 [B, H, W] or None; step, epoch; position, places in the global batch.
     tasks: task -> weight. prompt_free: chance that a caption becomes "", one number or per task; erasing says
-    ERASE_PROMPT. hflip is off by default: captions say left and right. A bad file is named, counted and
-    replaced by the next of its bucket; SystemExit beyond `max_bad` or a tenth of what was read.
-    A source of latents (cache.py): image [B, C, h, w], mask of its size, centre crops, only the task t2i.
+    ERASE_PROMPT. A bad file is named, counted and replaced by the next of its bucket; SystemExit beyond
+    `max_bad` or a tenth of what was read.
+    A source of latents (make_cache.py): image [B, C, h, w], mask of its size, centre crops, the task t2i.
     to: device and draw of `Loader`, for all loaders."""
-    if getattr(source, "latents", False) and (hflip or list(mixture(tasks)) != ["t2i"]):
-        raise SystemExit(f"error: tasks: {', '.join(mixture(tasks))}{', hflip' * hflip}: latents cannot be "
-                         "masked or flipped: use t2i alone, or pictures and the cache's text only")
+    if getattr(source, "latents", False) and list(mixture(tasks)) != ["t2i"]:
+        raise SystemExit(f"error: tasks: {', '.join(mixture(tasks))}: latents cannot be masked: use t2i "
+                         "alone, or pictures and the cache's text only")
     order = Sampler(source, image_size, batch_size, seed, rank, world, aspects, stride)
-    make = partial(make_sample, source, mixture(tasks), prompt_free, hflip, True)
+    make = partial(make_sample, source, mixture(tasks), prompt_free, True)
     return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad, **to)
 
 
@@ -466,7 +592,7 @@ def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, seed
     step is 0 and position the place in `indices`, so noise from (seed, step, position) knows no batch size or
     world. Rank r takes the r-th share; a batch ends early at the end and where the shape changes."""
     order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
-    make = partial(make_sample, source, mixture(tasks), prompt_free, False, False)
+    make = partial(make_sample, source, mixture(tasks), prompt_free, False)
     return Loader(source, order, make, seed, workers, None, max_bad, **to)
 
 
@@ -483,22 +609,24 @@ def edit_weights(source, balance):
 def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0,
                      aspects=False, stride=8, p_region=0.3, balance=True, min_score=None, max_bad=MAX_BAD,
                      **to):
-    """Endless batches of edit pairs, as sure as `make_loader`'s. Source, target and mask are cropped and
-    flipped together; the crop holds the region of the edit where there is a mask.
+    """Endless batches of edit pairs, functions of the same as `make_loader`'s. Source, target and mask are
+    cropped and flipped together; the crop holds the region of the edit where there is a mask.
 
     batch: image (the target) and source [B, 3, H, W] in [-1, 1]; mask [B, 1, H, W], 1 = may change, ones for
     free-form edits; caption (the instruction), target_caption and task, lists of str ("" without one); score
     float32 [B] in 0..10, NaN for none; index int64 [B], position, step, epoch.
     p_region: chance that a pair with a mask is shown it (default ours; UltraEdit's second stage mixes them).
-    A source of latents (cache.py): image, source [B, C, h, w], mask [B, 1, h, w], centre crops, no flips.
+    A source of latents (make_cache.py): image, source [B, C, h, w], mask [B, 1, h, w], centre crops.
     balance: see `edit_weights`; a task that is not named in a dict is left out. min_score: pairs with a lower
-    score, or none, are left out. A procedural source is taken to hold its tasks equally often."""
+    score are left out. A procedural source is taken to hold its tasks equally often."""
     args = source, image_size, batch_size, seed, rank, world, aspects, stride
     sizes = getattr(source, "sizes", None)
     if aspects and rank == 0 and sizes is not None and (unknown := int((sizes == 0).any(1).sum())) > 20_000:
         print(f"note: {source.name}: {unknown:,} pictures say their size nowhere but in themselves: it "
               "takes a while to read; leave aspects off if all are square", file=sys.stderr)
-    as_drawn = size_of(source, 0) is None and not isinstance(balance, dict) and min_score is None
+    drawn = size_of(source, 0) is None
+    min_score = None if drawn and not source.wrong else min_score  # all right, and too many to look at
+    as_drawn = drawn and not isinstance(balance, dict) and min_score is None
     weights = edit_weights(source, balance)
     order = Sampler(*args) if as_drawn else EditSampler(*args, weights=weights, min_score=min_score)
     make = partial(make_edit_sample, source, p_region, True)
@@ -512,65 +640,6 @@ def make_edit_eval_batches(source, indices, image_size, batch_size, seed=0, rank
     order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
     make = partial(make_edit_sample, source, p_region, False)
     return Loader(source, order, make, seed, workers, None, max_bad, **to)
-
-
-#### 4. preferences ##########################################################################################
-Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind", defaults=[""])
-
-
-def _pairs_of(row):
-    """Row of a preference file -> list of Pair. Of ImageReward's ranks lower is better; ties are skipped."""
-    kind = str(row.get("kind", ""))  # what tells better from worse: accuracy is reported for each
-    caption = next((row[k] for k in ("caption", "prompt", "text") if isinstance(row.get(k), str)), None)
-    if "ranking" in row or "generations" in row:
-        files, ranks = row.get("generations"), row.get("ranking")
-        lists = isinstance(files, list) and isinstance(ranks, list) and len(files) == len(ranks)
-        if caption is None or not lists:
-            raise ValueError("needs prompt, and generations and ranking of equal length")
-        ranked = list(zip(files, ranks))
-        if not all(type(f) is str and type(r) in (int, float) and abs(r) < math.inf for f, r in ranked):
-            raise ValueError("generations must be file names and ranking finite numbers")
-        return [Pair(f, caption, g, caption, kind) for f, a in ranked for g, b in ranked if a < b]
-    better, worse = row.get("better"), row.get("worse")
-    if not (isinstance(better, str) and isinstance(worse, str)) or better == worse:
-        raise ValueError("better and worse must be two different strings")
-    if isinstance(row.get("image"), str):
-        return [Pair(row["image"], better, row["image"], worse, kind)]
-    if caption is None:
-        raise ValueError("neither caption (of two pictures) nor image (of two captions)")
-    return [Pair(better, caption, worse, caption, kind)]
-
-
-class Pairs(list):
-    """List of Pair, with .name, .root (the folder of its pictures) and .bad_rows."""
-
-
-def open_pairs(path, split="all", images=None, fraction=0.1):
-    """Preference file -> Pairs: JSON list or JSON lines of ImageReward items {prompt, generations, ranking},
-    {caption, better, worse} with two pictures, {image, better, worse} with two captions, told by the keys.
-
-    Pictures are relative to `images`, else to the file's folder. split "train" / "heldout" goes by a hash of
-    the prompt (the picture, where captions are compared or there is none), so that none is on both sides;
-    `fraction` is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
-    path = Path(path)
-    if split not in ("train", "heldout", "all") or not path.is_file():
-        raise SystemExit(f"error: {path}, split {split!r}: no such file or split: use train, heldout or all")
-    with open(path, "rb") as f:
-        is_list = f.read(64).lstrip().startswith(b"[")
-    try:
-        items = json.loads(path.read_bytes()) if is_list else ()
-    except (ValueError, RecursionError) as e:
-        raise BadFile(path, f"not JSON ({printable(str(e))[:80]})", "repair it") from None
-    rows = ((f"{path} item {n}", row) for n, row in enumerate(items)) if is_list else json_lines(path)
-    found, bad_rows = checked(rows, _pairs_of)
-    pairs = Pairs(p for row in found for p in row)
-    if split != "all":
-        keys = [p.image_better != p.image_worse and p.caption_better or p.image_better for p in pairs]
-        pairs = Pairs(p for p, k in zip(pairs, keys) if held_out(k, fraction) == (split == "heldout"))
-    if not pairs:
-        raise SystemExit(f"error: {path}: no pairs in its {split} part: check its keys, or the fraction")
-    pairs.name, pairs.root, pairs.bad_rows = str(path), str(images or path.parent), bad_rows
-    return pairs
 
 
 def make_pair(pairs, index, h, w, rng, notes):
@@ -587,8 +656,8 @@ def make_pair(pairs, index, h, w, rng, notes):
 
 def pair_loader(pairs, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0, stride=8,
                 max_bad=MAX_BAD, once=False, **to):
-    """Endless batches, as sure as `make_loader`'s: better, worse [B, 3, H, W] in [-1, 1], caption_better,
-    caption_worse, index, position, step. `once`: each pair once, in order, for held-out accuracy."""
+    """Endless batches, a function of the same as `make_loader`'s: better, worse [B, 3, H, W] in [-1, 1],
+    caption_better, caption_worse, index, position, step. `once`: each pair once, in order."""
     if once:
         order = Listed(pairs, range(len(pairs)), image_size, batch_size, rank, world, False, stride)
     else:
@@ -627,7 +696,7 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
             row = []
             for t in TASKS:
                 rng = np.random.default_rng([i, len(row)])
-                s = make_sample(source, {t: 1.0}, 0.0, False, False, i, h, w, rng, notes)
+                s = make_sample(source, {t: 1.0}, 0.0, False, i, h, w, rng, notes)
                 picture, m = s["image"], s["mask"][0, ..., None]
                 row.append(tinted(picture, m) if s["task"] == t else None)
                 areas[t] += [float(m.mean())] if s["task"] == t else []
@@ -660,7 +729,6 @@ def tinted(picture, mask):
 
 def save_sheet(out, *rows):
     """Contact sheet (common.contact_sheet) written to `out`; SystemExit if that is no place for a picture."""
-    from common import contact_sheet
 
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -1,29 +1,26 @@
-"""The scenes judge, and preferences from the known truth.
+"""The scenes judge.
 
-    python evaluate.py parser  --out assets/parser --steps 6000          # the judge's parser
+    python evaluate.py parser  --out assets/parser --train_steps 6000          # the judge's parser
     python evaluate.py scenes  --ckpt assets/base,out/pefl --n 500       # tables, results.json, contact sheet
     python evaluate.py edits   --ckpt out/editnet,out/concat --n 300     # the same, of instruction editors
     python evaluate.py t2i     --ckpt assets/base --guidance 3           # the same, of text to image
     python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad, of either
-    python evaluate.py prefs   --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8
 
-A scene's description is known, so the judge needs no human: a parser network (judge.py) reads attributes back
-from the picture, and the exact picture that belongs there is drawn again. `scenes` has the tasks of ByteEdit
-(judge_holes.py), `edits` the seven of OmniEdit and `t2i` text to image (judge_edits.py). Masks and
+A scene's description is known, so the judge needs no human: a parser network (scenes/judge.py) reads
+attributes back from the picture, and the exact picture that belongs there is drawn again. `scenes` has the
+tasks of ByteEdit (scenes/judge_holes.py), `edits` the seven of OmniEdit and `t2i` text to image
+(scenes/judge_edits.py). Masks and
 instructions depend on the scene, noise on (seed, scene): equal for every checkpoint, so that all comparisons
 are paired. Intervals are 95% bootstraps over scenes. Every picture is judged as 8 bits per channel, a filled
 hole with the known pixels pasted back.
 
-    1. Config     2. Results: pictures of an editor     3. parser, scenes, edits, t2i, compare, prefs
+    1. Statistics     2. Config     3. Results: pictures of an editor     4. The tasks
 """
 
-import datetime
 import json
 import math
 import os
-import platform
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,28 +33,106 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+import checkpoint
 import common
-import data
 import flow
-import model
-import scenes
-from judge import (
-    SIDE,
-    bootstrap,
-    frechet_interval,
-    load_parser,
-    parser_accuracy,
-    sign_test,
-    to_float,
-    to_uint8,
-    train_parser,
+import log
+import pipeline
+from data import shapes
+from log import open_out, provenance, write_json
+from pipeline import Pipe
+from readers.files import read_image
+from scenes import dataset
+from scenes.dataset import EditScenes
+from scenes.draw import LEVELS
+from scenes.judge import SIDE, Parser, load_parser, parser_accuracy, to_float, to_uint8, train_parser
+from scenes.judge_edits import (
+    EditCases,
+    ask,
+    bounds,
+    edit_cases,
+    features_of,
+    judge_edits,
+    judge_t2i,
+    prompts,
 )
-from judge_edits import EditCases, ask, bounds, edit_cases, features_of, judge_edits, judge_t2i, prompts
-from judge_holes import TASKS, Cases, judge_result, make_cases, paste
-from order import shapes
-from pictures import read_image
-from prefs import make_prefs
-from scene_edits import EditScenes
+from scenes.judge_holes import TASKS, Cases, frechet_features, judge, make_cases, paste
+
+####################################################################################################
+# 1. Statistics
+####################################################################################################
+
+
+def bootstrap(*groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
+    """Mean and 95% percentile interval of values [N] over resampled scenes (not-a-number: not asked of this
+    scene) -> {"mean", "low", "high", "n"}. Of several groups: the mean of their means, each resampled on its
+    own, whatever their sizes (a group without values does not count)."""
+    groups = [np.asarray(g, np.float64) for g in groups]
+    groups = [g for g in (g[~np.isnan(g)] for g in groups) if len(g)]
+    if not groups:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    rng = np.random.default_rng(seed)
+    means = np.mean([g[rng.integers(0, len(g), (draws, len(g)))].mean(1) for g in groups], 0)
+    low, high = np.percentile(means, (2.5, 97.5))
+    mean = float(np.mean([g.mean() for g in groups]))
+    return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, groups))}
+
+
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features [N, D] -> mean [D], covariance [D, D], in float64."""
+    x = np.asarray(x, np.float64)
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
+    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
+    equal N only."""
+    (ma, ca), (mb, cb) = moments(a), moments(b)
+    # not numpy's eigh: its threads spin, which takes minutes where other jobs run
+    ca, cb = torch.from_numpy(ca), torch.from_numpy(cb)
+    w, v = torch.linalg.eigh(ca)
+    root = (v * w.clamp(min=0).sqrt()) @ v.T
+    # tr (C_a C_b)^(1/2) = sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric
+    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
+    return max(float(((ma - mb) ** 2).sum()) + (ca.trace() + cb.trace() - 2 * cross).item(), 0.0)
+
+
+def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 0) -> dict:
+    """Frechet distance of paired features [S, N, D] (S noise seeds), interval = 1.96 bootstrap standard
+    deviations. Not the percentiles: a resample repeats scenes, which shifts the distance itself upwards."""
+    S, N, D = a.shape
+    rng = np.random.default_rng(seed)
+    value = frechet(a.reshape(-1, D), b.reshape(-1, D))
+    resampled = []
+    for _ in range(draws):
+        i = rng.integers(0, N, N)
+        resampled.append(frechet(a[:, i].reshape(-1, D), b[:, i].reshape(-1, D)))
+    half = 1.96 * float(np.std(resampled))
+    return {"mean": value, "low": max(value - half, 0.0), "high": value + half, "n": N}
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p of a fair coin; ties are left out."""
+    n, k = wins + losses, min(wins, losses)
+    if n == 0:
+        return 1.0
+    logs = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
+    return min(1.0, 2 * sum(math.exp(x - n * math.log(2)) for x in logs))
+
+
+def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dict]:
+    """pictures uint8 [S, N, H, W, 3] -> metrics [S, N], and {metric: mean and interval} with the Frechet
+    distances."""
+    per_seed = [judge(to_float(p), c, net) for p in pictures]
+    scores = {k: np.stack([m[k] for m in per_seed]) for k in per_seed[0]}
+    summary = {k: bootstrap(v.mean(0)) for k, v in scores.items()}  # not-a-number depends on the scene alone
+    of_truth = frechet_features(c.truth, c, net)
+    of_result = zip(*(frechet_features(paste(to_float(p), c), c, net) for p in pictures))
+    for name, a, b in zip(("frechet", "frechet_hole"), of_result, of_truth):
+        summary[name] = frechet_interval(np.stack(a), np.broadcast_to(b, (len(a), *b.shape)))
+    return scores, summary
+
 
 ####################################################################################################
 # 1. Config
@@ -65,15 +140,16 @@ from scene_edits import EditScenes
 
 @dataclass
 class Config:
-    task: tyro.conf.Positional[Literal["parser", "scenes", "edits", "t2i", "compare", "prefs"]]
-    ckpt: str = ""  # checkpoints or folders of saved pictures, with commas; prefs: the base
-    out: str = "out/evaluate"  # folder for results and the sheet, for the parser, or for the preferences
+    task: tyro.conf.Positional[Literal["parser", "scenes", "edits", "t2i", "compare"]]
+    ckpt: str = ""  # checkpoints or folders of saved pictures, with commas
+    out: str = "out/evaluate"  # folder for results and the sheet, or for the parser
     save: str = ""  # scenes, edits: also keep the pictures here, a folder each, for a later `compare`
     parser: str = "assets/parser"  # the judge's parser
-    n: int = 500  # scenes for each task; t2i, prefs: prompts
-    data: str = "scenes"  # scenes or scenes:hard; prefs: also a folder of captioned pictures or a .parquet
+    n: int = 500  # scenes for each task; t2i: prompts
+    data: str = "scenes"  # scenes or scenes:hard
     offset: int = 0  # first scene
-    steps: str = "20"  # of sampling, for all or for each checkpoint (prefs: each of k); parser: of training
+    steps: str = "20"  # of sampling, for all or for each checkpoint
+    train_steps: int = 6000  # parser: of training
     guidance: float = 1.0  # classifier-free guidance, of the instruction in edits; 1 = off
     image_guidance: float = 1.0  # edits: guidance of the source picture; 1 = off
     region: bool = False  # edits: show the editor which region changes
@@ -81,10 +157,6 @@ class Config:
     image_size: int = 0  # edits: side of the square of equal area; 0 = what the editor was trained at
     solver: Literal["euler", "heun"] = "euler"  # of the sampler
     seeds: str = "0"  # noise seeds, with commas
-    captions: int = 0  # prefs: further true pictures for alignment pairs alone
-    k: int = 4  # prefs: pictures for each prompt, of which the best and the worst are kept
-    margin: float = 0.25  # prefs: best and worst are a pair if the worst's error is larger by this fraction
-    mismatched: float = 0.67  # prefs: share of false captions that are another scene's; the rest: one fact
     batch_size: int = 64  # pictures sampled together; parser: scenes in a training batch
     lr: float = 2e-3  # parser: peak learning rate, cosine
     tie: float = 0.05  # compare: errors that differ by less than this fraction are a tie
@@ -93,89 +165,29 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
 
 
-def numbers(text: str, what: str, low: int) -> list[int]:
-    """ "20,8" -> [20, 8]."""
-    try:
-        found = [int(x) for x in text.split(",")]
-    except ValueError:
-        raise SystemExit(f"error: --{what}: {text!r}: use whole numbers with commas between them") from None
-    if min(found) < low:
-        raise SystemExit(f"error: --{what}: {min(found)}: use at least {low}")
-    return found
-
-
 ####################################################################################################
 # 2. Results: pictures of an editor, or of a folder
 ####################################################################################################
 
 
-@dataclass
-class Editor:
-    """A checkpoint ready to sample from. kind: "scenes" (fills holes), "edits" (follows instructions)."""
-
-    kind: str
-    net: model.Editor | model.EditNet
-    size: int
-    shift: float
-    device: torch.device
-    bf16: bool
-
-
-def load_editor(path: str, device: torch.device, precision: str, kind: str | None = "scenes") -> Editor:
-    """Averaged weights if there are any; SystemExit unless it is of the kind, in pixel space. kind None: an
-    editor of either kind; "t2i": that, or a text-to-image base."""
-    weights, manifest = common.load_checkpoint(path, ("ema", "model"))
-    arch = manifest.get("arch", {})
-    fills_holes = kind != "t2i"
-    if kind in (None, "t2i"):
-        kind = "edits" if arch.get("kind") == "editnet" else "scenes"
-    net = model.build_editnet(arch, path) if kind == "edits" else model.build_editor(arch, path)
-    if kind == "scenes" and fills_holes and not net.cfg.inpaint:
-        raise SystemExit(f"error: {path}: is a text-to-image base without mask input: train it with"
-                         " `train_omni.py --stage inpaint`")
-    if not net.cfg.txt_bytes:
-        raise SystemExit(f"error: {path}: needs a VAE and text encoders: the judge samples only pixel-space"
-                         " editors, give it a folder of pictures in the layout of --save")
-    common.load_state(net, weights.get("ema") or weights["model"], path)
-    config = manifest.get("config", {})
-    if "image_size" not in config:
+def open_judged(path: str, device: torch.device, *needs: str) -> Pipe:
+    """An editor ready to be judged; SystemExit unless it can do one of `needs` (pipeline.open_editor)."""
+    pipe = pipeline.open_editor(path, device, needs)
+    if not pipe.size:
         raise SystemExit(f"error: {path}/manifest.json: config has no image_size: use a checkpoint that"
                          " train_omni.py or train_pefl.py wrote")
-    net = net.to(device).eval().requires_grad_(False)
-    return Editor(kind, net, int(config["image_size"]), float(config.get("shift", 1.0)), device,
-                  precision == "bf16")
+    pipe.net.to(device).eval().requires_grad_(False)
+    return pipe
 
 
-@torch.inference_mode()
-def generate(e: Editor, image: Tensor, mask: Tensor, caption: list[str], noise: Tensor, steps: int,
-             guidance: float = 1.0, solver: str = "euler") -> Tensor:
-    """Pictures [B, 3, H, W] as the network returns them, known pixels not pasted. Arguments as in Cases."""
-    image, mask, x = image.to(e.device), mask.to(e.device), noise.to(e.device)
-    masked = image * (1 - mask)
-    with torch.autocast(e.device.type, torch.bfloat16, enabled=e.bf16):
-        txt, vec = e.net.encode_text(caption)
-        null = e.net.encode_text([""] * len(caption))
-
-        def cond(x: Tensor, t: Tensor) -> Tensor:
-            return e.net(x, t, txt, vec, mask, masked)
-
-        def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            return cond(x, t), e.net(x, t, *null, mask, masked)
-
-        denoise = cond if guidance == 1 else flow.guide(both, guidance)
-        return flow.sample(denoise, x, flow.timesteps(steps, e.shift), solver).cpu()
-
-
-@torch.inference_mode()
-def generate_edit(e: Editor, source: Tensor, region: Tensor, instruction: list[str], noise: Tensor,
-                  steps: int, guidance: float = 1.0, image_guidance: float = 1.0,
-                  solver: str = "euler") -> Tensor:
-    """Pictures [B, 3, H, W] by instruction. region float [B, 1, H, W]: ones = free-form."""
-    source, region, x = source.to(e.device), region.to(e.device), noise.to(e.device)
-    with torch.autocast(e.device.type, torch.bfloat16, enabled=e.bf16):
-        text, null = e.net.encode_text(instruction), e.net.encode_text([""] * len(instruction))
-        denoise = flow.edit_denoise(e.net, text, null, source, region, guidance, image_guidance)
-        return flow.sample(denoise, x, flow.timesteps(steps, e.shift), solver).cpu()
+def drawn(pipe: Pipe, cfg: "Config", captions: list[str], mask: Tensor, image: Tensor, gens: list,
+          steps: int) -> Tensor:
+    """pipeline.sample at the settings of `cfg`, noise from `gens` -> [B, 3, H, W] on the CPU."""
+    h, w = (side // pipe.space.stride for side in image.shape[2:])
+    noise = common.randn(gens, (pipe.space.channels, h, w))
+    return pipeline.sample(pipe.net, pipe.space, captions, mask, image, noise,
+                           flow.timesteps(steps, pipe.shift), cfg.guidance, cfg.image_guidance, cfg.solver,
+                           bf16=cfg.precision == "bf16").float().cpu()
 
 
 @dataclass
@@ -193,10 +205,10 @@ AnyCases = dict[str, Cases] | dict[str, EditCases]  # by folder: TASK, or ASPECT
 STREAMS = (*TASKS, *EditScenes.tasks)  # of noise
 
 
-def sample_result(result: Result, e: Editor, cases: AnyCases, cfg: Config, steps: int,
+def sample_result(result: Result, pipe: Pipe, cases: AnyCases, cfg: Config, steps: int,
                   seeds: list[int]) -> None:
     """Fill `result` with pictures of one editor."""
-    bar = common.progress(len(seeds) * sum(len(c.indices) for c in cases.values()), desc=result.name)
+    bar = log.progress(len(seeds) * sum(len(c.indices) for c in cases.values()), desc=result.name)
     for key, c in cases.items():
         h, w = c.image.shape[2:]
         out = np.empty((len(seeds), len(c.indices), h, w, 3), np.uint8)
@@ -205,14 +217,11 @@ def sample_result(result: Result, e: Editor, cases: AnyCases, cfg: Config, steps
                 part = slice(i, i + cfg.batch_size)
                 # a function of (seed, scene, task): the same for every checkpoint and batch size
                 gens = common.generators(seed, 0, c.indices[part], stream=STREAMS.index(c.task))
-                noise = common.randn(gens, c.image.shape[1:])
-                if e.kind == "edits":
-                    region = c.region[part] if cfg.region else torch.ones_like(c.region[part])
-                    got = generate_edit(e, c.image[part], region.float(), c.caption[part], noise, steps,
-                                        cfg.guidance, cfg.image_guidance, cfg.solver)
+                if pipe.follows:
+                    mask = c.region[part].float() if cfg.region else torch.ones(len(gens), 1, h, w)
                 else:
-                    got = generate(e, c.image[part], c.mask[part], c.caption[part], noise, steps,
-                                   cfg.guidance, cfg.solver)
+                    mask = c.mask[part]
+                got = drawn(pipe, cfg, c.caption[part], mask, c.image[part], gens, steps)
                 out[s, part] = to_uint8(got).numpy()
                 bar.update(len(got))
         result.pictures[key] = out
@@ -272,7 +281,7 @@ def aspect_sizes(aspects: str, size: int, stride: int) -> dict[str, tuple[int, i
 
 def level_of(cfg: Config) -> str:
     """The level of scenes that --data names; SystemExit on all else: of other pictures no truth is known."""
-    if (found := scenes.parse_spec(cfg.data)) is None or found[1] is not None:
+    if (found := dataset.parse_spec(cfg.data)) is None or found[1] is not None:
         raise SystemExit(f"error: --data: {cfg.data}: the judge knows the truth of scenes only: use scenes "
                          "or scenes:hard")
     return found[0]
@@ -280,7 +289,7 @@ def level_of(cfg: Config) -> str:
 
 def gather_cases(cfg: Config, kind: str, size: int, stride: int) -> AnyCases:
     if kind == "scenes":
-        source, tasks = scenes.Scenes("heldout", level_of(cfg)), TASKS
+        source, tasks = dataset.Scenes("heldout", level_of(cfg)), TASKS
     else:
         source = EditScenes("heldout", level=level_of(cfg))
         tasks = source.tasks
@@ -302,24 +311,26 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
     entries = [x.strip() for x in cfg.ckpt.split(",") if x.strip()]
     if not entries:
         raise SystemExit("error: --ckpt: is empty: give checkpoints or folders of saved pictures")
-    seeds, steps = numbers(cfg.seeds, "seeds", 0), numbers(cfg.steps, "steps", 1)
+    seeds, steps = common.numbers(cfg.seeds, "seeds", 0), common.numbers(cfg.steps, "steps", 1)
     if len(steps) not in (1, len(entries)):
         raise SystemExit(f"error: --steps: {cfg.steps}: give one number or {len(entries)}, one for each")
     steps = steps * (len(entries) // len(steps))
     opened, results = [], []
     for entry, k in zip(entries, steps):  # all are opened before the first is sampled: an error costs no time
-        e = None
+        pipe = None
         if (Path(entry) / "judge.json").is_file():
             r = open_result(Path(entry))
             if r.kind != (kind or r.kind):
                 raise SystemExit(f"error: {entry}: holds pictures of `evaluate.py {r.kind}`, not of {kind}:"
                                  " name another folder")
         else:
-            e = load_editor(entry, device, cfg.precision, kind)
-            size = cfg.image_size if e.kind == "edits" and cfg.image_size else e.size
-            r = Result(e.kind, f"{entry.rstrip('/')}@{k}", size, e.net.cfg.patch)
+            pipe = open_judged(entry, device, *({"scenes": ["fill"], "edits": ["follow"]}.get(kind)
+                                                or ["fill", "follow"]))
+            size = cfg.image_size if pipe.follows and cfg.image_size else pipe.size
+            r = Result("edits" if pipe.follows else "scenes", f"{entry.rstrip('/')}@{k}", size,
+                       pipe.net.cfg.patch * pipe.space.stride)
         kind = r.kind
-        opened.append(e)
+        opened.append(pipe)
         results.append(r)
         if r.size != results[0].size:
             raise SystemExit(f"error: --ckpt: {entry}: makes {r.size}-pixel pictures, {entries[0]}"
@@ -328,16 +339,16 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
     for i, r in enumerate(results):
         r.name += f" ({i})" if names.count(names[i]) > 1 else ""
     cases = gather_cases(cfg, kind, results[0].size, math.lcm(*(r.stride for r in results)))
-    for entry, k, e, r in zip(entries, steps, opened, results):
-        if e is None:
+    for entry, k, pipe, r in zip(entries, steps, opened, results):
+        if pipe is None:
             read_result(r, Path(entry), cases, seeds)
         else:
-            sample_result(r, e, cases, cfg, k, seeds)
+            sample_result(r, pipe, cases, cfg, k, seeds)
     return results, cases, seeds
 
 
 ####################################################################################################
-# 3. parser, scenes, edits, t2i, compare, prefs
+# 4. parser, scenes, edits, t2i, compare
 ####################################################################################################
 
 # printed in percent
@@ -346,29 +357,6 @@ SHARE = ("drawn", "named", "success", "edit", "kept", "kept_share", "shape", "co
          "source_read", "kept_asked")
 ORDER = (*SHARE, "exact", "over", "error", "hole", "seam", "sharpness", "outside_raw", "outside", "frechet",
          "frechet_hole")
-
-
-def provenance(started: float) -> dict:
-    device = f"{torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    now = datetime.datetime.now(datetime.timezone.utc)
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "commit": common.git_revision(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}", "torch": torch.__version__,
-            "date": now.isoformat(timespec="seconds"), "seconds": round(time.time() - started, 1)}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Not-a-number becomes null."""
-    def clean(x):
-        if isinstance(x, dict):
-            return {k: clean(v) for k, v in x.items()}
-        if isinstance(x, list):
-            return [clean(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    path.write_text(json.dumps(clean(content), indent=1) + "\n")
 
 
 def cell(name: str, v: dict) -> str:
@@ -396,23 +384,18 @@ def sheet(results: list[Result], cases: AnyCases, rows: int) -> Image.Image:
             pictures.append([c.image[i], *left, *got, c.truth[i]])
             names.append(f"{key}: {c.caption[i]}")
     titles = ["source", *(["hole"] if holes else []), *(r.name for r in results), "truth"]
-    return common.contact_sheet(pictures, titles, row_titles=names)
-
-
-def open_out(folder: str) -> Path:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
+    return log.contact_sheet(pictures, titles, row_titles=names)
 
 
 def run_parser(cfg: Config, device: torch.device) -> None:
     started = time.time()
-    (steps,) = numbers(cfg.steps, "steps", 1)[:1]
+    steps = cfg.train_steps
     sizes = list(aspect_sizes(cfg.aspects, SIDE, SIDE // 8).values())
     net = train_parser(steps, cfg.batch_size, cfg.lr, device, cfg.precision == "bf16", sizes)
     weights = {k: v.bfloat16() for k, v in net.state_dict().items()}
     net.load_state_dict({k: v.float() for k, v in weights.items()})  # judged as it ships
     held = {}
-    for level in scenes.LEVELS:
+    for level in LEVELS:
         for h, w in [*sizes, *((h // 2, w // 2) for h, w in sizes)]:
             right = parser_accuracy(net, (h, w), 3000 if (h, w) in sizes else 1000, device, level)
             held[f"{level} {w}x{h}"] = {k: bootstrap(v) for k, v in right.items()}
@@ -421,7 +404,7 @@ def run_parser(cfg: Config, device: torch.device) -> None:
     print(table(["", *held], [[k, *(cell("shape", v[k]) for v in held.values())] for k in heads]))
     meta = {"arch": net.arch, "config": asdict(cfg), "precision": cfg.precision,
             "samples": steps * cfg.batch_size, "heldout": held, **provenance(started)}
-    common.write_checkpoint(cfg.out, steps, {"model": weights}, meta)
+    checkpoint.write(cfg.out, steps, {"model": weights}, meta)
     print(f"wrote {cfg.out}: {common.n_params(net) / 1e6:.2f} M parameters, {time.time() - started:.0f} s")
 
 
@@ -520,36 +503,34 @@ def run_t2i(cfg: Config, device: torch.device) -> None:
     started = time.time()
     out, net = open_out(cfg.out), load_parser(cfg.parser, device)
     entries = [x.strip() for x in cfg.ckpt.split(",") if x.strip()]
-    seeds, steps = numbers(cfg.seeds, "seeds", 0), numbers(cfg.steps, "steps", 1)
+    seeds, steps = common.numbers(cfg.seeds, "seeds", 0), common.numbers(cfg.steps, "steps", 1)
     if not entries or len(steps) not in (1, len(entries)):
         raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: give checkpoints, and in --steps one number or one "
                          "for each")
     painters = []
     for entry, k in zip(entries, steps * (len(entries) // len(steps))):
-        e = load_editor(entry, device, cfg.precision, "t2i")
+        pipe = open_judged(entry, device, "draw", "follow")
         name = f"{entry.rstrip('/')}@{k}"
-        if e.kind == "edits":
-            painters += [(f"{name}, branch off", replace(e, kind="scenes", net=e.net.base), k),
-                         (f"{name}, null picture", e, k)]
+        if pipe.follows:
+            painters += [(f"{name}, branch off", pipe._replace(net=pipe.net.base), k),
+                         (f"{name}, null picture", pipe, k)]
         else:
-            painters.append((name, e, k))
-    if len(sizes := {e.size for _, e, _ in painters}) > 1:
+            painters.append((name, pipe, k))
+    if len(sizes := {pipe.size for _, pipe, _ in painters}) > 1:
         raise SystemExit(f"error: --ckpt: pictures of {sorted(sizes)} pixels: compare editors of one size")
-    source, indices = scenes.Scenes("heldout", level_of(cfg)), list(range(cfg.offset, cfg.offset + cfg.n))
+    source, indices = dataset.Scenes("heldout", level_of(cfg)), list(range(cfg.offset, cfg.offset + cfg.n))
     if cfg.n < 2 or cfg.offset < 0 or indices[-1] >= len(source):
         raise SystemExit(f"error: --n: {cfg.n}: use 2 to {len(source)} scenes, --offset included")
     p, columns = prompts(indices, painters[0][1].size, source), {}
-    for name, e, k in painters:
-        got, bar = [], common.progress(len(seeds) * cfg.n, desc=name)
+    for name, pipe, k in painters:
+        got, bar = [], log.progress(len(seeds) * cfg.n, desc=name)
         for seed in seeds:
             parts = []
             for i in range(0, cfg.n, cfg.batch_size):
                 part = slice(i, i + cfg.batch_size)
-                noise = common.randn(common.generators(seed, 0, indices[part], stream=len(STREAMS)),
-                                     p.truth.shape[1:])
-                nothing, ones = torch.zeros_like(noise), torch.ones_like(noise[:, :1])
-                draw = generate_edit if e.kind == "edits" else generate
-                x = draw(e, nothing, ones, p.caption[part], noise, k, cfg.guidance, solver=cfg.solver)
+                gens = common.generators(seed, 0, indices[part], stream=len(STREAMS))
+                nothing = torch.zeros_like(p.truth[part])
+                x = drawn(pipe, cfg, p.caption[part], torch.ones_like(nothing[:, :1]), nothing, gens, k)
                 parts.append(to_uint8(x))
                 bar.update(len(x))
             got.append(torch.cat(parts).numpy())
@@ -567,7 +548,7 @@ def run_t2i(cfg: Config, device: torch.device) -> None:
                                 for k in ORDER if k in report["truth"]]))
     shown = [name for name in columns if name != "another's picture"]
     rows = [[to_float(columns[name][0][i]) for name in shown] for i in range(min(4 * cfg.rows, cfg.n))]
-    common.contact_sheet(rows, shown, row_titles=p.caption).save(out / "sheet.png")
+    log.contact_sheet(rows, shown, row_titles=p.caption).save(out / "sheet.png")
     write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "t2i": report})
     print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
 
@@ -636,42 +617,16 @@ def run_compare(cfg: Config, device: torch.device) -> None:
     finish(cfg, started, [a, b], cases, seeds, {"a": a.name, "b": b.name, "tasks": report})
 
 
-def run_prefs(cfg: Config, device: torch.device) -> None:
-    """Preferences for train_reward.py, see prefs.make_prefs; and OUT/results.json."""
-    started = time.time()
-    steps = numbers(cfg.steps, "steps", 1)
-    (seed,) = numbers(cfg.seeds, "seeds", 0)[:1]
-    if cfg.k < 2:
-        raise SystemExit(f"error: --k: {cfg.k}: ranking needs at least 2 pictures")
-    if cfg.margin < 0 or not 0 <= cfg.mismatched <= 1:
-        name, value = ("margin", cfg.margin) if cfg.margin < 0 else ("mismatched", cfg.mismatched)
-        raise SystemExit(f"error: --{name}: {value}: use {'0 or more' if name == 'margin' else '0 to 1'}")
-    source = data.open_source(cfg.data, "train")
-    wanted = cfg.n + cfg.captions
-    if min(cfg.n, cfg.captions, cfg.offset) < 0 or not 1 <= wanted <= len(source) - cfg.offset:
-        raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)}, with --captions and --offset")
-    if not cfg.ckpt or "," in cfg.ckpt:
-        raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: prefs needs one checkpoint folder, the base")
-    e = load_editor(cfg.ckpt, device, cfg.precision)
-    out = open_out(cfg.out)
-
-    def paint(image: Tensor, mask: Tensor, prompts: list[str], noise: Tensor, steps: int) -> Tensor:
-        return generate(e, image, mask, prompts, noise, steps, cfg.guidance, cfg.solver)
-
-    counts = make_prefs(cfg, out, source, e.size, steps, seed, paint)
-    write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})
-
-
 def main(cfg: Config) -> None:
-    if cfg.batch_size < 1:
-        raise SystemExit(f"error: --batch_size: {cfg.batch_size}: use at least 1")
+    common.check_bounds(cfg, at_least_1=("batch_size", "train_steps"), not_negative=(
+        "n", "offset", "guidance", "image_guidance", "image_size", "rows", "lr", "tie"))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SystemExit("error: torchrun: several processes would judge the same: start one, without it")
     dist = common.setup(cfg.device)
     cfg = replace(cfg, precision=common.PRECISION[common.use_bf16(cfg.precision, dist)])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
     run = {"parser": run_parser, "scenes": run_scenes, "edits": run_edits, "t2i": run_t2i,
-           "compare": run_compare, "prefs": run_prefs}
+           "compare": run_compare}
     try:
         run[cfg.task](cfg, dist.device)
     except (OSError, SafetensorError) as e:  # what is read is read by data.py and common.py, which say so

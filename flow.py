@@ -94,13 +94,11 @@ def x0_from_v(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
 # ---- guidance ------------------------------------------------------------------------------------
 
 
-def guide(denoise_pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], guidance: float) -> Denoise:
-    """Classifier-free guidance: v_null + g (v_cond - v_null); `denoise_pair` returns (v_cond, v_null)."""
-
-    def denoise(x: Tensor, t: Tensor) -> Guided:
-        return Guided(list(denoise_pair(x, t)), [guidance, 1 - guidance])
-
-    return denoise
+def text_weights(guidance: float) -> dict[str, float]:
+    """Rows that guidance of the text has to evaluate, and what each is multiplied by: v(null) + g (v(text) -
+    v(null)). A row of weight zero is left out."""
+    rows = {"both": guidance, "none": 1 - guidance}
+    return {name: float(weight) for name, weight in rows.items() if weight}
 
 
 def dual_weights(guidance: float, image_guidance: float) -> dict[str, float]:
@@ -116,11 +114,11 @@ def dual_weights(guidance: float, image_guidance: float) -> dict[str, float]:
     return {name: float(weight) for name, weight in rows.items() if weight}
 
 
-def dual_guide(denoise_rows: Callable[[Tensor, Tensor], Tensor], weights: dict[str, float]) -> Denoise:
-    """Dual classifier-free guidance, one evaluation a step.
+def guide(denoise_rows: Callable[[Tensor, Tensor], Tensor], weights: dict[str, float]) -> Denoise:
+    """Classifier-free guidance, one evaluation a step.
 
-    `denoise_rows` gets x and t of B pictures once for each of `weights` (from dual_weights), [n B, ...] in
-    its order, and returns v [n B, C, H, W].
+    `denoise_rows` gets x and t of B pictures once for each of `weights` (text_weights or dual_weights),
+    [n B, ...] in its order, and returns v [n B, C, H, W].
     """
     n = len(weights)
 
@@ -128,22 +126,6 @@ def dual_guide(denoise_rows: Callable[[Tensor, Tensor], Tensor], weights: dict[s
         return Guided(list(denoise_rows(x.repeat(n, 1, 1, 1), t.repeat(n)).chunk(n)), list(weights.values()))
 
     return denoise
-
-
-def edit_denoise(net, text: tuple[Tensor, Tensor], null: tuple[Tensor, Tensor], src: Tensor, region: Tensor,
-                 guidance: float, image_guidance: float) -> Denoise:
-    """An instruction editor under dual guidance, as a `denoise`.
-
-    net: model.EditNet; text, null: what its encode_text gives for the instructions and for "", [B, ...] each;
-    src [B, C, H, W], region [B, 1, H, W]. A null picture is zeros with a region of ones. The source's part of
-    a cached net is computed here, once.
-    """
-    weights = dual_weights(guidance, image_guidance)
-    known = {"both": (*text, src, region), "image": (*null, src, region),
-             "none": (*null, torch.zeros_like(src), torch.ones_like(region))}
-    rows = [torch.cat(z) for z in zip(*(known[name] for name in weights))]
-    memory = net.remember(*rows) if net.cached else None
-    return dual_guide(lambda x, t: net(x, t, *rows, memory), weights)
 
 
 # ---- samplers ------------------------------------------------------------------------------------

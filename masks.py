@@ -6,6 +6,12 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+ERASE_PROMPT = "empty background, nothing there"
+
+# How often a sample gets each task and loses its caption: ours, the paper gives no probabilities
+TASKS = {"t2i": 0.10, "inpaint": 0.30, "edit": 0.25, "outpaint": 0.25, "erase": 0.10}
+PROMPT_FREE = {"t2i": 0.0, "inpaint": 0.1, "edit": 0.0, "outpaint": 0.5, "erase": 0.0}
+
 
 def dilate(m, r):
     """bool [h, w] grown by r pixels in every direction (a square), in time independent of r."""

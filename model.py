@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -437,7 +436,7 @@ class ByteText(nn.Module):
 class Editor(nn.Module):
     """The trained generator: an MMDiT and, when it learns from scratch, its text encoder.
 
-    read: captions -> txt, vec, for a model without a text encoder of its own; stack.py sets it.
+    read: captions -> txt, vec, for a model without a text encoder of its own; pipeline.py sets it.
     """
 
     read: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None
@@ -598,10 +597,6 @@ class EditNet(nn.Module):
         ids = instructions if isinstance(instructions, Tensor) else self.text.tokenize(instructions)
         return self.text(ids.to(self.base.mmdit.pos_embed.device))
 
-    def base_only(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
-        """The base's text-to-image velocity, the branch off; txt, vec from `base.encode_text`."""
-        return self.base(x, t, txt, vec)
-
     def source_tokens(self, src: Tensor, region: Tensor) -> Tensor:
         """src [B, C, H, W], region [B, 1, H, W] -> [B, hw, D], without positions."""
         return self.src_embedder(torch.cat([src, region.to(src.dtype)], dim=1))
@@ -683,264 +678,6 @@ def build_editnet(arch: dict, what: str = "the checkpoint") -> EditNet:
 
 
 ####################################################################################################
-# 6. Reward models
-####################################################################################################
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """PreferenceReward at any size; the default is ImageReward's (446 M parameters)."""
-
-    image_size: int = 224  # pictures are resized to this square before they are scored
-    patch: int = 16
-    vit_width: int = 1024
-    vit_depth: int = 24
-    vit_heads: int = 16
-    txt_width: int = 768
-    txt_depth: int = 12
-    txt_heads: int = 12
-    txt_hidden: int = 3072
-    vocab: int = 30524
-    txt_len: int = 35
-    positions: int = 512
-    tokenizer: str = ""  # JSON of the `tokenizers` library, kept with the weights
-
-
-@dataclass(frozen=True)
-class CoherenceConfig:
-    """CoherenceReward: a ViT that scores every pixel (ByteEdit Sec. 3.2; sizes ours, paper silent)."""
-
-    pos_side: int = 8  # tokens per side of the learned position table; resized to other sizes
-    patch: int = 4
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-
-
-REWARD_PRESETS: dict[str, RewardConfig] = {
-    "test": RewardConfig(32, 8, 32, 2, 2, 32, 2, 2, 64, 512, 40, 64),
-    "tiny": RewardConfig(64, 8, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
-    "tiny-p16": RewardConfig(64, 16, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
-    "imagereward": RewardConfig(),
-}
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class ViT(nn.Module):
-    """Vision transformer under the names that BLIP, ImageReward and DINO share. All tokens, [CLS] first."""
-
-    def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, channels: int = 3):
-        super().__init__()
-        self.patch_embed = PatchEmbed(patch, channels, width)
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, side * side + 1, width))
-        self.blocks = nn.ModuleList(SelfBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W], normalised -> [B, 1 + hw, D]; the position table is resized to h x w (bicubic)."""
-        p = self.patch_embed.proj.kernel_size[0]
-        h, w = x.shape[-2] // p, x.shape[-1] // p
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        pos = self.pos_embed[:, 1:]
-        if (h, w) != (side, side):
-            pos = F.interpolate(rearrange(pos, "1 (h w) d -> 1 d h w", h=side), (h, w), mode="bicubic")
-            pos = rearrange(pos, "1 d h w -> 1 (h w) d")
-        x = self.patch_embed(x) + pos
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls.to(x.dtype), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-
-class BertSelf(nn.Module):
-    """Query, key, value of BERT (separate Linears); keys and values may come from another width."""
-
-    def __init__(self, width: int, heads: int, kv_width: int):
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(kv_width, width)
-        self.value = nn.Linear(kv_width, width)
-
-    def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-        qkv = self.query(x), self.key(kv), self.value(kv)
-        q, k, v = (rearrange(y, "b l (h k) -> b h l k", h=self.heads) for y in qkv)
-        return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b h l k -> b l (h k)")
-
-
-class BertOutput(nn.Module):
-    """Dense, then LayerNorm of the residual sum (post-norm, eps 1e-12)."""
-
-    def __init__(self, hidden: int, width: int):
-        super().__init__()
-        self.dense = nn.Linear(hidden, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(x) + residual)
-
-
-def bert_attention(width: int, heads: int, kv_width: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"self": BertSelf(width, heads, kv_width), "output": BertOutput(width, width)})
-
-
-class MedLayer(nn.Module):
-    """Self-attention -> cross-attention to the picture -> feed-forward (BLIP's MED in multimodal mode)."""
-
-    def __init__(self, cfg: RewardConfig):
-        super().__init__()
-        D, H = cfg.txt_width, cfg.txt_heads
-        self.attention = bert_attention(D, H, D)
-        self.crossattention = bert_attention(D, H, cfg.vit_width)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, cfg.txt_hidden)})
-        self.output = BertOutput(cfg.txt_hidden, D)
-
-    def forward(self, x: Tensor, img: Tensor, bias: Tensor) -> Tensor:
-        x = self.attention["output"](self.attention["self"](x, x, bias), x)
-        x = self.crossattention["output"](self.crossattention["self"](x, img, None), x)
-        return self.output(F.gelu(self.intermediate["dense"](x)), x)
-
-
-class MedText(nn.Module):
-    """BERT with cross-attention in every layer; no token types, no pooler."""
-
-    def __init__(self, cfg: RewardConfig):
-        super().__init__()
-        D = cfg.txt_width
-        self.embeddings = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(cfg.vocab, D),
-            "position_embeddings": nn.Embedding(cfg.positions, D),
-            "LayerNorm": nn.LayerNorm(D, eps=1e-12)})
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(MedLayer(cfg) for _ in range(cfg.txt_depth))})
-
-    def forward(self, ids: Tensor, attend: Tensor, img: Tensor) -> Tensor:
-        """ids, attend [B, L] (attend 0 = padding), img [B, N, vit_width] -> [B, L, D]."""
-        e = self.embeddings
-        places = torch.arange(ids.shape[1], device=ids.device)
-        x = e["LayerNorm"](e["word_embeddings"](ids) + e["position_embeddings"](places))
-        bias = torch.zeros_like(attend, dtype=x.dtype).masked_fill(attend == 0, -10000.0)[:, None, None]
-        for layer in self.encoder["layer"]:
-            x = layer(x, img, bias)
-        return x
-
-
-class RewardHead(nn.Module):
-    """ImageReward's head on [CLS]: five Linears without activations between them, dropout in training."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
-            nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
-
-    def init_weights(self, original: bool) -> None:
-        """`original`: ImageReward's Normal(0, 1 / (in + 1)). It shrinks [CLS] to 1e-9 and its gradient below
-        Adam's eps: the known plateau at loss 0.6931. Ours: Normal(0, 1 / sqrt(in)), which keeps the scale."""
-        for m in self.layers:
-            if isinstance(m, nn.Linear):
-                fan = self.layers[0].in_features + 1 if original else m.in_features**0.5
-                nn.init.normal_(m.weight, std=1 / fan)
-                nn.init.zeros_(m.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-class PreferenceReward(nn.Module):
-    """R(c, x): the aesthetic and the alignment reward (ByteEdit Sec. 3.1, 3.2), built as ImageReward is."""
-
-    def __init__(self, cfg: RewardConfig, original_init: bool = False):
-        super().__init__()
-        self.cfg = cfg
-        self.blip = nn.ModuleDict({
-            "visual_encoder": ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth,
-                                  cfg.vit_heads),
-            "text_encoder": MedText(cfg)})
-        self.mlp = RewardHead(cfg.txt_width)
-        for m in self.blip.modules():
-            if isinstance(m, nn.Linear | nn.Embedding):
-                std = 0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5
-                nn.init.normal_(m.weight, std=std)
-        self.mlp.init_weights(original_init)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
-        self.tokenizer = Tokenizer.from_str(cfg.tokenizer) if cfg.tokenizer else None
-        if self.tokenizer:
-            self.tokenizer.encode_special_tokens = True  # a typed "[PAD]" is text
-        self.score_mean, self.score_std = 0.0, 1.0  # of held-out scores, from the manifest
-
-    @property
-    def arch(self) -> dict:
-        return {"kind": "reward", **asdict(self.cfg)}
-
-    def tokenize(self, captions: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """[B] captions -> ids, attend [B, L], attend 0 on padding; L is the batch's longest, <= txt_len."""
-        rows = self.tokenizer.encode_batch(captions)
-        both = torch.tensor([[r.ids for r in rows], [r.attention_mask for r in rows]])
-        return tuple(both.to(device, non_blocking=True))
-
-    def image_features(self, image: Tensor) -> list[Tensor]:
-        """image [B, 3, H, W] in [-1, 1] -> [the image tower's tokens [B, N, D]], in place of VGG's maps."""
-        return [self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)]
-
-    def forward(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
-        """image [B, 3, H, W] in [-1, 1], ids and attend [B, L] -> raw score [B] (no normalisation).
-
-        The short side is resized to `image_size` and the centre cropped (ImageReward), differentiably.
-        """
-        S = self.cfg.image_size
-        h, w = image.shape[-2:]
-        if (h, w) != (S, S):
-            size = (S, max(S, round(w * S / h))) if h <= w else (max(S, round(h * S / w)), S)
-            image = F.interpolate(image.float(), size, mode="bicubic", antialias=True)
-            top, left = (size[0] - S) // 2, (size[1] - S) // 2
-            image = image[..., top:top + S, left:left + S]
-        img = self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)
-        txt = self.blip["text_encoder"](ids, attend, img)
-        with torch.autocast(image.device.type, enabled=False):  # bf16 scores tie
-            return self.mlp(txt[:, 0].to(self.mlp.layers[0].weight.dtype))[:, 0]
-
-    def normalised(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
-        """The score [B] in standard deviations of the held-out ones, as ImageReward's: -log sigmoid of a raw
-        score of 10 has no gradient left."""
-        return (self(image, ids, attend) - self.score_mean) / self.score_std
-
-
-def build_reward(arch: dict, what: str = "the checkpoint") -> PreferenceReward:
-    """PreferenceReward from the `arch` of a manifest; SystemExit that names `what` when it is none."""
-    return PreferenceReward(config_from(RewardConfig, arch, "reward", what))
-
-
-class CoherenceReward(nn.Module):
-    """R_gamma(x): a score for every pixel, > 0 = looks real (ByteEdit Eq. 6). Also the discriminator."""
-
-    def __init__(self, cfg: CoherenceConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.vit = ViT(cfg.pos_side, cfg.patch, cfg.width, cfg.depth, cfg.heads)
-        self.head = nn.Sequential(
-            nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.patch**2))
-
-    @property
-    def arch(self) -> dict:
-        return {"kind": "coherence", **asdict(self.cfg)}
-
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> logits [B, 1, H, W]."""
-        p = self.cfg.patch
-        tokens = self.head(self.vit(image)[:, 1:])
-        return unpatchify(tokens.float(), image.shape[-2] // p, image.shape[-1] // p, p)
-
-
-def build_coherence(arch: dict, what: str = "the checkpoint") -> CoherenceReward:
-    """CoherenceReward from a manifest's `coherence_arch`; SystemExit that names `what` when it is none."""
-    return CoherenceReward(config_from(CoherenceConfig, arch, "coherence", what))
-
-
-####################################################################################################
 # 7. LoRA, parameter groups
 ####################################################################################################
 
@@ -983,27 +720,27 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def trained_tensors(model: nn.Module, ema) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint's "model" and "ema" (of common.EMA) as plain weights: samplers know nothing of LoRA. With
-    LoRA its factors and whatever else trains as well, as "lora" and "lora_ema", to resume from."""
-    plain, average = model.state_dict(), ema.state_dict()
-    if not any(".parametrizations." in name for name in plain):
-        return {"model": plain, "ema": average}
-    names = {n for n, p in model.named_parameters() if p.requires_grad}
-    with ema.swapped():
-        merged = merged_state(model)
-    return {"model": merged_state(model), "ema": merged,
-            "lora": {k: v for k, v in plain.items() if k in names},
-            "lora_ema": {k: v for k, v in average.items() if k in names or k not in plain}}  # + its count
+def flops(net: Editor | EditNet, batch: int, img: int, txt: int, backward: bool = True) -> float:
+    """FLOPs of a call of the network, for perf/mfu: a multiplication and an addition for each product in the
+    Linears of its blocks and in attention; the rest, 1 % of SD3, is left out, as is a built-in text encoder.
 
+    img, txt: tokens of a picture and of its text. backward: and those of the backward pass, gradients of
+    inputs everywhere and of the weights that train; what checkpointing recomputes is not counted.
+    """
+    def linears(module: nn.Module, tokens: int) -> float:
+        return sum(2 * batch * tokens * m.weight.numel() * (1 + backward * (1 + m.weight.requires_grad))
+                   for name, m in module.named_modules() if isinstance(m, nn.Linear) and "adaLN" not in name)
 
-def resumed_states(model: nn.Module, tensors: dict[str, dict]) -> tuple[dict, dict]:
-    """What trained_tensors saved -> the state dicts of the model, as it stands with or without LoRA, and of
-    its average. What LoRA leaves frozen is the model's own."""
-    if "lora" not in tensors:
-        return tensors["model"], tensors["ema"]
-    plain = model.state_dict()
-    return plain | tensors["lora"], plain | tensors["lora_ema"]
+    def block(joint: JointBlock, tokens: int) -> float:
+        scores = (tokens + txt) ** 2 + tokens**2 * hasattr(joint.x_block, "attn2")
+        return (linears(joint.x_block, tokens) + linears(joint.context_block, txt)
+                + 4 * batch * scores * net.cfg.width * (1 + 2 * backward))
+
+    base, source = getattr(net, "base", net), img * (getattr(net, "variant", "") == "editnet")
+    beside = (("img_out", img), ("src_out", img), ("txt_out", txt))
+    return (sum(block(b, img) for b in base.mmdit.joint_blocks)
+            + sum(block(b, img + source) for b in getattr(net, "branch", ()))
+            + sum(linears(getattr(net, name), tokens) for name, tokens in beside if hasattr(net, name)))
 
 
 def compile_blocks(net: Editor | EditNet, backend: str = "inductor") -> None:

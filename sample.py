@@ -21,10 +21,9 @@ folder of their pictures. --layout names the results as a benchmark's scorer exp
 """
 
 import json
-import math
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -40,21 +39,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-import data
 import flow
-import frozen
+import log
 import masks
 import model
-import pictures
-import stack
-import weights
-from order import bucket, shapes
+import pipeline
+from data import bucket, shapes
+from readers.benchmarks import complete_edit, gedit_rows, json_rows, jsonl_rows, kept, unique
+from readers.files import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    SUFFIXES,
+    clean_caption,
+    image_size,
+    picture_cell,
+    printable,
+    read_image,
+    read_mask,
+)
 
 
 @dataclass
 class Config:
     task: tyro.conf.Positional[Literal["t2i", "inpaint", "outpaint", "erase", "edit"]]  # what to make
-    ckpt: Annotated[str, tyro.conf.arg(aliases=["--base"])]  # a run, one of its steps, or SD3 weights
+    ckpt: Annotated[str, tyro.conf.arg(aliases=["--init", "--base"])]  # a run, a step of it, or SD3 weights
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --ckpt is or came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
     out: str = "out/samples"  # folder for the results, samples.jsonl, sheet.png; overwrites earlier ones
@@ -79,8 +87,7 @@ class Config:
     shift: float | None = None  # moves the steps towards noise; default the checkpoint's
     size: int | None = None  # working resolution: side of the square of equal area; default the checkpoint's
     seam: int = 2  # pixels around the mask that fade from generated to original; 0 = hard paste
-    keep_known: bool = False  # put the known region back at every step; the model is shown it anyway
-    blend: bool = False  # edit with a mask: put it back after every second step (UltraEdit's soft-mask blend)
+    blend: Literal["none", "every", "alternate"] = "none"  # put what is kept back after every (second) step
     paste: bool = True  # edit with a mask: the rest of the original untouched; False: as the model made it
     layout: Literal["flat", "gedit", "imgedit", "magicbrush"] | None = None  # edit: default the input file's
     weights: Literal["auto", "ema", "model"] = "auto"  # auto: the averaged ones where the checkpoint has them
@@ -95,10 +102,10 @@ TAKES = {  # what each task takes; flags of another task are refused, keys of a 
     "inpaint": ("image", "mask", "prompt"),
     "outpaint": ("image", "prompt", *SIDES, "aspect"),
     "erase": ("image", "mask"),
-    "edit": ("image", "mask", "instruction", "image_guidance", "blend", "paste", "layout"),
+    "edit": ("image", "mask", "instruction", "image_guidance", "paste", "layout"),
 }
+NEEDS = {task: ("draw",) if task == "t2i" else ("follow",) if task == "edit" else ("fill",) for task in TAKES}
 GUIDANCE = {"edit": 3.0}  # default of --guidance, else 1. For large models: InstructPix2Pix 7.5, CosXL-Edit 5
-GEDIT = ("task_type", "key", "instruction", "instruction_language", "input_image")  # columns of its parquet
 SHEET_ROWS, SHEET_RESULTS, THUMB = 24, 8, 256  # contact sheet: inputs, results of each, longest side
 
 
@@ -115,17 +122,17 @@ def main(cfg: Config) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save; this one need not
     out = prepare_out(cfg, items, dist)
 
-    # 2) model, and the shapes it knows. A t2i result is not cut out of a square: rather unknown positions
-    net, manifest = load_net(cfg)
+    # 2) editor, and the shapes it knows. A text-to-image result is not cut out of a square: positions that
+    #    the model has not seen are the lesser evil
+    pipe = pipeline.open_editor(cfg.ckpt, dist.device, NEEDS[cfg.task], which=cfg.weights, sd3=cfg.sd3,
+                                tokenizers=cfg.tokenizers)
+    net, space, manifest = pipe.net, pipe.space, pipe.manifest
     if bf16:
         model.half_linears(net)
     net.to(dist.device).eval().requires_grad_(False)
-    trained = manifest.get("config", {})
-    shift = float(trained.get("shift") or 1.0) if cfg.shift is None else cfg.shift
-    known = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
-    space, *_ = stack.surround(net, known, dist.device, f"--ckpt: {cfg.ckpt}", cfg.tokenizers)
-    size = working_size(cfg, trained, net.cfg.patch * space.stride)
-    aspects = bool(trained.get("aspects")) or cfg.task == "t2i"
+    shift = pipe.shift if cfg.shift is None else cfg.shift
+    size = working_size(cfg, pipe.size, net.cfg.patch * space.stride)
+    aspects = bool(manifest.get("config", {}).get("aspects")) or cfg.task == "t2i"
     common.print0(f"{cfg.task}: {common.n_params(net) / 1e6:.1f} M parameters, step {manifest['step']}, "
                   f"{dist.device}, {len(items)} input(s), worked on at {size}x{size} or a shape of that area")
 
@@ -133,12 +140,9 @@ def main(cfg: Config) -> None:
     mine = items[dist.rank::dist.world]
     calls = cfg.steps if cfg.solver == "euler" else 2 * cfg.steps - 1
     evaluations = sum(len(item["files"]) for item in mine) * cfg.num_samples * calls
-    bar = common.progress(evaluations, desc=f"{cfg.task} steps", dist=dist)
-    settings = dict(steps=cfg.steps, guidance=cfg.guidance, shift=shift, solver=cfg.solver,
-                    keep_known=cfg.keep_known, bf16=bf16)
-    if cfg.task == "edit":
-        settings |= dict(image_guidance=cfg.image_guidance, blend=cfg.blend)
-    draw = edit if cfg.task == "edit" else generate
+    bar = log.progress(evaluations, desc=f"{cfg.task} steps", dist=dist)
+    settings = dict(ts=flow.timesteps(cfg.steps, shift), guidance=cfg.guidance, solver=cfg.solver,
+                    image_guidance=cfg.image_guidance, blend=cfg.blend, bf16=bf16)
     sheet, written, skipped = [], 0, 0
     for start in range(0, len(mine), 4 * cfg.batch_size):
         jobs = []
@@ -152,17 +156,19 @@ def main(cfg: Config) -> None:
                     raise
                 skipped += 1
                 bar.total -= len(item["files"]) * cfg.num_samples * calls
-                tqdm.write(f"skipped: {pictures.printable(str(e)).removeprefix('error: ')}")
+                tqdm.write(f"skipped: {printable(str(e)).removeprefix('error: ')}")
         todo = [(job, k) for job in jobs for k in range(cfg.num_samples)]
         while todo:  # a second time and more for chains of instructions
             later = []
             for batch in batches(todo, cfg.batch_size):
-                x0 = draw(
-                    net, space, [job.prompt for job, _ in batch],
-                    torch.stack([job.mask_in for job, _ in batch]),
-                    torch.stack([job.masked for job, _ in batch]),
-                    [common.generators(job.seed, 0, [k])[0] for job, k in batch], **settings,
-                    tick=lambda: bar.update(len(batch)))
+                jobs_here = [job for job, _ in batch]
+                mask, image = (torch.stack([getattr(job, name) for job in jobs_here])
+                               for name in ("mask_in", "masked"))
+                gens = [common.generators(job.seed, 0, [k])[0] for job, k in batch]
+                noise = common.randn(gens, (space.channels, *(side // space.stride
+                                                              for side in mask.shape[2:])))
+                x0 = pipeline.sample(net, space, [job.prompt for job in jobs_here], mask, image, noise,
+                                     tick=lambda: bar.update(len(batch)), **settings)
                 if not x0.isfinite().all():
                     raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --precision fp32")
                 for (job, k), picture in zip(batch, x0.cpu()):
@@ -196,75 +202,10 @@ def main(cfg: Config) -> None:
             titles += [f"turn {turn}" for turn in range(1, count + 1)]
         else:
             titles += [f"result {k}" for k in range(count)] if count > 1 else ["result"]
-        write(out, "sheet.png", common.contact_sheet(rows, titles, row_titles))
+        write(out, "sheet.png", log.contact_sheet(rows, titles, row_titles))
         common.print0(f"{written} result(s) in {out}, {skipped} input(s) skipped")
         common.print0(f"contact sheet: {out / 'sheet.png'}")
     common.cleanup()
-
-
-@torch.inference_mode()
-def generate(editor: model.Editor, space, captions: list[str], mask: Tensor, masked: Tensor,
-             gens: list[torch.Generator], steps: int = 20, guidance: float = 1.0, shift: float = 1.0,
-             solver: str = "euler", keep_known: bool = False, bf16: bool = False,
-             tick: Callable[[], object] = lambda: None) -> Tensor:
-    """Sample pictures at the model's own resolution -> [B, 3, H, W], fp32, not clamped.
-
-    space: frozen.PixelSpace or VAE; captions [B]; mask [B, 1, H, W], 1 = regenerate, and masked = the picture
-    times (1 - mask) [B, 3, H, W], on any device (ones and zeros for text to image); gens: one CPU generator
-    per picture, for its noise. With guidance 1 the null prompt "" is not evaluated. keep_known blends the
-    known region in after every step. tick: called at every evaluation.
-    """
-    device = editor.mmdit.pos_embed.device
-    mask = frozen.shrink(mask.to(device), space.stride)
-    known = [mask, space.encode(masked.to(device))] if editor.cfg.inpaint else []
-    noise = common.randn(gens, (space.channels, *mask.shape[2:]), device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        txt, vec = editor.encode_text(captions)
-        null_txt, null_vec = (x.expand(len(captions), *x.shape[1:]) for x in editor.encode_text([""]))
-        both = [torch.cat(p) for p in ((txt, null_txt), (vec, null_vec), *((y, y) for y in known))]
-
-        def plain(x: Tensor, t: Tensor) -> Tensor:
-            tick()
-            return editor(x, t, txt, vec, *known)
-
-        def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            tick()
-            return editor(x.repeat(2, 1, 1, 1), t.repeat(2), *both).chunk(2)
-
-        denoise = plain if guidance == 1 else flow.guide(pair, guidance)
-        back = dict(known=known[1], noise=noise, mask=mask) if keep_known else {}
-        x0 = flow.sample(denoise, noise, flow.timesteps(steps, shift), solver, **back)
-    return space.decode(x0)
-
-
-@torch.inference_mode()
-def edit(net: model.EditNet, space, instructions: list[str], region: Tensor, source: Tensor,
-         gens: list[torch.Generator], steps: int = 20, guidance: float = 3.0, image_guidance: float = 1.5,
-         shift: float = 1.0, solver: str = "euler", keep_known: bool = False, blend: bool = False,
-         bf16: bool = False, tick: Callable[[], object] = lambda: None) -> Tensor:
-    """Edit pictures at the model's own resolution -> [B, 3, H, W], fp32, not clamped.
-
-    space: frozen.PixelSpace or VAE; instructions [B]; region [B, 1, H, W] in [0, 1], 1 = may change (ones: a
-    free-form edit), and the pictures source [B, 3, H, W], on any device; gens: one CPU generator
-    per picture, for its noise. guidance is that of the text, image_guidance that of the source:
-    flow.dual_weights says which rows a step evaluates, in one call. keep_known blends the source outside the
-    region in after every step, blend after every second one (flow.sample). tick: called at every evaluation.
-    """
-    device = net.base.mmdit.pos_embed.device
-    region, source = frozen.shrink(region.to(device), space.stride), space.encode(source.to(device))
-    noise = common.randn(gens, source.shape[1:], device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        null = [x.expand(len(instructions), *x.shape[1:]) for x in net.encode_text([""])]
-        velocity = flow.edit_denoise(net, net.encode_text(instructions), null, source, region, guidance,
-                                     image_guidance)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            tick()
-            return velocity(x, t)
-
-        known = dict(known=source, noise=noise, mask=region) if keep_known or blend else {}
-        x0 = flow.sample(denoise, noise, flow.timesteps(steps, shift), solver, **known, alternate=blend)
-    return space.decode(x0)
 
 
 def batches(pairs: list[tuple["Job", int]], batch_size: int) -> Iterator[list[tuple["Job", int]]]:
@@ -283,27 +224,18 @@ def batches(pairs: list[tuple["Job", int]], batch_size: int) -> Iterator[list[tu
 
 def check(cfg: Config) -> None:
     """SystemExit on a number out of range or flags that exclude each other."""
-    for name, low in (("steps", 1), ("num_samples", 1), ("batch_size", 1), ("size", 1), ("seam", 0)):
-        value = getattr(cfg, name)
-        if value is not None and value < low:
-            raise SystemExit(f"error: --{name}: {value}: must be at least {low}")
-    for name in ("guidance", "image_guidance", "shift"):
-        value = 1.0 if getattr(cfg, name) is None else getattr(cfg, name)
-        if not (math.isfinite(value) and (value > 0 or name != "shift" and value == 0)):
-            raise SystemExit(f"error: --{name}: {value}: must be a positive number")
+    common.check_bounds(cfg, at_least_1=("steps", "num_samples", "batch_size", "size"), above_0=("shift",),
+                        not_negative=("seam", "guidance", "image_guidance"))
     default = {f.name: f.default for f in fields(cfg)}
     for name in sorted(set().union(*TAKES.values()) - set(TAKES[cfg.task])):
         if getattr(cfg, name) != default[name]:
             raise SystemExit(f"error: --{name}: {getattr(cfg, name)}: not used by {cfg.task}: leave it out")
-    if cfg.keep_known and cfg.task == "t2i":
-        raise SystemExit("error: --keep_known: True: t2i has no known region: leave it out")
-    if cfg.keep_known and cfg.blend:
-        raise SystemExit("error: --blend: True: not together with --keep_known, which blends at every step: "
-                         "give one of them")
-    alone = cfg.image and not (cfg.jsonl or Path(cfg.image).is_dir())
-    if cfg.blend and alone and not (cfg.mask or has_mask(cfg.image)):
-        raise SystemExit("error: --blend: True: puts back what is outside a region: give --mask, or leave it "
-                         "out")
+    if cfg.blend != "none" and cfg.task == "t2i":
+        raise SystemExit(f"error: --blend: {cfg.blend}: t2i has no known region: leave it out")
+    alone = cfg.task == "edit" and cfg.image and not (cfg.jsonl or Path(cfg.image).is_dir())
+    if cfg.blend != "none" and alone and not (cfg.mask or has_mask(cfg.image)):
+        raise SystemExit(f"error: --blend: {cfg.blend}: puts back what is outside a region: give --mask, or "
+                         "leave it out")
     if cfg.jsonl and cfg.image and not (cfg.task == "edit" and Path(cfg.image).is_dir()):
         raise SystemExit(f"error: --jsonl: {cfg.jsonl}: not together with --image: give one of them")
 
@@ -315,8 +247,8 @@ def complete(item: dict, task: str) -> dict:
         if value is not None and (type(value) is not int if number else not isinstance(value, str)):
             raise ValueError(f"{key}: {value!r}: give {'an integer' if number else 'a text'}")
         low = key not in SIDES
-        if number and key != "seed" and value is not None and not low <= value <= pictures.MAX_SIDE:
-            raise ValueError(f"{key}: {value}: must be between {int(low)} and {pictures.MAX_SIDE}")
+        if number and key != "seed" and value is not None and not low <= value <= MAX_SIDE:
+            raise ValueError(f"{key}: {value}: must be between {int(low)} and {MAX_SIDE}")
     if "image" in item and not item["image"]:
         raise ValueError(f"image: missing: {task} needs a picture")
     if task == "outpaint":
@@ -328,13 +260,13 @@ def complete(item: dict, task: str) -> dict:
         if item["aspect"] is not None:
             ratio(item["aspect"])
     if task == "erase":
-        return item | {"prompt": data.ERASE_PROMPT}
+        return item | {"prompt": masks.ERASE_PROMPT}
     prompt = item["prompt"]
     if prompt is None and task != "t2i" and (beside := Path(item["image"]).with_suffix(".txt")).is_file():
         prompt = beside.read_text(errors="replace")
     if prompt is None and task != "outpaint":
         raise ValueError(f'prompt: missing for {item.get("image", task)}: say what to draw, "" = prompt-free')
-    return item | {"prompt": pictures.clean_caption(prompt or "")[0]}
+    return item | {"prompt": clean_caption(prompt or "")[0]}
 
 
 def ratio(text: str) -> float:
@@ -372,44 +304,7 @@ def list_items(cfg: Config) -> tuple[list[dict], int]:
 def files_in(folder: str) -> list[str]:
     """The pictures of a folder, but for masks."""
     return sorted(str(p) for p in Path(folder).iterdir()
-                  if p.suffix.lower() in pictures.SUFFIXES and not p.stem.endswith(".mask"))
-
-
-def unique(text: str, task: str, used: set[str]) -> str:
-    """A file name made of `text`, unlike those `used` before."""
-    stem = re.sub(r"[^\w.-]+", "_", text).strip("._-")[:48] or "picture"
-    name, n = f"{stem}_{task}", 1
-    while name.lower() in used:
-        n += 1
-        name = f"{stem}-{n}_{task}"
-    used.add(name.lower())
-    return name
-
-
-def jsonl_rows(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
-    """(place, row) of every line of a JSONL file."""
-    if not path.is_file():
-        raise ValueError(f"jsonl: {path}: no such file: correct the path")
-    for n, line in enumerate(path.read_bytes().splitlines(), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{n}", json.loads(line)
-            except (ValueError, RecursionError):
-                yield f"{path}:{n}", ValueError("not JSON in UTF-8")
-
-
-def kept(rows: Iterable[tuple[str, dict | ValueError]], make: Callable[[dict], dict]) -> tuple[list, int]:
-    """make(row) of the rows for which it raises no ValueError; the number of the others, which are named."""
-    items, bad = [], 0
-    for place, row in rows:
-        try:
-            if not isinstance(row, dict):
-                raise row if isinstance(row, ValueError) else ValueError("not a JSON object")
-            items.append(make(row))
-        except ValueError as e:
-            bad += 1
-            common.print0(f"skipped: {place}: {pictures.printable(str(e))}")
-    return items, bad
+                  if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask"))
 
 
 def from_row(row: dict, base: dict, path: Path) -> dict:
@@ -463,7 +358,8 @@ def list_edits(cfg: Config) -> tuple[list[dict], int]:
     root = Path(cfg.image) if cfg.jsonl and cfg.image else path.parent
 
     def make(row: dict) -> dict:
-        return complete_edit(row, cfg, cfg.layout or layout, root, used)
+        return complete_edit(row, cfg.layout or layout, root, used, mask=cfg.mask, seed=cfg.seed,
+                             instructions=cfg.instruction)
 
     try:
         if cfg.jsonl and (path.is_dir() or path.suffix == ".parquet"):
@@ -488,171 +384,17 @@ def list_edits(cfg: Config) -> tuple[list[dict], int]:
     return items, bad
 
 
-def complete_edit(row: dict, cfg: Config, layout: str, root: Path, used: set[str]) -> dict:
-    """Item of a row; ValueError names the key and what is wrong. The flags fill what the row leaves out.
-
-    Keys: image (or source, source_image), a path from `root`, or (pictures.RowGroups, n); instruction,
-    instructions (or edit_prompt), one text a turn; mask (or mask_image), a path, "NONE", or a list of one per
-    turn; seed; key, task, lang: the result's place in a benchmark's tree; turn: of a single edit of a chain.
-    """
-    def first(*keys: str) -> object:
-        return next((row[key] for key in keys if row.get(key) is not None), None)
-
-    image, regions = first("source", "image", "source_image"), first("mask", "mask_image")
-    if not image or not isinstance(image, str | tuple):
-        raise ValueError("image: missing: edit needs a picture")
-    listed = image
-    image = str(root / image) if isinstance(image, str) else image
-    texts = first("instructions", "instruction", "edit_prompt")
-    if texts is None:
-        texts = list(cfg.instruction)
-        if not texts and isinstance(image, str) and (beside := Path(image).with_suffix(".txt")).is_file():
-            texts = beside.read_text(errors="replace").strip().splitlines()
-        if not texts:
-            raise ValueError(f"instruction: missing for {image}: say what to change")
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"instruction: {str(texts)[:80]!r}: give a text, or a list of texts")
-    texts = [pictures.clean_caption(text)[0] for text in texts]
-    if not all(texts) or not texts:
-        raise ValueError("instruction: empty: say what to change")
-    regions = regions if isinstance(regions, list) else [regions] * len(texts)
-    if len(regions) != len(texts) or not all(isinstance(mask, str | None) for mask in regions):
-        raise ValueError(f"mask: {str(regions)[:80]}: give a path, or a list of one for each turn")
-    regions = [cfg.mask if mask is None else None if mask == "NONE" else str(root / mask) for mask in regions]
-    seed, turn = cfg.seed if row.get("seed") is None else row["seed"], row.get("turn")
-    for what, number in (("seed", seed), ("turn", turn)):
-        if type(number) is not int and (what == "seed" or number is not None):
-            raise ValueError(f"{what}: {number!r}: give an integer")
-    key, task, lang = (str(row.get(name) or "") for name in ("key", "task", "lang"))
-    key = key or (Path(image).stem if isinstance(image, str) else "picture")
-    item = dict(name=key, image=image, masks=regions, instructions=texts, seed=seed, key=key, task=task)
-    item["files"] = tree(item, layout, lang or "en", turn, used)
-    if layout == "gedit":
-        item["shown"] = f"{item['files'][-1]}_SRCIMG.png"
-    if layout == "imgedit":
-        if not isinstance(listed, str):
-            raise ValueError("image: inside a parquet: --layout imgedit needs files")
-        turns = {"prompt": texts[0]} if len(texts) == 1 else {f"turn{n}": t for n, t in enumerate(texts, 1)}
-        item["listed"] = {"id": listed, **turns, "edit_type": task}
-    return item
+# ---- pictures in ---------------------------------------------------------------------------------
 
 
-def tree(item: dict, layout: str, lang: str, turn: int | None, used: set[str]) -> list[str]:
-    """Where the results of an item's turns go, without suffix; ValueError when two would share a place.
-
-    gedit: fullset/TASK/LANG/KEY beside KEY_SRCIMG; imgedit: KEY. The last turn of a chain has that name.
-    magicbrush: KEY/KEY_1, KEY/KEY_iter_2, ...; edit number `turn` of a session made alone: KEY/KEY_inde_TURN.
-    """
-    key, task, turns = item["key"], item["task"], range(1, len(item["instructions"]) + 1)
-    if layout == "flat":
-        name = unique(f"{key}_inde_{turn}" if turn else key, "edit", used)
-        return [name] if len(turns) == 1 else [f"{name}_turn{n}" for n in turns]
-    for what, text in [("key", key)] + [("task", task), ("lang", lang)] * (layout == "gedit"):
-        if not re.fullmatch(r"\w[\w .-]{0,99}", text):
-            raise ValueError(f"{what}: {text[:80]!r}: --layout {layout} needs a file name")
-    if layout == "magicbrush":
-        names = [f"{key}/{key}_" + ("1" if n == 1 else f"iter_{n}") for n in turns]
-        names = [f"{key}/{key}_inde_{turn}"] if turn else names
-    else:
-        name = f"fullset/{task}/{lang}/{key}" if layout == "gedit" else key
-        names = [f"{name}_turn{n}" for n in turns[:-1]] + [name]
-    if names[-1].lower() in used:
-        raise ValueError(f"key: {key!r}: a second time: every edit needs its own")
-    used.add(names[-1].lower())
-    return names
-
-
-def gedit_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, row) of GEdit-Bench's parquet, a file or a folder of them; pictures are read when needed."""
-    def columns(file: str, kinds: Iterable[str]) -> list[str]:
-        if missing := [name for name in GEDIT if name not in kinds]:
-            raise pictures.BadFile(file, f"no column {', '.join(missing)} among {', '.join(kinds)}",
-                                   "give GEdit-Bench's parquet")
-        return ["input_image"]
-
-    files, _ = pictures.files_of(path, "all", ".parquet") if path.exists() else ([], "all")
-    if not files:
-        raise ValueError(f"jsonl: {path}: no parquet there: correct the path")
-    groups = pictures.RowGroups(files, columns)
-    for n, (place, cells) in enumerate(groups.light(lambda names: list(GEDIT[:-1]))):
-        task, key, text, lang = cells
-        yield place, {"image": (groups, n), "task": task, "key": key, "lang": lang, "instruction": text or ""}
-
-
-def json_rows(path: Path, root: Path | None) -> tuple[str, Path, list[tuple[str, dict | ValueError]]]:
-    """-> layout, folder of the pictures, (place, row)s of ImgEdit's basic_edit.json or its multi-turn files,
-    or of MagicBrush's edit_sessions.json: each session as a chain, and its further edits alone, too."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as e:
-        raise ValueError(f"jsonl: {path}: {e.strerror}: correct the path") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"jsonl: {path}: not a JSON object: give ImgEdit's basic_edit.json, MagicBrush's "
-                         "edit_sessions.json, or lines in a .jsonl file")
-    if not isinstance(next(iter(content.values())), list):
-        rows = []
-        for key, entry in content.items():
-            if isinstance(entry, dict):
-                turns = sorted(name for name in entry if name.startswith("turn"))
-                texts = entry.get("prompt") or [entry[turn] for turn in turns]
-                entry = {"image": entry.get("id"), "instruction": texts, "key": key,
-                         "task": entry.get("edit_type")}
-            rows.append((f"{path}: {key}", entry))
-        return "imgedit", root or path.parent, rows
-    rows = []
-    for key, session in content.items():
-        if not isinstance(session, list) or not session or not all(
-                isinstance(e, dict) and isinstance(e.get("input"), str) for e in session):
-            rows.append((f"{path}: {key}", ValueError("not a list of {input, instruction}")))
-            continue
-        edits = [{"image": f"{e['input'].split('-')[0]}/{e['input']}", "key": key,
-                  "instruction": e.get("instruction") or ""} for e in session]
-        chain = edits[0] | {"instruction": [e["instruction"] for e in edits]}
-        alone = [e | {"turn": turn} for turn, e in enumerate(edits[1:], 2)]
-        rows += [(f"{path}: {key}", row) for row in (chain, *alone)]
-    return "magicbrush", root or path.parent / "images", rows
-
-
-# ---- checkpoint ----------------------------------------------------------------------------------
-
-
-def load_net(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
-    """The model of --ckpt with the weights asked for, on the CPU, and its manifest."""
-    if weights.is_public(cfg.ckpt):
-        state, manifest = stack.open_public(cfg.ckpt)
-        tensors = {"model": state}
-    else:
-        tensors, manifest = common.load_checkpoint(cfg.ckpt, ("ema", "model") if cfg.weights == "auto"
-                                                   else cfg.weights)
-    arch = manifest.get("arch", {})
-    kind, wanted = arch.get("kind"), "editnet" if cfg.task == "edit" else "editor"
-    if kind != wanted:
-        fix = {"editnet": "use sample.py edit, or give an editor's folder",
-               "editor": "give the folder of a run with --stage edit, or use another task than edit"}
-        fix = fix.get(kind, f"give an {wanted}'s folder")
-        raise SystemExit(f"error: {cfg.ckpt}: holds a {kind!r}, {cfg.task} needs an {wanted!r}: {fix}")
-    net = (model.build_editnet if cfg.task == "edit" else model.build_editor)(arch, cfg.ckpt)
-    if cfg.task not in ("t2i", "edit") and not net.cfg.inpaint:
-        raise SystemExit(f"error: {cfg.ckpt}: {cfg.task} needs a model trained with --stage inpaint")
-    name = "ema" if "ema" in tensors else "model"
-    common.load_state(net, tensors[name], f"{cfg.ckpt}/{name}.safetensors")
-    return net, manifest
-
-
-def working_size(cfg: Config, trained: dict, stride: int) -> int:
-    size = cfg.size or trained.get("image_size")
+def working_size(cfg: Config, trained: int | None, stride: int) -> int:
+    size = cfg.size or trained
     if not size:
         raise SystemExit(f"error: {cfg.ckpt}/manifest.json: it has no config.image_size: give --size")
     if size % stride:
         raise SystemExit(f"error: --size: {size}: must be a multiple of {stride}, the model's patch in "
                          "pixels")
     return size
-
-
-# ---- pictures in ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -683,17 +425,17 @@ def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, stride:
         canvas = np.zeros((item["height"] or size, item["width"] or size, 3), np.uint8)
         mask = np.ones(canvas.shape[:2], np.float32)
     elif isinstance(item["image"], str):
-        source = canvas = pictures.read_image(item["image"])
+        source = canvas = read_image(item["image"])
         about["image"] = str(Path(item["image"]).resolve())
     else:
         groups, n = item["image"]
         file, about["image"], (cell,) = groups.row(n)
-        cell = pictures.picture_cell(cell, file, about["image"])
-        source = canvas = pictures.read_image(cell, about["image"])
+        cell = picture_cell(cell, file, about["image"])
+        source = canvas = read_image(cell, about["image"])
     if task == "outpaint":
         canvas, mask, sides = extend(source, item)
         about |= sides
-        common.print0(f"{pictures.printable(item['image'])}: {source.shape[1]}x{source.shape[0]} grows to "
+        common.print0(f"{printable(item['image'])}: {source.shape[1]}x{source.shape[0]} grows to "
                       f"{canvas.shape[1]}x{canvas.shape[0]}, regenerates {mask.mean():.1%}")
     elif task == "edit":
         regions = find_regions(item, *source.shape[:2])
@@ -734,9 +476,9 @@ def extend(picture: np.ndarray, item: dict) -> tuple[np.ndarray, np.ndarray, dic
             raise SystemExit(f"error: {item['image']}: is {item['aspect']} already: give another --aspect")
         add = dict(zip(SIDES, (more_w // 2, more_w - more_w // 2, more_h // 2, more_h - more_h // 2)))
     height, width = h + add["top"] + add["bottom"], w + add["left"] + add["right"]
-    if height * width > pictures.MAX_PIXELS or max(height, width) > pictures.MAX_SIDE:
+    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
         raise SystemExit(f"error: {item['image']}: would grow to {width}x{height}, over the cap of "
-                         f"{pictures.MAX_PIXELS:,} pixels, {pictures.MAX_SIDE:,} a side: add less")
+                         f"{MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side: add less")
     inner = slice(add["top"], add["top"] + h), slice(add["left"], add["left"] + w)
     canvas, mask = np.full((height, width, 3), 128, np.uint8), np.ones((height, width), np.float32)
     canvas[inner], mask[inner] = picture, 0
@@ -749,24 +491,24 @@ def find_mask(item: dict, h: int, w: int) -> tuple[np.ndarray, Path]:
     if item["mask"] and not Path(item["mask"]).is_dir():
         choices = [Path(item["mask"])]
     elif item["mask"]:
-        choices = [Path(item["mask"]) / f"{image.stem}{suffix}" for suffix in (".png", *pictures.SUFFIXES)]
+        choices = [Path(item["mask"]) / f"{image.stem}{suffix}" for suffix in (".png", *SUFFIXES)]
     else:
-        choices = [image.with_name(f"{image.stem}.mask{suffix}") for suffix in (".png", *pictures.SUFFIXES)]
+        choices = [image.with_name(f"{image.stem}.mask{suffix}") for suffix in (".png", *SUFFIXES)]
     path = next((p for p in choices if p.is_file()), None)
     if path is None:
         raise SystemExit(f"error: {choices[0]}: no such mask for {image}: give --mask, or put "
                          f"{image.stem}.mask.png beside the picture")
-    mh, mw = pictures.image_size(path)
+    mh, mw = image_size(path)
     if abs(mw * h - mh * w) > max(h, w):  # the longer side rounded to a pixel is not another aspect
         raise SystemExit(f"error: {path}: {mw}x{mh}, but {image} is {w}x{h}: make them equal")
-    mask = pictures.read_mask(path, h, w, log=common.print0)
+    mask = read_mask(path, h, w, log=common.print0)
     mask[mask < 0.02] = 0  # black saved as JPEG is not quite black, and unmasked means untouched
     return mask, path
 
 
 def has_mask(image: str) -> bool:
     """Is there a mask beside the picture: NAME.mask.png?"""
-    return any(Path(image).with_suffix(f".mask{suffix}").is_file() for suffix in pictures.SUFFIXES)
+    return any(Path(image).with_suffix(f".mask{suffix}").is_file() for suffix in SUFFIXES)
 
 
 def find_regions(item: dict, h: int, w: int) -> list[tuple[np.ndarray, str | None]]:
@@ -840,10 +582,10 @@ def ramp(mask: np.ndarray, seam: int) -> np.ndarray:
 def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dict) -> None:
     """Write one result and append its row; several ranks append to one file, a line at a time."""
     file = result_file(job.item["files"][job.turn], k, cfg.num_samples)
-    keys = ("task", "steps", "guidance", "solver", "seam", "keep_known", "weights", "precision", "ckpt")
+    keys = ("task", "steps", "guidance", "solver", "seam", "blend", "weights", "precision", "ckpt")
     about = job.about | {"prompt": job.prompt}
     if cfg.task == "edit":
-        keys += ("image_guidance", "blend", "paste")
+        keys += ("image_guidance", "paste")
         about = job.about | {"mask": job.regions[job.turn][1], "key": job.item["key"],
                              "edit_type": job.item["task"], "instruction": job.prompt, "turn": job.turn + 1}
     row = {"file": file, **about, "seed": job.seed, "sample": k,

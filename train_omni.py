@@ -8,10 +8,9 @@
     python train_omni.py --stage edit --init sd3_medium.safetensors --cache out/cache --out out/sd3
 
 The same command again resumes. Data: "scenes", a folder of pictures, or parquet (see data.py); for --stage
-edit "scenes" or pairs in a published form, such as omniedit:PATH (see edits.py).
+edit "scenes" or pairs in a published form, such as omniedit:PATH (readers/edits.py).
 """
 
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -19,36 +18,35 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-import cache
+import checkpoint
 import common
 import data
 import flow
-import frozen
-import memory
+import log
+import masks
 import model
-import sharded
-import stack
-import weights
-from perf import Perf
-from verdict import Verdict
+import pipeline
+from common import Verdict
+from log import Perf
+from readers.cached import Latents
 
 
 @dataclass
 class Config:
     out: str = "out/omni"  # run folder: checkpoints, metrics.jsonl, sample sheets
-    data: str = "scenes"  # "scenes", a folder of pictures, .parquet, packed (pack.py); edit: PRESET:PATH
+    data: str = "scenes"  # "scenes", a folder of pictures, .parquet, packed (make_pack.py); edit: PRESET:PATH
     stage: Literal["base", "inpaint", "edit"] = "inpaint"  # text to image; with mask; with source
     preset: str = "tiny"  # architecture, see PRESETS in model.py; ignored with --init
-    init: Annotated[str | None, tyro.conf.arg(aliases=["--base"])] = None  # to start from: checkpoint or SD3
+    init: Annotated[str | None, tyro.conf.arg(aliases=["--ckpt", "--base"])] = None  # a checkpoint or SD3
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --init came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
-    cache: str | None = None  # folder of cache.py: text features in place of encoders, latents of pictures
+    cache: str | None = None  # folder of make_cache.py: text features, and latents of pictures
     variant: Literal["editnet", "controlnet", "textcontrol", "concat"] = "editnet"  # edit: see model.EditNet
-    cached: bool = False  # edit: source tokens see source and text only and are computed once per edit
+    fixed_source: bool = False  # edit: source tokens see source and text only, computed once for all steps
     tune_base: Literal["frozen", "lora", "full"] | None = None  # edit: None = frozen, but full for concat
     lora: int = 16  # edit: rank of the base's update with --tune_base lora
-    weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: Eq. 6's lambda from the score
-    min_score: float = 9.0  # edit: threshold gives 1 from this score on and 0 below; "score" is score / 10
+    weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: lambda of Eq. 6; or score / 10
+    min_score: float = 9.0  # edit: threshold weighs 1 from this score on, and leaves out what is below
     tasks: str = "balanced"  # edit: tasks alike; "as_is", as often as in the data; or weights, remove=2,add=1
     p_region: float = 0.3  # edit: share of the pairs with a mask that are shown it; the rest is free-form
     drop_edit: float = 0.05  # edit: share without text, share without source, and share without both
@@ -74,9 +72,8 @@ class Config:
     drop_caption: float = 0.1  # captions replaced by "", for classifier-free guidance
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     checkpointing: int = 0  # recompute every n-th block's activations: 1 = all, a third more time; 0 = none
-    fsdp: bool = False  # shard the blocks that train over torchrun's ranks (sharded.py)
+    fsdp: bool = False  # shard the blocks that train over torchrun's ranks (common.shard)
     compile: bool = False  # torch.compile every block: slow at first, then faster
-    dry_run: bool = False  # print parameters, tokens and memory, and stop
     seed: int = 0  # of weights, data order, noise
     workers: int = 1  # data processes per rank
     device: str = "auto"  # auto, cpu, cuda
@@ -98,16 +95,11 @@ def main(cfg: Config) -> None:
     # 1) model: from scratch, or from a checkpoint; a base's patch embedding gets zero columns for the mask
     #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
-    if cfg.dry_run:
-        with torch.device("meta"):
-            editor, surroundings = build(cfg)
-            space = frozen.PixelSpace() if editor.cfg.txt_bytes else frozen.VAE()
-    else:
-        editor, surroundings = build(cfg)
-        if not cfg.fsdp:
-            editor.to(device)
-        space, surroundings, cached = stack.surround(editor, surroundings, device, f"--init: {cfg.init}",
-                                                     cfg.tokenizers, cfg.cache)
+    editor, surroundings = build(cfg)
+    if not cfg.fsdp:
+        editor.to(device)
+    space, surroundings, cached = pipeline.surround(editor, surroundings, device, f"--init: {cfg.init}",
+                                                    cfg.tokenizers, cfg.cache)
     stride = editor.cfg.patch * space.stride
     if cfg.image_size % stride:
         raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of {stride}, the "
@@ -117,19 +109,11 @@ def main(cfg: Config) -> None:
     size, trained = (common.n_params(editor, only) / 1e6 for only in (False, True))
     common.print0(f"{cfg.stage}: {size:.1f} M parameters, {trained:.1f} M trained, {device}, "
                   f"{dist.world} rank(s)")
-    latents = cfg.batch_size, editor.cfg.channels, *[cfg.image_size // space.stride] * 2
-    ranks = dist.world if cfg.fsdp else 0
-    words = editor.cfg.txt_bytes // 4 or 77 + surroundings.get("t5_length", 77)
-    flops = 0  # of a micro-batch
-    if common.is_main(dist):  # the count takes a second
-        common.print0(tokens_a_block(cfg, editor, latents, words))
-        count = memory.omni(editor, latents, device, bf16, ranks, words)
-        common.print0(count.report())
-        flops = count.flops
-    if cfg.dry_run:
-        return
+    tokens, words = (cfg.image_size // stride) ** 2, pipeline.text_tokens(editor, surroundings)
+    common.print0(f"a picture is {tokens} tokens, its text {words}")
+    flops = model.flops(editor, cfg.batch_size, tokens, words)  # of a micro-batch
     if cfg.fsdp:
-        sharded.shard(editor, dist, bf16)
+        common.shard(editor, dist, bf16)
 
     # 2) optimiser, averaged weights
     text = {id(p) for p in editor.text.parameters()} if editor.cfg.txt_bytes else {}
@@ -137,28 +121,18 @@ def main(cfg: Config) -> None:
                "peak": factor * (cfg.muon_lr if "muon" in g else cfg.lr)}
               for words, factor in ((False, 1.0), (True, cfg.text_lr))
               for g in model.param_groups(editor, cfg.weight_decay, muon=cfg.muon_lr > 0)]
-    opt = common.Muon(sharded.split_groups(groups), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    opt = common.Muon(common.split_groups(groups), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     ema = common.EMA(editor, cfg.ema)
 
     # 3) resume: the newest checkpoint of --out that verifies
     step, run_id = 0, None
-    if found := (common.find_latest if cfg.fsdp else common.load_latest)(cfg.out):
-        tensors, manifest = found
-        if manifest["arch"] != editor.arch:
-            raise SystemExit(f"error: {cfg.out}: holds another architecture, {manifest['arch']}: repeat the "
-                             "command that began it, or give another --out")
-        if cfg.fsdp:
-            sharded.load_checkpoint(tensors, editor, ema, opt)
-        else:
-            state, average = model.resumed_states(editor, tensors)
-            common.load_state(editor, state, cfg.out)
-            ema.load_state_dict(average)
-            common.load_optimizer_tensors(opt, tensors["optimizer"])
+    state = {"model": editor, "ema": ema, "optimizer": opt}
+    if manifest := checkpoint.resume(cfg.out, state, editor.arch):
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
-        common.warn_changed(cfg.out, manifest, asdict(cfg), bf16)
-    common.check_writable(cfg.out)
-    metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
+        checkpoint.warn_changed(cfg.out, manifest, asdict(cfg), bf16)
+    checkpoint.check_writable(cfg.out)
+    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     if cfg.compile:
         model.compile_blocks(editor)
 
@@ -168,12 +142,11 @@ def main(cfg: Config) -> None:
               start_step=step * cfg.accum, stride=stride)
     source = (data.open_edits if cfg.stage == "edit" else data.open_source)(cfg.data, "train")
     if cached and cached.made["latents"]:
-        source, space = stack.latents(cached, source, space, cfg, stride)
+        source, space = pipeline.latents(cached, source, space, cfg, stride)
     at |= dict(device=device, draw=partial(draws, cfg, space.channels, space.stride, editor.cfg.txt_bytes))
     if cfg.stage == "edit":
-        weightless(cfg, source)
         loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region,
-                                       balance=edit_tasks(cfg.tasks), **at)
+                                       balance=edit_tasks(cfg.tasks), min_score=least_score(cfg), **at)
     else:
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
     common.print0(loader.summary)
@@ -182,8 +155,7 @@ def main(cfg: Config) -> None:
     perf, lost_saves = Perf(device, bf16, f"--data {cfg.data}"), 0
     verdict = Verdict(dist, cfg.out, "lower --lr or resume an earlier checkpoint")
 
-    second = min(step + 2, cfg.steps)  # the first one's forward pass has no optimiser state beside it yet
-    bar = common.progress(cfg.steps, step, cfg.stage, dist)
+    bar = log.progress(cfg.steps, step, cfg.stage, dist)
     while step < cfg.steps:
         for group in opt.param_groups:
             group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, cfg.lr_schedule)
@@ -194,7 +166,7 @@ def main(cfg: Config) -> None:
             t, noise = batch["t"], batch["noise"]                                    # [B], [B, C, h, w]
             with torch.no_grad():
                 x0 = space.encode(batch["image"])                                             # [B, C, h, w]
-                condition = conditions(cfg, batch, space)
+                condition = conditions(cfg, editor, space, batch)
 
             # 5) flow matching: lambda t^w || v_theta(x_t, t, c, condition) - (noise - x_0) ||^2
             #    condition: m and x_0 (1 - m), or the source picture and its region; lambda: Eq. 6 of OmniEdit
@@ -206,23 +178,21 @@ def main(cfg: Config) -> None:
             (loss / cfg.accum).backward()
             loss_sum += loss.detach() / cfg.accum
             for lo in (0, 25, 50, 75):
-                metrics.add_where((100 * t >= lo) & (100 * t < lo + 25), **{f"loss_t/{lo}-{lo + 25}": error})
+                metrics.add_where((100 * t >= lo) & (100 * t < lo + 25), **{f"loss/t_{lo}-{lo + 25}": error})
             perf.add(len(x0) * dist.world, flops)
 
         # 6) one verdict for all ranks: a non-finite step changes nothing. All of it happens on the device,
         #    for which nothing here waits; what the verdict was is read a step later
         common.average_gradients(editor.parameters(), dist.world)
-        grad_norm = sharded.clip_grad_norm(editor.parameters(), cfg.grad_clip or torch.inf)
+        grad_norm = common.clip_grad_norm(editor.parameters(), cfg.grad_clip or torch.inf)
         opt.found_inf = bad = verdict.give(step, loss_sum, grad_norm)
         opt.step()
         ema.update(bad)
         opt.zero_grad(set_to_none=True)
         step += 1
         bar.update()
-        metrics.add(**{"loss": loss_sum, "grad_norm": grad_norm})
+        metrics.add(**{"loss/flow": loss_sum, "grad_norm/editor": grad_norm})
         stop = verdict.read(last=step == cfg.steps)
-        if step == second:
-            common.print0(f"memory, measured: {common.peak_memory()}")
 
         # 7) logs, samples from the averaged weights, checkpoints
         if step % cfg.log_every == 0 or step == cfg.steps:
@@ -230,23 +200,18 @@ def main(cfg: Config) -> None:
                                  **perf.read()})
         due = cfg.sample_every and (step % cfg.sample_every == 0 or step == cfg.steps)
         if due and (cfg.fsdp or common.is_main(dist)):  # shards: all ranks compute the sheet
-            with ema.swapped(), torch.no_grad(), autocast:
-                metrics.images(step, {"samples": sample_sheet(cfg, editor, space, grid)})
+            with ema.swapped(), torch.no_grad():
+                metrics.images(step, {"samples": sample_sheet(cfg, editor, space, grid, bf16)})
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            nets = model.trained_tensors(editor, ema)
             meta = {"arch": editor.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
                     "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings}
-            if cfg.fsdp:
-                saved = sharded.save_checkpoint(cfg.out, step, nets, opt, meta, cfg.keep, dist)
-            else:
-                nets["optimizer"] = common.optimizer_tensors(opt)
-                saved = common.save_checkpoint(cfg.out, step, nets, meta, cfg.keep, dist)
-            lost_saves = common.count_lost(cfg.out, saved, lost_saves, step == cfg.steps or stop)
+            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
+            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, step == cfg.steps or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break
     bar.close()
-    common.print0(common.peak_memory())
+    common.print0(log.peak_memory())
     metrics.close()
     loader.close()
     common.cleanup()
@@ -254,60 +219,45 @@ def main(cfg: Config) -> None:
 
 def check(cfg: Config) -> None:
     """Refuse values that cannot work, before anything is loaded."""
-    def refuse(flag, text):
-        raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
-
+    common.check_bounds(
+        cfg, at_least_1=("image_size", "batch_size", "accum", "steps", "log_every", "save_every"),
+        not_negative=("lr", "muon_lr", "text_lr", "t_weight", "warmup", "weight_decay", "grad_clip",
+                      "sample_every", "keep", "workers", "checkpointing"),
+        above_0=("shift", "t_shift"), share=("drop_caption", "p_t2i", "p_region"), below_1=("ema", "beta2"))
     if not cfg.init and cfg.preset not in model.PRESETS:
-        refuse("preset", f"use one of {', '.join(model.PRESETS)}")
+        common.refuse(cfg, "preset", f"use one of {', '.join(model.PRESETS)}")
     if not cfg.init and not model.PRESETS[cfg.preset].txt_bytes:
-        refuse("preset", "needs a VAE and text encoders: use tiny or small, or give --init SD3's weights")
-    for flag in ("image_size", "batch_size", "accum", "steps", "log_every", "save_every"):
-        if getattr(cfg, flag) < 1:
-            refuse(flag, "must be at least 1")
-    for flag in ("lr", "muon_lr", "text_lr", "t_weight", "warmup", "weight_decay", "grad_clip",
-                 "sample_every", "keep", "workers"):
-        if not getattr(cfg, flag) >= 0:
-            refuse(flag, "must not be negative")
-    for flag in ("ema", "beta2"):
-        if not 0 <= getattr(cfg, flag) < 1:
-            refuse(flag, "must be at least 0 and below 1")
-    for flag in ("drop_caption", "p_t2i", "p_region"):
-        if not 0 <= getattr(cfg, flag) <= 1:
-            refuse(flag, "must be a probability from 0 to 1")
-    for flag in ("shift", "t_shift"):
-        if getattr(cfg, flag) is not None and not getattr(cfg, flag) > 0:
-            refuse(flag, "must be above 0; 1 leaves the times as they are")
+        common.refuse(cfg, "preset", "needs a VAE and text encoders: use tiny or small, or give --init SD3's "
+                                     "weights")
     if not 0 <= cfg.drop_edit <= 1 / 3:
-        refuse("drop_edit", "must be from 0 to 1/3: it is the share of each of three kinds")
+        common.refuse(cfg, "drop_edit", "must be from 0 to 1/3: it is the share of each of three kinds")
     if not 0 <= cfg.min_score <= 10:
-        refuse("min_score", "must be a score from 0 to 10")
+        common.refuse(cfg, "min_score", "must be a score from 0 to 10")
     if cfg.stage == "edit" and not cfg.init:
         raise SystemExit("error: --stage: edit: needs a trained model to build on: give --init, such as "
                          "--init assets/base")
-    if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.cached or cfg.tune_base
+    if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.fixed_source or cfg.tune_base
                                 or cfg.tasks != "balanced"):
-        refuse("stage", "--variant, --cached, --tune_base and --tasks concern --stage edit only")
+        common.refuse(cfg, "stage", "--variant, --fixed_source, --tune_base and --tasks concern --stage edit "
+                                    "only")
     edit_tasks(cfg.tasks)
-    if cfg.cached and cfg.variant != "editnet":
-        refuse("variant", "has no source tokens to cache: leave out --cached")
+    if cfg.fixed_source and cfg.variant != "editnet":
+        common.refuse(cfg, "variant", "has no source tokens to cache: leave out --fixed_source")
     if cfg.muon_lr and cfg.fsdp:
-        refuse("muon_lr", "needs whole matrices, of which --fsdp leaves each rank a part: leave out one")
+        common.refuse(cfg, "muon_lr", "needs whole matrices, of which --fsdp leaves each rank a part: leave "
+                                      "out one")
     if cfg.tune_base == "lora" and cfg.lora < 1:
-        refuse("lora", "must be at least 1")
+        common.refuse(cfg, "lora", "must be at least 1")
 
 
-def build(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
+def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNet, dict]:
     """The model of the stage with its starting weights, on the CPU, what stays frozen without gradient; and
     what its manifest says of its surroundings (stack.surround). Fills in --shift."""
     if not cfg.init:
         arch = model.PRESETS[cfg.preset]
         cfg.shift = cfg.shift or 1.0
         return model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch), {}
-    if weights.is_public(cfg.init):
-        state, manifest = stack.open_public(cfg.init, "meta" if cfg.dry_run else "cpu")
-    else:
-        tensors, manifest = common.load_checkpoint(cfg.init, ("ema", "model"))
-        state = tensors.get("ema") or tensors["model"]
+    state, manifest = pipeline.open_weights(cfg.init, device=device)
     arch = manifest["arch"]
     cfg.shift = cfg.shift or manifest.get("config", {}).get("shift") or 1.0
     surroundings = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
@@ -317,8 +267,8 @@ def build(cfg: Config) -> tuple[model.Editor | model.EditNet, dict]:
     if cfg.stage == "base" and arch.get("inpaint"):
         raise SystemExit(f"error: --stage: base: {cfg.init} is an inpainting model: use --stage inpaint")
     editor = model.build_editor(arch, f"--init: {cfg.init}")
-    state = model.widen_input(state, editor.cfg.in_channels, "mmdit.x_embedder.proj.weight")
-    common.load_state(editor, state, cfg.init)
+    state = model.widen_input(state, editor.cfg.in_channels, pipeline.MASK_INPUT)
+    checkpoint.load_state(editor, state, cfg.init)
     return editor, surroundings
 
 
@@ -326,14 +276,14 @@ def build_edit(cfg: Config, arch: dict, state: dict) -> model.EditNet:
     """A new EditNet of the variant on a base, or one that was trained before; frozen as --tune_base says."""
     if arch.get("kind") == "editnet":
         net = model.build_editnet(arch, f"--init: {cfg.init}")
-        if (net.variant, net.cached) != (cfg.variant, cfg.cached):
+        if (net.variant, net.cached) != (cfg.variant, cfg.fixed_source):
             raise SystemExit(f"error: --init: {cfg.init}: holds --variant {net.variant}"
-                             f"{' --cached' * net.cached}: give the same flags, or a base")
-        common.load_state(net, state, cfg.init)
+                             f"{' --fixed_source' * net.cached}: give the same flags, or a base")
+        checkpoint.load_state(net, state, cfg.init)
     else:
         base = model.build_editor(arch, f"--init: {cfg.init}")
-        common.load_state(base, state, cfg.init)
-        net = model.EditNet(base.cfg, cfg.variant, cfg.cached)
+        checkpoint.load_state(base, state, cfg.init)
+        net = model.EditNet(base.cfg, cfg.variant, cfg.fixed_source)
         net.attach(base.state_dict())
     tuned = cfg.tune_base or ("full" if cfg.variant == "concat" else "frozen")
     if tuned == "frozen":
@@ -366,38 +316,26 @@ def draws(cfg: Config, channels: int, stride: int, txt_bytes: int, batch: dict) 
             "segments": None}  # label maps have done their work: nothing to copy
 
 
-def conditions(cfg: Config, batch: dict, space) -> tuple:
-    """The latents and masks beside the text. inpaint: m, x_0 (1 - m). edit: source, region; zeros and ones
-    where they are dropped."""
-    if cfg.stage == "base":
-        return ()
-    mask = frozen.shrink(batch["mask"], space.stride)                                          # [B, 1, h, w]
-    if cfg.stage == "inpaint":
-        return mask, space.encode(batch["image"] * (1 - batch["mask"]))
+def conditions(cfg: Config, editor: model.Editor | model.EditNet, space, batch: dict) -> tuple:
+    """The latents and masks beside the text (pipeline.conditions), where they are dropped zeros and ones."""
+    if cfg.stage != "edit":
+        return pipeline.conditions(editor, space, batch["mask"], batch["image"])
     null = batch["null"][:, None, None, None]
-    return space.encode(batch["source"]).masked_fill(null, 0.0), mask.masked_fill(null, 1.0)
+    source, region = pipeline.conditions(editor, space, batch["mask"], batch["source"])
+    return source.masked_fill(null, 0.0), region.masked_fill(null, 1.0)
 
 
 def importance(cfg: Config, batch: dict) -> torch.Tensor:
-    """lambda [B] of OmniEdit's Eq. 6, from the pairs' scores; a pair without a score counts as 1."""
-    if cfg.stage != "edit" or cfg.weighting == "none":
+    """lambda [B] of OmniEdit's Eq. 6. --weighting threshold gives 1 to all that is in a batch: the loader has
+    left out the pairs that weigh 0. A pair without a score counts as 1."""
+    if cfg.stage != "edit" or cfg.weighting != "score":
         return torch.ones(len(batch["caption"]))
-    score = batch["score"]
-    weight = (score >= cfg.min_score).float() if cfg.weighting == "threshold" else score / 10
-    return torch.where(score.isnan(), 1.0, weight)
+    return torch.where(batch["score"].isnan(), 1.0, batch["score"] / 10)
 
 
-def weightless(cfg: Config, source) -> None:
-    """Say how many of up to 1,000 pairs, from all over the set, Eq. 6 gives no weight; SystemExit if it is
-    all of them."""
-    n, k = len(source), min(len(source), 1000)  # files may be sorted by score: the first 1,000 would not do
-    scores = [math.nan if (s := source.score(i * n // k)) is None else s for i in range(k)]
-    nothing = int((importance(cfg, {"caption": scores, "score": torch.tensor(scores)}) == 0).sum())
-    if nothing == k:
-        raise SystemExit(f"error: --min_score: {cfg.min_score}: {k:,} of {k:,} pairs of {cfg.data} score "
-                         "less and weigh nothing: lower it, or give --weighting score or none")
-    if nothing:
-        common.print0(f"{nothing:,} of {k:,} pairs weigh nothing (--weighting {cfg.weighting})")
+def least_score(cfg: Config) -> float | None:
+    """Pairs scored below weigh nothing (Eq. 6) and are not loaded: 9 of 10 at OmniEdit's rate."""
+    return cfg.min_score if cfg.weighting == "threshold" else None
 
 
 def edit_tasks(text: str) -> bool | dict[str, float]:
@@ -411,28 +349,18 @@ def edit_tasks(text: str) -> bool | dict[str, float]:
                          ) from None
 
 
-def tokens_a_block(cfg: Config, editor: model.Editor | model.EditNet, latents: tuple, words: int) -> str:
-    """How many tokens attend to each other in a block of the base and of the branch, for one picture."""
-    img = latents[2] * latents[3] // editor.cfg.patch**2
-    text = f"tokens a block: base {img} image + {words} text"
-    if cfg.stage != "edit" or editor.variant == "concat":
-        return text
-    source = f" + {img} source" * (editor.variant == "editnet")
-    return f"{text}, branch {img} image{source} + {words} text"
-
-
 def task_mixture(cfg: Config) -> dict[str, float]:
     """Task -> probability of the stage: whole pictures only, or ByteEdit's masks (Sec. 4.1)."""
     if cfg.stage == "base":
         return {"t2i": 1.0}
-    rest = {task: p for task, p in data.TASKS.items() if task != "t2i"}
+    rest = {task: p for task, p in masks.TASKS.items() if task != "t2i"}
     return {"t2i": cfg.p_t2i} | {task: p * (1 - cfg.p_t2i) / sum(rest.values()) for task, p in rest.items()}
 
 
 def sample_inputs(cfg: Config, stride: int, source, device: torch.device) -> dict:
     """The fixed pictures, masks and captions of every sample sheet, up to eight: held out and square; of a
     cache the first ones, at the bucket at which it holds them. Nothing is dropped from them."""
-    known = isinstance(source, cache.Latents)
+    known = isinstance(source, Latents)
     at = dict(stride=stride, aspects=known and cfg.aspects, device=device)
     if cfg.stage == "edit":
         source = source if known else data.heldout_or(source, data.open_edits, cfg.data)
@@ -446,32 +374,24 @@ def sample_inputs(cfg: Config, stride: int, source, device: torch.device) -> dic
     return batch | {"null": torch.zeros(len(batch["image"]), dtype=torch.bool, device=device)}
 
 
-def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch: dict):
+def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch: dict, bf16: bool):
     """Contact sheet at 20 steps without guidance and with it: 3; for edits text 3, source 1.5.
 
     Columns: picture, and its masked input; or source and target of an edit. Rows are titled by caption.
     """
-    image, condition = batch["image"], conditions(cfg, batch, space)
-    txt, vec = editor.encode_text(batch["caption"])
-    null = editor.encode_text([""] * len(image))
+    image, given = batch["image"], batch["source" if cfg.stage == "edit" else "image"]
     gens = common.generators(cfg.seed, 0, range(len(image)), stream=1)
     noise = common.randn(gens, space.encode(image[:1]).shape[1:], image.device)
-    ts = flow.timesteps(20, cfg.shift)
-
-    def plain(x, t):
-        return editor(x, t, txt, vec, *condition)
-
-    if cfg.stage == "edit":
-        guided = flow.edit_denoise(editor, (txt, vec), null, *condition, 3.0, 1.5)
-    else:
-        guided = flow.guide(lambda x, t: (plain(x, t), editor(x, t, *null, *condition)), 3.0)
+    plain, guided = (pipeline.sample(editor, space, batch["caption"], batch["mask"], given, noise,
+                                     flow.timesteps(20, cfg.shift), *guidance, bf16=bf16)
+                     for guidance in ((1.0, 1.0), (3.0, 1.5)))
     columns = [batch["source"], image] if cfg.stage == "edit" else [image]
     columns += [image * (1 - batch["mask"])] * (cfg.stage == "inpaint")
-    columns = [space.decode(x) for x in columns] if isinstance(space, frozen.Encoded) else columns
-    columns += [space.decode(flow.sample(net, noise, ts)) for net in (plain, guided)]
+    columns = [space.decode(x) for x in columns] if isinstance(space, pipeline.Encoded) else columns
+    columns += [plain, guided]
     titles = {"base": ["picture"], "inpaint": ["picture", "input"], "edit": ["source", "target"]}[cfg.stage]
     rows = [list(row) for row in zip(*(c.cpu() for c in columns))]
-    return common.contact_sheet(rows, [*titles, "20 steps", "guided"], row_titles=batch["caption"])
+    return log.contact_sheet(rows, [*titles, "20 steps", "guided"], row_titles=batch["caption"])
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python train_reward.py --pairs pairs/alignment.jsonl --out out/alignment  # picture, two captions
     torchrun --nproc_per_node=8 train_reward.py --pairs train.json --preset imagereward --batch_size 8
 
-The same command again resumes. Which of the two rewards comes out is a matter of the pair file alone (see
-data.py, open_pairs): what is compared is always two (caption, picture) couples. The run folder is complete,
-its manifest holds the architecture and the tokenizer.
+The same command again resumes. Which of the two rewards comes out is a matter of the pair file alone
+(readers/preferences.py): what is compared is always two (caption, picture) couples. The run folder is
+complete, its manifest holds the architecture and the tokenizer.
 """
 
 import math
@@ -21,25 +21,28 @@ import tyro
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+import checkpoint
 import common
 import data
+import log
 import model
-import pictures
-import towers
-from perf import Perf
-from verdict import Verdict
+import rewards
+from common import Verdict
+from log import Perf
+from readers import preferences
+from readers.files import clean_caption
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive forking workers
 
 
 @dataclass
 class Config:
-    pairs: str  # preference file(s), PATH or PATH,PATH: ImageReward JSON or JSON lines (data.py, open_pairs)
+    pairs: str  # preference file(s), PATH or PATH,PATH: ImageReward JSON, or lines (readers/preferences.py)
     out: str = "out/reward"  # run folder: checkpoints, metrics.jsonl
     images: str | None = None  # folder the pictures' names are relative to; None: the pair file's own
     val_pairs: str | None = None  # held-out file(s); None: a part of --pairs, by whole prompts (or pictures)
     val_fraction: float = 0.1  # that part; 0 = train on everything and report no held-out accuracy
-    preset: str = "tiny"  # architecture, see REWARD_PRESETS in model.py; ignored with --init
+    preset: str = "tiny"  # architecture, see REWARD_PRESETS in rewards.py; ignored with --init
     init: str | None = None  # to start from: a reward's folder, blip:PATH,VOCAB or imagereward:PATH,VOCAB
     original_init: bool = False  # ImageReward's initialisation of the head, which waits long at loss 0.6931
     freeze: float = 0.0  # fraction of the first ViT blocks and text layers left as is (ImageReward: 0.7)
@@ -88,27 +91,27 @@ def main(cfg: Config) -> None:
 
     # 2) architecture and weights: those of --out if there is something to resume, of --init, or from scratch
     torch.manual_seed(cfg.seed)
-    found, weights = common.load_latest(cfg.out), None
+    found, weights = checkpoint.latest(cfg.out), None
     if found:
-        arch = model.config_from(model.RewardConfig, found[1]["arch"], "reward", cfg.out)
+        arch = model.config_from(rewards.RewardConfig, found[1].get("arch", {}), "reward", cfg.out)
         same_run(cfg, found[1], bf16)
     elif cfg.init and cfg.init.startswith(("blip:", "imagereward:")):
         arch, weights = published(cfg.init)
     elif cfg.init:
-        tensors, manifest = common.load_checkpoint(cfg.init, "model")
+        tensors, manifest = checkpoint.load(cfg.init, "model")
         weights = tensors["model"]
-        arch = model.config_from(model.RewardConfig, manifest["arch"], "reward", f"--init: {cfg.init}")
+        arch = model.config_from(rewards.RewardConfig, manifest["arch"], "reward", f"--init: {cfg.init}")
     else:
-        arch = model.REWARD_PRESETS[cfg.preset]
+        arch = rewards.REWARD_PRESETS[cfg.preset]
         arch = replace(arch, tokenizer=train_tokenizer(captions_of(pairs), arch.vocab, arch.txt_len))
     if not arch.tokenizer:
         raise SystemExit(f"error: {cfg.init}: holds no tokenizer: use a folder that train_reward.py wrote")
-    reward = model.PreferenceReward(arch, cfg.original_init)
+    reward = rewards.PreferenceReward(arch, cfg.original_init)
     if weights:
         if not any(k.startswith("mlp.") for k in weights):
             common.print0(f"{cfg.init}: a backbone without a head; the head starts fresh")
             weights = {**weights, **{f"mlp.{k}": v for k, v in reward.mlp.state_dict().items()}}
-        common.load_state(reward, weights, cfg.init)
+        checkpoint.load_state(reward, weights, cfg.init)
     for m in reward.modules():
         if isinstance(m, torch.nn.Dropout) and cfg.dropout is not None:
             m.p = cfg.dropout
@@ -126,14 +129,12 @@ def main(cfg: Config) -> None:
 
     # 4) resume: the newest checkpoint of --out that verifies
     step, val, run_id = 0, {}, None
-    if found:
-        tensors, manifest = found
-        common.load_state(reward, tensors["model"], cfg.out)
-        common.load_optimizer_tensors(opt, tensors["optimizer"])
+    state = {"model": reward, "optimizer": opt}
+    if manifest := checkpoint.resume(cfg.out, state):
         step, val, run_id = manifest["step"], manifest["meta"]["val"], manifest["meta"]["run_id"]
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
-    common.check_writable(cfg.out)
-    metrics = common.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
+    checkpoint.check_writable(cfg.out)
+    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
 
     # 5) data: batch s is a function of (seed, s, rank, world)
     batches = data.pair_loader(
@@ -143,7 +144,7 @@ def main(cfg: Config) -> None:
     perf, verdict = Perf(device, bf16, f"--pairs {cfg.pairs}"), Verdict(dist, cfg.out, "lower --lr")
     lost_saves, flat_since, warned = 0, None, False
 
-    bar = common.progress(cfg.steps, step, "reward", dist)
+    bar = log.progress(cfg.steps, step, "reward", dist)
     while step < cfg.steps:
         for group in opt.param_groups:
             group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup, cfg.steps, cfg.lr_schedule)
@@ -166,7 +167,7 @@ def main(cfg: Config) -> None:
             loss = F.softplus(r_worse - r_better).mean()
             (loss / cfg.accum).backward()
             loss_sum += loss.detach() / cfg.accum
-            metrics.add(**{"train/loss": loss, "train/acc": (r_better > r_worse).float(),
+            metrics.add(**{"loss/preference": loss, "train/acc": (r_better > r_worse).float(),
                            "train/margin": r_better - r_worse,
                            "reward/better": r_better, "reward/worse": r_worse})
             perf.add(2 * len(r_better) * dist.world)
@@ -181,14 +182,14 @@ def main(cfg: Config) -> None:
         step += 1
         bar.update()
         last = step == cfg.steps
-        metrics.add(**{"train/grad_norm": grad_norm})
+        metrics.add(**{"grad_norm/reward": grad_norm})
         stop = verdict.read(last)
 
         # 8) logs, and the plateau: gradients of a head that starts too small are below Adam's eps
         if step % cfg.log_every == 0 or last:
             row = metrics.flush(step, {"lr": opt.param_groups[0]["lr"], **perf.read(),
                                        "data/skipped": batches.stats()["skipped"]})
-            flat = abs(row["train/loss"] - LN2) <= 0.002
+            flat = abs(row["loss/preference"] - LN2) <= 0.002
             flat_since = (step - cfg.log_every if flat_since is None else flat_since) if flat else None
             if flat and not warned and cfg.plateau_warn and step - flat_since >= cfg.plateau_warn:
                 common.print0(plateau_text(cfg, step, row))
@@ -201,23 +202,22 @@ def main(cfg: Config) -> None:
             val = {**result, "val/best": max(result["val/acc"], val.get("val/best", 0.0))}
             metrics.flush(step, val)
         if step % cfg.save_every == 0 or last or stop:
-            saved = common.save_checkpoint(
-                cfg.out, step, {"model": reward.state_dict(), "optimizer": common.optimizer_tensors(opt)},
-                {"arch": reward.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
-                 "run_id": metrics.run_id, "val": val,
-                 "samples": step * cfg.batch_size * dist.world * cfg.accum}, cfg.keep, dist)
-            lost_saves = common.count_lost(cfg.out, saved, lost_saves, last or stop)
+            meta = {"arch": reward.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
+                    "samples": step * cfg.batch_size * dist.world * cfg.accum, "val": val,
+                    "run_id": metrics.run_id}
+            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
+            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break
     bar.close()
-    common.print0(common.peak_memory())
+    common.print0(log.peak_memory())
     metrics.close()
     batches.close()
     common.cleanup()
 
 
-def published(init: str) -> tuple[model.RewardConfig, dict[str, Tensor]]:
+def published(init: str) -> tuple[rewards.RewardConfig, dict[str, Tensor]]:
     """blip:PATH,VOCAB, what ImageReward and ByteEdit's rewards start from (without a head), or imagereward:
     PATH,VOCAB -> architecture, weights."""
     name, _, rest = init.partition(":")
@@ -225,36 +225,26 @@ def published(init: str) -> tuple[model.RewardConfig, dict[str, Tensor]]:
     if not (path and comma and vocab):
         raise SystemExit(f"error: --init: {init}: give {name}:PATH,VOCAB with BERT's vocab.txt")
     if name == "imagereward":
-        net = towers.load_imagereward(path, vocab)
+        net = rewards.load_imagereward(path, vocab)
         return net.cfg, net.state_dict()
-    state = towers.blip_weights(path)
-    return towers.reward_config(state, path, vocab, "BLIP"), state
+    state = rewards.blip_weights(path)
+    return rewards.reward_config(state, path, vocab, "BLIP"), state
 
 
 def check(cfg: Config) -> None:
     """Refuse values and combinations that cannot work, before anything is loaded."""
-    def refuse(flag, text):
-        raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
-
-    if cfg.preset not in model.REWARD_PRESETS:
-        refuse("preset", f"use one of {', '.join(model.REWARD_PRESETS)}")
-    for flag in ("batch_size", "accum", "steps", "log_every", "save_every"):
-        if getattr(cfg, flag) < 1:
-            refuse(flag, "must be at least 1")
-    for flag in ("lr", "warmup", "grad_clip", "augment", "noise", "workers", "eval_every", "eval_pairs",
-                 "plateau_warn", "keep"):
-        if not getattr(cfg, flag) >= 0:
-            refuse(flag, "must not be negative")
-    if not 0 <= cfg.val_fraction < 1:
-        refuse("val_fraction", "must be at least 0 and below 1")
-    if not 0 <= cfg.freeze <= 1:
-        refuse("freeze", "must be a fraction from 0 to 1 (1 trains the head alone)")
+    common.check_bounds(
+        cfg, at_least_1=("batch_size", "accum", "steps", "log_every", "save_every"),
+        not_negative=("lr", "warmup", "grad_clip", "augment", "noise", "workers", "eval_every", "eval_pairs",
+                      "plateau_warn", "keep"),
+        share=("freeze",), below_1=("val_fraction", "dropout"))
+    if cfg.preset not in rewards.REWARD_PRESETS:
+        common.refuse(cfg, "preset", f"use one of {', '.join(rewards.REWARD_PRESETS)}")
     if cfg.freeze and not cfg.init:
-        refuse("freeze", "would keep random weights as they are: give --init, or leave it at 0")
+        common.refuse(cfg, "freeze", "would keep random weights as they are: give --init, or leave it at 0")
     if cfg.original_init and cfg.init:
-        refuse("original_init", "concerns fresh models only: leave out --init or --original_init")
-    if cfg.dropout is not None and not 0 <= cfg.dropout < 1:
-        refuse("dropout", "must be at least 0 and below 1")
+        common.refuse(cfg, "original_init", "concerns fresh models only: leave out --init or --original_init")
+
 
 
 def same_run(cfg: Config, manifest: dict, bf16: bool) -> None:
@@ -264,15 +254,15 @@ def same_run(cfg: Config, manifest: dict, bf16: bool) -> None:
         if before[key] != now[key]:
             raise SystemExit(f"error: {cfg.out}: began with --{key} {before[key]}, not {now[key]}: repeat "
                              "that command to resume it, or give another --out")
-    common.warn_changed(cfg.out, manifest, now, bf16)
+    checkpoint.warn_changed(cfg.out, manifest, now, bf16)
 
 
-def open_all(paths: str, split: str, cfg: Config) -> data.Pairs:
+def open_all(paths: str, split: str, cfg: Config) -> preferences.Pairs:
     """Pairs of one or several files (PATH,PATH) as one list; split as in data.open_pairs."""
-    files = [data.open_pairs(p, split, cfg.images, cfg.val_fraction) for p in paths.split(",")]
+    files = [preferences.open_pairs(p, split, cfg.images, cfg.val_fraction) for p in paths.split(",")]
     if len(files) == 1:
         return files[0]
-    joined, root = data.Pairs(), os.path.commonpath([os.path.abspath(f.root) for f in files])
+    joined, root = preferences.Pairs(), os.path.commonpath([os.path.abspath(f.root) for f in files])
     joined.name, joined.root, joined.bad_rows = paths, root, sum(f.bad_rows for f in files)
     for f in files:
         sub = os.path.relpath(f.root, root)
@@ -281,13 +271,13 @@ def open_all(paths: str, split: str, cfg: Config) -> data.Pairs:
     return joined
 
 
-def captions_of(pairs: data.Pairs) -> list[str]:
+def captions_of(pairs: preferences.Pairs) -> list[str]:
     """Every distinct caption once, in order."""
     both = (c for p in pairs for c in (p.caption_better, p.caption_worse))
-    return [pictures.clean_caption(c)[0] for c in dict.fromkeys(both)]
+    return [clean_caption(c)[0] for c in dict.fromkeys(both)]
 
 
-def freeze(reward: model.PreferenceReward, fraction: float) -> None:
+def freeze(reward: rewards.PreferenceReward, fraction: float) -> None:
     """Stop the gradients of the first `fraction` of ViT blocks and text layers, with stem and embeddings.
 
     ImageReward's 0.7: blocks 0-15 of 24 and layers 0-7 of 12; not, as there by an off-by-one in a comparison
@@ -326,7 +316,7 @@ def shift_pairs(better: Tensor, worse: Tensor, at: list, reach: int) -> dict[str
     return {"better": moved[:, :3], "worse": moved[:, 3:]}
 
 
-def score_pairs(reward: model.PreferenceReward, batch: dict, device) -> tuple[Tensor, Tensor]:
+def score_pairs(reward: rewards.PreferenceReward, batch: dict, device) -> tuple[Tensor, Tensor]:
     """R of the better and of the worse couples of a batch, fp32 [B] each, in one pass over both."""
     image = torch.cat([batch["better"], batch["worse"]])                                 # [2B, 3, H, W]
     tokens = reward.tokenize(batch["caption_better"] + batch["caption_worse"], device)
@@ -334,14 +324,14 @@ def score_pairs(reward: model.PreferenceReward, batch: dict, device) -> tuple[Te
 
 
 @torch.no_grad()
-def accuracy(reward, held: data.Pairs, every: int, cfg: Config, dist: common.Dist, autocast) -> dict:
+def accuracy(reward, held: preferences.Pairs, every: int, cfg: Config, dist: common.Dist, autocast) -> dict:
     """Held-out accuracy on each `every`-th pair: the better couple must score higher, a tie is wrong.
 
     With its 95 % Wilson interval, the loss, mean and deviation of the scores (which the loss leaves free; the
     manifest keeps them under meta.val, to normalise by, as ImageReward is), and the accuracy of every kind
     where the pairs have one. All ranks get the same.
     """
-    pairs = data.Pairs(held[::every])
+    pairs = preferences.Pairs(held[::every])
     pairs.name, pairs.root = held.name, held.root
     kinds = [getattr(p, "kind", None) for p in pairs]
     rows = {"": 0, **{k: i for i, k in enumerate(sorted({k for k in kinds if k}), 1)}}

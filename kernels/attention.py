@@ -599,7 +599,7 @@ _attend.register_autograd(_grads, setup_context=_save)
 
 
 def _flops(q: list[torch.Size], k: list[torch.Size], attends: int, products: int) -> int:
-    """Of that many products of scores' size, for torch.utils.flop_counter (memory.py, perf/mfu)."""
+    """Of that many products of scores' size, for torch.utils.flop_counter (runs/memory.py, perf/mfu)."""
     B, _, H, D = q[0]
     pairs = sum(x[1] * y[1] * (attends >> (a * len(k) + j) & 1) for a, x in enumerate(q)
                 for j, y in enumerate(k))

@@ -7,7 +7,7 @@
 What was chosen is printed once per operation and kind of input. On a CPU it is always plain torch, unless
 `force("triton")`: Triton's interpreter then runs the kernels, if TRITON_INTERPRET=1 stood before the import.
 
-The first to ask may be anywhere: under fake tensors (memory.py counts before step 0), while torch.compile
+The first to ask may be anywhere: under fake tensors (runs/memory.py), while torch.compile
 traces, in a checkpointed block, in a thread of autograd. The self-test runs in a thread of its own, which
 none of that reaches: the answer is the same everywhere.
 """

@@ -12,7 +12,7 @@ diffusers the same samples by SD3Transformer2DModel, weights in bf16, where diff
 
 how: eager, bf16 (the weights of Linears in bf16: what autocast makes of them at every call, once) or blocks
 (bf16, and torch.compile of every block, as one that all share). FLOP are counted on tensors without data
-(memory.py): products, convolutions and attention, nothing recomputed. mfu is their rate over --peak. The
+(runs/memory.py): products, convolutions and attention, nothing recomputed. mfu is their rate over --peak. The
 first 2 calls do not count; then the median of at least 3. What fails or does not fit is a row with a note.
 """
 
@@ -37,12 +37,14 @@ from torch import nn  # noqa: E402
 
 import common  # noqa: E402
 import flow  # noqa: E402
-import memory  # noqa: E402
 import model  # noqa: E402
-from frozen import VAE, VGG16, VAEConfig  # noqa: E402
+import rewards  # noqa: E402
+from common import clip_grad_norm  # noqa: E402
 from kernels.bench import chosen, limits, machine, quantiles, save  # noqa: E402
-from kernels.bench_models import diffusers_twin, run_twin  # noqa: E402
-from sharded import clip_grad_norm  # noqa: E402
+from pretrained.vae import VAE, VAEConfig  # noqa: E402
+from rewards import VGG16  # noqa: E402
+from runs import memory  # noqa: E402
+from runs.bench_models import diffusers_twin, run_twin  # noqa: E402
 
 PARTS, HOW = ["edit", "pefl", "sample", "diffusers"], ["eager", "bf16", "blocks"]
 WORDS = 154  # text tokens: 77 of CLIP, 77 of T5
@@ -131,13 +133,12 @@ def sampler(call, cfg: model.EditorConfig, side: int, steps: int, device: torch.
     x, txt, vec = (torch.randn(shape, generator=g, device=device) for shape in (
         (1, cfg.channels, side, side), (2, WORDS, cfg.txt_dim), (2, cfg.vec_dim)))
 
-    def pair(x, t):
-        return call(x.repeat(2, 1, 1, 1), t.repeat(2), txt, vec).chunk(2)
+    guided = flow.guide(lambda x, t: call(x, t, txt, vec), flow.text_weights(5.0))
 
     @torch.inference_mode()
     def draw():
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return flow.sample(flow.guide(pair, 5.0), x, flow.timesteps(steps, 3.0))
+            return flow.sample(guided, x, flow.timesteps(steps, 3.0))
 
     return draw
 
@@ -222,9 +223,9 @@ def bench_pefl(result: dict, arch: model.EditorConfig, size: int, device: torch.
     small, batch = result["config"]["rehearse"], result["config"]["pictures"]
     vae = randomize(VAE(VAEConfig(width=32) if small else VAEConfig()).to(device)).requires_grad_(False)
     vgg = randomize(VGG16().to(device)).requires_grad_(False)
-    reward = model.PreferenceReward(model.REWARD_PRESETS["test" if small else "imagereward"]).to(device)
+    reward = rewards.PreferenceReward(rewards.REWARD_PRESETS["test" if small else "imagereward"]).to(device)
     reward.eval().requires_grad_(False)
-    disc = model.CoherenceReward(model.CoherenceConfig(size // 16, 16, 128, 4, 4)).to(device)
+    disc = rewards.CoherenceReward(rewards.CoherenceConfig(size // 16, 16, 128, 4, 4)).to(device)
     ids = torch.full((20,), 7, device=device)
 
     def score(image, captions):

@@ -62,7 +62,7 @@ for seed in $SEEDS; do
     for part in $PARTS; do
         case $part in
             variants)  # paper Table 7, Fig. 10 and 11; and the cached form
-                train editnet; train cached --cached True; train controlnet --variant controlnet
+                train editnet; train cached --fixed_source True; train controlnet --variant controlnet
                 train textcontrol --variant textcontrol; train concat --variant concat ;;
             frozen_text)  # the text encoder as it is, as in the paper: only the branch can change what the base reads
                 train ft_editnet --text_lr 0; train ft_controlnet --variant controlnet --text_lr 0

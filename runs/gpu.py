@@ -241,7 +241,7 @@ def rewards(log: Log, small: bool, until: float) -> bool:
     """Aesthetic and alignment reward as runs/demo.py trains them, from pictures of assets/base."""
     n, captions, steps = (12, 40, (2, 2)) if small else (240, 3000, (250, 350))
     at = log.scratch
-    if not part(log, "prefs", until - time.monotonic(), "evaluate.py prefs --ckpt assets/base "
+    if not part(log, "prefs", until - time.monotonic(), "make_prefs.py --ckpt assets/base "
                 f"--steps 4,6,8,20 --n {n} --captions {captions} --out {at / 'prefs'}"):
         return False
     flags = "--lr 5e-4 --warmup 50 --dropout 0 --batch_size 32 --noise 0.3 --eval_every 0 --wandb off"

@@ -10,9 +10,9 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THR
 REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_every 500 --wandb off"
 
 # 1) preferences and rewards, once: what varies with the seed is PeFL (data order, noise, t', coherence model)
-[ -f "$OUT/prefs/results.json" ] || $PY evaluate.py prefs --ckpt assets/base --n 4000 --steps 4,6,8,20 --out "$OUT/prefs"
+[ -f "$OUT/prefs/results.json" ] || $PY make_prefs.py --ckpt assets/base --n 4000 --steps 4,6,8,20 --out "$OUT/prefs"
 [ -f "$OUT/captions/results.json" ] ||
-    $PY evaluate.py prefs --ckpt assets/base --n 0 --captions 20000 --offset 500000 --out "$OUT/captions"
+    $PY make_prefs.py --ckpt assets/base --n 0 --captions 20000 --offset 500000 --out "$OUT/captions"
 $PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps 1000 --augment 2 --out "$OUT/aesthetic" $REWARD &
 $PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p16 --steps 2000 --val_fraction 0.05 \
     --out "$OUT/alignment" $REWARD &

@@ -14,7 +14,7 @@ REWARD="--preset tiny --steps $REWARD_STEPS --lr 5e-4 --warmup 50 --batch_size 6
 
 $PY train_omni.py --stage inpaint --init "$BASE" --data "$DATA" --lr 5e-4 --muon_lr 1e-3 --warmup 100 --steps "$STEPS" \
     --sample_every 500 --save_every 500 --wandb off --out "$OUT/inpaint"
-$PY evaluate.py prefs --data "$DATA" --ckpt "$OUT/inpaint" --n "$N" --steps 4,6,8,20 --out "$OUT/prefs"
+$PY make_prefs.py --data "$DATA" --ckpt "$OUT/inpaint" --n "$N" --steps 4,6,8,20 --out "$OUT/prefs"
 $PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --out "$OUT/aesthetic" $REWARD
 pefl="--base $OUT/inpaint --aesthetic $OUT/aesthetic"
 if [ -s "$OUT/prefs/alignment.jsonl" ]; then  # pictures without captions have no alignment to learn

@@ -3,10 +3,10 @@
 #   SD3=sd3_medium.safetensors EDITS=omniedit:DIR bash runs/sd3_8gpu.sh editnet
 #   SD3=sd3_medium.safetensors PICTURES=DIR REWARD=imagereward:ImageReward.pt,vocab.txt VGG=vgg16.pth bash runs/sd3_8gpu.sh pefl
 # SD3: one file with VAE and encoders, or a diffusers folder. TOKENIZERS=DIR where they do not come with it. The same command
-# resumes; what is cached is not cached again. DRY=1 prints EditNet's memory and stops.
+# resumes; what is cached is not cached again. DRY=1 counts EditNet's memory instead.
 #
 # None of this has run on 8 GPUs, or on SD3's published weights. NOT MEASURED: every batch size, learning rate and number of
-# steps below. The memory of a GPU is counted by memory.py, on tensors without data, as the CPU runs it (agreement with measured
+# steps below. The memory of a GPU is counted by runs/memory.py, on tensors without data, as the CPU runs it (agreement with measured
 # CPU runs: tests/test_memory.py; CUDA's context, NCCL's buffers and cuDNN's workspace come on top):
 #   EditNet, 1024x1024, every block recomputed: 19 GiB at 4 pictures a GPU, 26 at 8; every second block: 46 at 4; none: 43 at 2
 #   EditNet, 512x512: 19 GiB at 16 with every block recomputed, 45 at 8 with none
@@ -24,15 +24,17 @@ case ${1:-} in
     editnet)
         : "${EDITS:?give EDITS=PRESET:PATH, pairs in a published form}"
         # text features and latents once, so that neither T5 (9.5 GB) nor the VAE's encoder stands beside the transformer
-        $LAUNCH cache.py --base "$SD3" --data "$EDITS" --edits True --image_size 1024 --aspects True ${TOKENS:-} --out "$OUT/edit_cache"
-        $LAUNCH train_omni.py --stage edit --init "$SD3" --data "$EDITS" --cache "$OUT/edit_cache" ${TOKENS:-} \
+        [ -n "${DRY:-}" ] || $LAUNCH make_cache.py --base "$SD3" --data "$EDITS" --edits True --image_size 1024 --aspects True \
+            ${TOKENS:-} --out "$OUT/edit_cache"
+        if [ -n "${DRY:-}" ]; then TRAIN="$PY runs/memory.py omni --ranks 8"; else TRAIN="$LAUNCH train_omni.py"; fi
+        $TRAIN --stage edit --init "$SD3" --data "$EDITS" --cache "$OUT/edit_cache" ${TOKENS:-} \
             --image_size 1024 --aspects True --fsdp True --checkpointing 1 --batch_size 8 --accum 2 \
             --lr 1e-5 --warmup 500 --lr_schedule constant --steps 20000 --ema 0.9999 --t_density logit_normal --t_shift 3 --t_weight 0 \
-            --sample_every 1000 --save_every 500 ${DRY:+--dry_run True} --out "$OUT/editnet" ;;
+            --sample_every 1000 --save_every 500 --out "$OUT/editnet" ;;
     pefl)
         : "${PICTURES:?give PICTURES=FOLDER or .parquet}" "${REWARD:?give REWARD=imagereward:PATH,PATH}" "${VGG:?give VGG=FILE}"
         # without latents: PeFL masks pictures anew in every epoch
-        $LAUNCH cache.py --base "$SD3" --data "$PICTURES" --split all --latents False ${TOKENS:-} --out "$OUT/picture_cache"
+        $LAUNCH make_cache.py --base "$SD3" --data "$PICTURES" --split all --latents False ${TOKENS:-} --out "$OUT/picture_cache"
         # SD3 has no mask input: it learns to read masks first
         $LAUNCH train_omni.py --stage inpaint --init "$SD3" --data "$PICTURES" --cache "$OUT/picture_cache" ${TOKENS:-} \
             --image_size 512 --fsdp True --checkpointing 1 --batch_size 16 --lr 1e-5 --warmup 500 --lr_schedule constant \

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkpoint  # noqa: E402
 import common  # noqa: E402
 
 
@@ -38,7 +39,7 @@ def minutes(run: str) -> float:
 
 def without_base(weights: dict, out: Path, base: str) -> tuple[dict, dict]:
     """The weights less those of the base folder, and where those are; SystemExit if they differ."""
-    tensors, manifest = common.load_checkpoint(base, ("model",))
+    tensors, manifest = checkpoint.load(base, ("model",))
     for key, value in tensors["model"].items():
         if not torch.equal(weights.pop(f"base.{key}"), value):
             raise SystemExit(f"error: {base}: {key}: differs from the run's: only a frozen base is shared")
@@ -47,7 +48,7 @@ def without_base(weights: dict, out: Path, base: str) -> tuple[dict, dict]:
 
 
 def main(out: str, command: str, *runs: str) -> None:
-    stages = [common.load_checkpoint(run, ("ema",)) for run in runs]
+    stages = [checkpoint.load(run, ("ema",)) for run in runs]
     tensors, manifest = stages[-1]
     weights = {k: v.to(torch.bfloat16) for k, v in tensors["ema"].items() if k != common.EMA_COUNT}
     seen = sum(m["samples"] for _, m in stages)
@@ -62,7 +63,7 @@ def main(out: str, command: str, *runs: str) -> None:
             "samples": seen, "provenance": provenance}
     if manifest["arch"]["kind"] == "editnet":
         weights, meta["shared"] = without_base(weights, Path(out), stages[0][1]["config"]["init"])
-    folder = common.write_checkpoint(Path(out), manifest["step"], {"model": weights}, meta)
+    folder = checkpoint.write(Path(out), manifest["step"], {"model": weights}, meta)
     size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
     print(f"{folder}: step {manifest['step']}, {seen:,} pictures seen, {size:.1f} MiB")
 

@@ -20,12 +20,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-import evaluate  # noqa: E402
+import flow  # noqa: E402
+import log  # noqa: E402
+import pipeline  # noqa: E402
 import sample  # noqa: E402
-import scenes  # noqa: E402
-from judge_edits import edit_cases  # noqa: E402
-from judge_holes import make_cases, paste  # noqa: E402
-from scene_edits import EditScenes  # noqa: E402
+from scenes import dataset, draw  # noqa: E402
+from scenes.dataset import EditScenes  # noqa: E402
+from scenes.judge_edits import edit_cases  # noqa: E402
+from scenes.judge_holes import make_cases, paste  # noqa: E402
 
 HOLES = {"edit": "draw", "outpaint": "continue", "erase": "erase"}
 
@@ -46,40 +48,45 @@ class Config:
 def main(cfg: Config) -> None:
     dist = common.setup(cfg.device)
     precision = common.PRECISION[common.use_bf16(cfg.precision, dist)]
-    base, pefl = (evaluate.load_editor(path, dist.device, precision) for path in (cfg.base, cfg.pefl))
-    editnet = evaluate.load_editor(cfg.editnet, dist.device, precision, "edits")
-    out = evaluate.open_out(cfg.out)
+    bf16 = precision == "bf16"
+    base, pefl = (pipeline.open_editor(path, dist.device, ("fill",)) for path in (cfg.base, cfg.pefl))
+    editnet = pipeline.open_editor(cfg.editnet, dist.device, ("follow",))
+    for pipe in (base, pefl, editnet):
+        pipe.net.to(dist.device).eval().requires_grad_(False)
+    out = log.open_out(cfg.out)
 
     # 1) holes: two scenes for each of ByteEdit's three tasks
-    source, rows, titles = scenes.Scenes("heldout"), [], []
+    source, rows, titles = dataset.Scenes("heldout"), [], []
     for task in ("edit", "outpaint", "erase"):
         c = make_cases(task, [cfg.first, cfg.first + 1], base.size, source)
         noise = common.randn(common.generators(0, 0, c.indices), c.image.shape[1:])
-        made = [paste(evaluate.generate(e, c.image, c.mask, c.caption, noise, steps, cfg.guidance), c)
-                for e, steps in ((base, 20), (pefl, 8))]
+        made = [paste(pipeline.sample(pipe.net, pipe.space, c.caption, c.mask, c.image, noise,
+                                      flow.timesteps(steps, pipe.shift), cfg.guidance, bf16=bf16).cpu(), c)
+                for pipe, steps in ((base, 20), (pefl, 8))]
         hole = c.image * (1 - c.mask) + 0.5 * c.mask
         rows += [list(row) for row in zip(c.image, hole, *made, c.truth)]
         titles += [f"{HOLES[task]}: {caption}" for caption in c.caption]
     columns = ["picture", "hole", "before feedback, 20 steps", "after PeFL, 8 steps", "truth"]
-    left = common.contact_sheet(rows, columns, row_titles=titles, scale=2)
+    left = log.contact_sheet(rows, columns, row_titles=titles, scale=2)
 
     # 2) instructions: a held-out pair for each of OmniEdit's seven tasks
     pairs, rows, titles = EditScenes("heldout"), [], []
     for k, task in enumerate(pairs.tasks):
         c = edit_cases(task, [len(pairs.tasks) * cfg.first + k], editnet.size, editnet.size, pairs)
         noise = common.randn(common.generators(0, 0, c.indices), c.image.shape[1:])
-        got = evaluate.generate_edit(editnet, c.image, torch.ones_like(noise[:, :1]), c.caption, noise, 20,
-                                     cfg.guidance, cfg.image_guidance)
+        got = pipeline.sample(editnet.net, editnet.space, c.caption, torch.ones_like(noise[:, :1]), c.image,
+                              noise, flow.timesteps(20, editnet.shift), cfg.guidance, cfg.image_guidance,
+                              bf16=bf16).cpu()
         rows.append([c.image[0], got[0], c.truth[0]])
         titles += [f"\N{LEFT DOUBLE QUOTATION MARK}{c.caption[0]}\N{RIGHT DOUBLE QUOTATION MARK}"]
-    right = common.contact_sheet(rows, ["picture", "EditNet", "truth"], row_titles=titles, scale=2)
+    right = log.contact_sheet(rows, ["picture", "EditNet", "truth"], row_titles=titles, scale=2)
 
     # 3) a larger picture, as a user would have it edited
     picture, hole = photo(source.scene(cfg.first), out / "photo")
     sample.main(sample.Config("erase", cfg.pefl, image=picture, mask=hole, out=str(out / "photo/result"),
                               steps=8, precision=precision, device=cfg.device))
     files = picture, hole, out / "photo/result/picture_erase.png"
-    large = common.contact_sheet([[Image.open(file) for file in files]], ["384x256 pixels", "mask", "erased"],
+    large = log.contact_sheet([[Image.open(file) for file in files]], ["384x256 pixels", "mask", "erased"],
                                  row_titles=["sample.py erase"])
     high = max(left.height, right.height)
     page = Image.new("RGB", (max(left.width + right.width, large.width), high + large.height), "white")
@@ -89,11 +96,11 @@ def main(cfg: Config) -> None:
     print(f"wrote {out / 'showcase.png'}")
 
 
-def photo(scene: scenes.Scene, folder: Path) -> tuple[str, str]:
+def photo(scene: draw.Scene, folder: Path) -> tuple[str, str]:
     """Files of a scene drawn large and of a mask over all that its first object draws."""
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(scenes.draw(scene, 256, 384)).save(folder / "picture.png")
-    hole = scenes.footprint(scene.objects[:1], scene.style, 256, 384)
+    Image.fromarray(draw.draw(scene, 256, 384)).save(folder / "picture.png")
+    hole = draw.footprint(scene.objects[:1], scene.style, 256, 384)
     Image.fromarray(hole.astype(np.uint8) * 255).save(folder / "hole.png")
     return str(folder / "picture.png"), str(folder / "hole.png")
 

@@ -23,15 +23,15 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import common  # noqa: E402
 import data  # noqa: E402
 import flow  # noqa: E402
-import frozen  # noqa: E402
+import masks  # noqa: E402
 import model  # noqa: E402
+import pipeline  # noqa: E402
 import train_omni  # noqa: E402
-from order import Sampler  # noqa: E402
-from pack import pack  # noqa: E402
+from data import Sampler  # noqa: E402
+from make_pack import pack  # noqa: E402
 
 
 @dataclass
@@ -47,7 +47,7 @@ def main(cfg: Config) -> None:
     omni = train_omni.Config(stage="inpaint", image_size=cfg.image_size)
     arch = model.inpainting(model.PRESETS["tiny"])
     draws = partial(train_omni.draws, omni, arch.channels, 1, arch.txt_bytes)
-    made = train_omni.task_mixture(omni), data.PROMPT_FREE, False, True
+    made = train_omni.task_mixture(omni), masks.PROMPT_FREE, True
     with torch.device("meta"):
         net = model.Editor(arch)
 
@@ -70,7 +70,7 @@ def main(cfg: Config) -> None:
 
     def step(batch):
         t, x0 = batch["t"], batch["image"]
-        condition = train_omni.conditions(omni, batch, frozen.PixelSpace())
+        condition = train_omni.conditions(omni, net, pipeline.PixelSpace(), batch)
         v = net(flow.interpolate(x0, batch["noise"], t), t, *net.encode_text(batch["text"]), *condition)
         (batch["weight"] * t * (v - batch["noise"] + x0).square().flatten(1).mean(1)).mean().backward()
         net.zero_grad(set_to_none=True)

@@ -1,10 +1,9 @@
 """Settings that must stand before torch is imported, and the repository root on sys.path."""
+
 import os
 import signal
 import sys
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -30,18 +29,3 @@ def one_thread_and_own_signals():
     torch.set_num_threads(threads)
     for s, handler in before.items():
         signal.signal(s, handler)
-
-
-@pytest.fixture
-def uncounted(monkeypatch):
-    """Trainings started in this process do not count their memory first, but for dry runs: it takes longer
-    than a few small steps. test_memory.py checks the counts; what starts as a process counts."""
-    import memory
-
-    def skip(count, net, *args, **kwargs):
-        if next(net.parameters()).is_meta:
-            return count(net, *args, **kwargs)
-        return SimpleNamespace(report=lambda: "memory: not counted in tests", flops=0, call_flops=0)
-
-    for name in ("omni", "pefl"):
-        monkeypatch.setattr(memory, name, partial(skip, getattr(memory, name)))

@@ -1,4 +1,5 @@
 """Scripts as commands with few processes: the imports of one alone take seconds."""
+
 import contextlib
 import io
 import os

@@ -3,6 +3,7 @@
 Prints, on rank 0, one JSON line: loss and gradient norm of each step, the sum of an output with the averaged
 weights and of one with the raw ones, and what went wrong where it was asked to.
 """
+
 import json
 import sys
 from dataclasses import replace
@@ -11,10 +12,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint  # noqa: E402
 import common  # noqa: E402
 import model  # noqa: E402
-import sharded  # noqa: E402
-from verdict import Verdict  # noqa: E402
+from common import Verdict  # noqa: E402
 
 CFG = replace(model.PRESETS["test"], depth=3, dual=1)
 
@@ -44,24 +45,19 @@ def batch(seed, dist):
     return [x.chunk(dist.world)[dist.rank] for x in (*pictures, torch.rand(4, generator=g))]
 
 
-def run(out, kind="editor", shard=True, steps=4, save=(), checkpoint=0, bf16=False, data=0, failing=False,
+def run(out, kind="editor", shard=True, steps=4, save=(), recompute=0, bf16=False, data=0, failing=False,
         bad=0):
     dist = common.setup("cpu")
     net = build(kind)
-    getattr(net, "base", net).mmdit.checkpoint = checkpoint
+    getattr(net, "base", net).mmdit.checkpoint = recompute
     if shard:
-        sharded.shard(net, dist, bf16)
-    groups = sharded.split_groups(model.param_groups(net, 0.01))
+        common.shard(net, dist, bf16)
+    groups = common.split_groups(model.param_groups(net, 0.01))
     opt = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     ema, step, rows = common.EMA(net, 0.9), 0, []
-    if found := common.find_latest(out) if shard else common.load_latest(out):
-        if shard:
-            assert sharded.load_checkpoint(found[0], net, ema, opt).keys() == {"more"}
-        else:
-            common.load_state(net, found[0]["model"], out)
-            ema.load_state_dict(found[0]["ema"])
-            common.load_optimizer_tensors(opt, found[0]["optimizer"])
-        step = found[1]["step"]
+    state = {"model": net, "ema": ema, "optimizer": opt}
+    if found := checkpoint.resume(out, state, net.arch):
+        step = found["step"]
     verdict = Verdict(dist, out, "repair it")
     for step in range(step + 1, steps + 1):
         x, src, t = batch(step + 1000 * data, dist)
@@ -70,7 +66,7 @@ def run(out, kind="editor", shard=True, steps=4, save=(), checkpoint=0, bf16=Fal
         loss = (v.float() - x).square().mean() * (float("nan") if step == bad and dist.rank == 1 else 1)
         loss.backward()
         common.average_gradients(net.parameters(), dist.world)
-        norm = sharded.clip_grad_norm(list(net.parameters()), 1.0)
+        norm = common.clip_grad_norm(list(net.parameters()), 1.0)
         opt.found_inf = verdict.give(step, loss, norm)
         opt.step()
         ema.update(opt.found_inf)
@@ -80,13 +76,7 @@ def run(out, kind="editor", shard=True, steps=4, save=(), checkpoint=0, bf16=Fal
             torch.distributed.all_reduce(loss)
         rows.append([loss.item() / dist.world, norm.item()])
         if save == "each" or step in save:
-            tensors, meta = model.trained_tensors(net, ema), {"arch": net.arch}
-            more = {"more": {"x": torch.arange(5)}}
-            if shard:
-                sharded.save_checkpoint(out, step, tensors | more, opt, meta, 3, dist)
-            else:
-                tensors["optimizer"] = common.optimizer_tensors(opt)
-                common.save_checkpoint(out, step, tensors, meta, 3, dist)
+            checkpoint.save(out, step, state, {"arch": net.arch}, 3, dist)
     result = {"rows": rows}
     x, src, t = batch(77, common.Dist())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -94,15 +84,15 @@ def run(out, kind="editor", shard=True, steps=4, save=(), checkpoint=0, bf16=Fal
         with ema.swapped():  # what was gathered for the raw pass must not serve this one
             result["averaged"] = forward(net, x, src, t).double().square().sum().item()
         result["raw again"] = forward(net, x, src, t).double().square().sum().item()
-    state = ema.state_dict()
-    result["ema"] = sum(v.double().square().sum().item() for k, v in sharded.gathered(state) if "." in k)
+    average = common.gathered(ema.state_dict())
+    result["ema"] = sum(v.double().square().sum().item() for k, v in average if "." in k)
     if failing:
-        result["failed"] = [sharded.save_checkpoint(f"{out}/file/below", 9, {}, opt, {}, 2, dist)]
-        if dist.rank == 1:
+        result["failed"] = [checkpoint.save(f"{out}/file/below", 9, state, {}, 2, dist)]
+        if dist.rank == 0:
             def full(*args):
                 raise OSError(28, "No space left on device")
-            sharded._Writer.write_data = full
-        result["failed"].append(sharded.save_checkpoint(out, 9, {"model": {}}, opt, {}, 2, dist))
+            checkpoint._signed = full
+        result["failed"].append(checkpoint.save(out, 9, state, {}, 2, dist))
     if dist.rank == 0:
         print(json.dumps(result))
     common.cleanup()

@@ -111,6 +111,7 @@ print(json.dumps(out))
     assert not any(loop["local"] for x in got for loop in x["loops"])
 
 
+@pytest.mark.slow
 def test_faults_are_seen():
     """A tile that is known to be too large for its warps; and each fault alone."""
     got = python("kernel, args, _, _ = attention.shipped('sm_90')['forward d128']\n"

@@ -14,23 +14,27 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+import checkpoint
 import evaluate
-import judge
+import make_prefs
 import model
+import rewards
 import sample
 import train_omni
 import train_pefl
 import train_reward
+from scenes import judge
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals", "uncounted")
+pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
 TRAIN = dict(device="cpu", workers=0, wandb="off", precision="fp32")
 SCRIPTS = {train_omni: TRAIN | dict(preset="test", batch_size=2, steps=1, sample_every=0),
            train_pefl: TRAIN | dict(phases="3/2/1x1", batch_size=2, sample_every=0),
            train_reward: TRAIN | dict(preset="test", batch_size=2, steps=1, val_fraction=0.0),
            sample: dict(task="t2i", prompt="a red star", device="cpu", steps=1),
+           make_prefs: dict(n=2, steps="1", device="cpu"),
            evaluate: dict(task="scenes", n=2, steps="1", device="cpu")}
 FLAGS = [(train_omni, "init", "editor"), (train_pefl, "base", "editor"), (train_pefl, "aesthetic", "reward"),
+         (make_prefs, "ckpt", "editor"),
          (train_pefl, "alignment", "reward"), (train_pefl, "heldout_reward", "reward"),
          (train_reward, "init", "reward"), (sample, "ckpt", "editor"), (evaluate, "ckpt", "editor"),
          (evaluate, "parser", "parser")]
@@ -45,16 +49,16 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     tokenizer = train_reward.train_tokenizer(["a red star"], 300, 40)
-    editor, reward = model.inpainting(model.PRESETS["test"]), model.REWARD_PRESETS["test"]
+    editor, reward = model.inpainting(model.PRESETS["test"]), rewards.REWARD_PRESETS["test"]
     reward = model.replace(reward, tokenizer=tokenizer)
     nets = {"editor": (model.Editor(editor), model.Editor(model.replace(editor, heads=3))),
-            "reward": (model.PreferenceReward(reward),
-                       model.PreferenceReward(model.replace(reward, txt_hidden=80))),
+            "reward": (rewards.PreferenceReward(reward),
+                       rewards.PreferenceReward(model.replace(reward, txt_hidden=80))),
             "parser": (judge.Parser(), torch.nn.Linear(2, 2))}
 
     def save(name, weights, arch):
         meta = {"arch": arch, "config": {"image_size": 32, "shift": 1.0}}
-        return common.write_checkpoint(root / name, 0, {"model": weights.state_dict()}, meta)
+        return checkpoint.write(root / name, 0, {"model": weights.state_dict()}, meta)
 
     for kind, (net, other) in nets.items():
         ok = save(f"{kind}-ok", net, net.arch)
@@ -86,7 +90,7 @@ def made(tmp_path_factory):
 def call(made, out, script, **flags):
     """main() with whole checkpoints, but for `flags`."""
     own = {train_omni: {}, train_pefl: {"base": made / "editor-ok"}, sample: {"ckpt": made / "editor-ok"},
-           train_reward: {"pairs": made / "pairs.jsonl"},
+           train_reward: {"pairs": made / "pairs.jsonl"}, make_prefs: {"ckpt": made / "editor-ok"},
            evaluate: {"ckpt": made / "editor-ok", "parser": made / "parser-ok"}}[script]
     flags = SCRIPTS[script] | own | {"out": out} | flags
     script.main(script.Config(**{k: str(v) if isinstance(v, Path) else v for k, v in flags.items()}))
@@ -149,7 +153,7 @@ def small_files():
 
 @pytest.mark.parametrize("script, flags", [
     (sample, {}), (evaluate, {}), (evaluate, {"save": "SAVE"}),
-    (evaluate, {"task": "prefs", "n": 1, "k": 2}), (evaluate, {"task": "compare", "ckpt": "TWICE"})])
+    (make_prefs, {"n": 1, "k": 2}), (evaluate, {"task": "compare", "ckpt": "TWICE"})])
 def test_full_disk_while_writing_results(made, tmp_path, capsys, script, flags):
     flags = {k: {"SAVE": tmp_path / "save", "TWICE": f"{made / 'editor-ok'},{made / 'editor-ok'}"}.get(v, v)
              for k, v in flags.items()}

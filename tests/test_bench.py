@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from kernels import bench
+from model import PRESETS
+from runs import bench_models
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 NOT_HERE = {"cudnn", "efficient"}  # on a CPU
 
 
@@ -36,7 +39,7 @@ def complete(row: dict, unit: str) -> None:
     assert "note" not in row
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["fp32", *(pytest.param(d, marks=SLOW) for d in ("bf16", "fp16"))])
 def test_all_operations(dtype, tmp_path, threads, capsys):
     rows = run(tmp_path, "--shapes", "test", "--only", "eager,ours,flash,cudnn,efficient", "--dtype", dtype)
     who = {op: {w for o, _, w in rows if o == op} for op in bench.OPS}
@@ -154,8 +157,6 @@ def test_whole_networks(flags, tmp_path, threads, monkeypatch):
     pytest.importorskip("diffusers")
     from dataclasses import replace
 
-    from kernels import bench_models
-    from model import PRESETS
 
     net = replace(PRESETS["test"], pos_max=16, depth=1 if "--compile" in flags else 2)
     small = bench_models.Case(net, batch=2, latent=16, txt_len=5, goal=1e9)

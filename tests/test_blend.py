@@ -213,6 +213,7 @@ def test_only_the_gradients_that_are_asked_for():
 CALL = re.compile(r"= torch\.ops\.kernels\.masked_step\b")  # in the code of a graph
 
 
+@pytest.mark.slow
 def test_a_step_compiles_without_breaks():
     """Network, guidance, step and backward in one graph; with times as tensors one graph for all steps."""
     a, w = inputs(), torch.tensor(0.5, requires_grad=True)
@@ -252,7 +253,7 @@ def test_a_sampling_step_is_one_call(solver, calls):
 
     def run(x):
         weights = flow.dual_weights(3.0, 1.5)
-        return flow.sample(flow.dual_guide(denoise_rows, weights), x, flow.timesteps(3), solver, a["known"],
+        return flow.sample(flow.guide(denoise_rows, weights), x, flow.timesteps(3), solver, a["known"],
                            a["noise"], a["mask"])
 
     def backend(graph, example):

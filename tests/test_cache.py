@@ -1,4 +1,4 @@
-"""cache.py: what is read is what the encoders gave, in the loaders' order; kills, ranks, damage, full disks.
+"""make_cache.py: what is read is what the encoders gave, in the loaders' order; kills, damage, full disks.
 
 Real code end to end, with a small autoencoder and three small text encoders in the published layout.
 """
@@ -24,13 +24,17 @@ from safetensors.torch import load_file, save_file
 from test_frozen import randomize
 from test_text_encoders import files as token_files  # noqa: F401
 
-import cache
 import data
-import weights
-from cache import Config, open_cache
-from frozen import VAE, VAEConfig
+import make_cache
+import masks
 from kernels import dispatch
-from text_encoders import ClipText, ClipTextConfig, SD3Text, T5Config, T5Encoder
+from make_cache import Config
+from pretrained import text as text_encoders
+from pretrained.files import PARTS, read_weights
+from pretrained.text import ClipText, ClipTextConfig, T5Config, T5Encoder
+from pretrained.vae import VAE, VAEConfig, load_vae
+from readers.cached import open_cache
+from readers.files import BadFile
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(image_size=64, text_shard=7, shard=5, batch_size=1, text_batch=4, workers=0, device="cpu")
@@ -53,10 +57,10 @@ def base(token_files, tmp_path_factory):  # noqa: F811
             "clip_g": ClipText(ClipTextConfig(**clip | dict(width=128, heads=2), quick_gelu=False,
                                               project=128)),
             "t5xxl": T5Encoder(T5Config(width=256, heads=4, layers=2, hidden=128, vocab=pieces))}
-    state = {SD3Text.PREFIXES[name] + key: value for name, net in nets.items()
+    state = {PARTS[name].prefix + key: value for name, net in nets.items()
              for key, value in randomize(net).state_dict().items() if key != "encoder.embed_tokens.weight"}
     vae = randomize(VAE(VAEConfig(width=32, channels=4))).state_dict()
-    state |= {VAE.PREFIX + key: value for key, value in vae.items()}
+    state |= {PARTS["vae"].prefix + key: value for key, value in vae.items()}
     save_file({key: value.float().contiguous() for key, value in state.items()}, folder / "sd3.safetensors")
     return str(folder / "sd3.safetensors"), str(folder)
 
@@ -66,13 +70,13 @@ def config(base, out, spec, **flags):
 
 
 def make(base, out, spec, **flags):
-    cache.main(config(base, out, spec, **flags))
+    make_cache.main(config(base, out, spec, **flags))
     return str(out)
 
 
 def argv(base, out, spec, **flags):
     cfg = vars(config(base, out, spec, **flags))
-    return [str(ROOT / "cache.py"), *(f"--{k}={v}" for k, v in cfg.items() if v is not None)]
+    return [str(ROOT / "make_cache.py"), *(f"--{k}={v}" for k, v in cfg.items() if v is not None)]
 
 
 def pairs(root, n=12, **more):
@@ -138,7 +142,7 @@ def offset(path, name):
 
 def computed_in(dtype):
     """What the encoders compute in for features stored in `dtype`."""
-    return cache.DTYPES[dtype] if dispatch.has_bf16("cpu") else torch.float32
+    return make_cache.DTYPES[dtype] if dispatch.has_bf16("cpu") else torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -148,40 +152,39 @@ def test_text_is_bit_for_bit_what_the_encoders_give(base, tmp_path, dtype):
     path = make(base, tmp_path / "c", spec, split="all", latents=False, dtype=dtype)
     source = data.open_source(str(spec), "all")
     cached = open_cache(path, source, base[0], dtype=dtype, latents=False)
-    text = weights.load_text(*base, computed_in(dtype))
-    captions = cache.all_captions(source, len(source), False)
-    assert set(captions) == {"", data.ERASE_PROMPT, *(f"caption {i}" for i in range(9))}
+    text = text_encoders.load_text(*base, computed_in(dtype))
+    captions = make_cache.all_captions(source, len(source), False)
+    assert set(captions) == {"", masks.ERASE_PROMPT, *(f"caption {i}" for i in range(9))}
     for part in (captions[:4], captions[4:7], captions[7:]):                    # as the shards' batches were
-        txt, vec = (x.to(cache.DTYPES[dtype]) for x in text.encode_text(part))
+        txt, vec = (x.to(make_cache.DTYPES[dtype]) for x in text.encode_text(part))
         for got, right in zip(cached.text(part[::-1]), (txt, vec)):
-            assert got.dtype == cache.DTYPES[dtype] and torch.equal(got, right.flip(0))
+            assert got.dtype == make_cache.DTYPES[dtype] and torch.equal(got, right.flip(0))
         assert not torch.equal(cached.text(part)[0], cached.text(part[::-1])[0])     # the check can fail
     assert txt.shape[1:] == (154, 256) and txt[:, :77, :192].std() > 0.1 and (txt[:, :77, 192:] == 0).all()
-    for null, right in zip(cached.null(3), cached.text([""])):
-        assert len(null) == 3 and torch.equal(null, right.expand_as(null))
     with pytest.raises(SystemExit, match="holds text only"):
         cached.source(source)
     with pytest.raises(SystemExit) as error:
         cached.text(["caption 3", "a caption\nof another set"])
-    assert "'a caption\\nof another set'" in one_line(error) and "python cache.py --base" in str(error.value)
+    assert "'a caption\\nof another set'" in one_line(error)
+    assert "python make_cache.py --base" in str(error.value)
 
 
 def test_without_t5_its_tokens_are_zeros_and_never_silently(base, tmp_path):
     (tmp_path / "x").mkdir()
     spec = test_data.folder(tmp_path / "x", 3)
     path = make(base, tmp_path / "c", spec, split="all", latents=False, t5=False, t5_length=20, text_batch=9)
-    captions = cache.all_captions(data.open_source(str(spec), "all"), 3, False)
-    right = weights.load_text(*base, computed_in("bf16"), t5=False, t5_length=20).encode_text(captions)
+    captions = make_cache.all_captions(data.open_source(str(spec), "all"), 3, False)
+    right = text_encoders.load_text(*base, computed_in("bf16"), t5=False, t5_length=20).encode_text(captions)
     got = open_cache(path).text(captions)
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(got, right)) and (got[0][:, 77:] == 0).all()
-    bare = {k: v for k, v in weights.read_weights(base[0]).items() if "t5xxl" not in k}
+    bare = {k: v for k, v in read_weights(base[0]).items() if "t5xxl" not in k}
     save_file(bare, tmp_path / "bare.safetensors")
     with pytest.raises(SystemExit) as error:
         make((str(tmp_path / "bare.safetensors"), base[1]), tmp_path / "d", spec, split="all", latents=False)
     assert "holds no T5" in one_line(error)
     fixed = config((str(tmp_path / "bare.safetensors"), base[1]), tmp_path / "d", spec, split="all",
                    latents=False, text=base[0])
-    cache.main(fixed)                       # nothing was made before, so the folder may be of another plan
+    make_cache.main(fixed)                  # nothing was made before, so the folder may be of another plan
     assert open_cache(tmp_path / "d").text([""])[0][:, 77:].std() > 0.1
     with pytest.raises(SystemExit) as error:
         make(base, tmp_path / "d", spec, split="all", latents=False)
@@ -203,7 +206,7 @@ def edit_batches(source, steps, **flags):
                                    dict(min_score=4.0)])
 def test_edit_loaders_give_latents_in_the_order_of_pictures(base, edits, flags, capsys):
     path, spec = edits
-    source, vae = data.open_edits(spec, "all"), weights.load_vae(base[0])
+    source, vae = data.open_edits(spec, "all"), load_vae(base[0])
     cached = open_cache(path, source, base[0], edits=True, image_size=64, aspects=True, stride=16)
     pixels, was = edit_batches(source, 9, **flags)
     said = capsys.readouterr().err
@@ -236,7 +239,7 @@ def test_edit_loaders_give_latents_in_the_order_of_pictures(base, edits, flags, 
 
 def test_latents_are_the_vaes_but_for_fp16(base, edits):
     path, spec = edits
-    source, vae = data.open_edits(spec, "all"), weights.load_vae(base[0])
+    source, vae = data.open_edits(spec, "all"), load_vae(base[0])
     items = open_cache(path).source(source)
     h, w = data.bucket(*source.size(5), 64, 16, True)
     got, right = (s.load(5, h, w) for s in (items, source))
@@ -247,9 +250,9 @@ def test_latents_are_the_vaes_but_for_fp16(base, edits):
         assert got[key].dtype == np.float32
         assert (np.abs(got[key] - z) <= 2**-10 * np.abs(z) + 1e-5).all()
         assert np.abs(got[key] - z[::-1]).max() > 0.1
-    with pytest.raises(data.BadFile, match="asked for 64x64"):
+    with pytest.raises(BadFile, match="asked for 64x64"):
         items.load(5, 64, 64)
-    with pytest.raises(data.BadFile, match="3s.png"):
+    with pytest.raises(BadFile, match="3s.png"):
         items.size(3)
 
 
@@ -261,7 +264,7 @@ def test_pictures_and_the_tasks_that_latents_allow(base, tmp_path):
     items = open_cache(path, source).source(source)
     at = dict(image_size=64, batch_size=3, seed=1, workers=0, aspects=True, stride=16, tasks={"t2i": 1.0})
     loaders = [data.make_loader(s, **at) for s in (source, items)]
-    vae = weights.load_vae(base[0])
+    vae = load_vae(base[0])
     for _ in range(6):
         a, b = map(next, loaders)
         assert torch.equal(a["index"], b["index"]) and a["caption"] == b["caption"] and a["task"] == b["task"]
@@ -271,9 +274,8 @@ def test_pictures_and_the_tasks_that_latents_allow(base, tmp_path):
         picture = torch.from_numpy(data.fit(source.load(i, h, w)["image"], h, w)[0]).permute(2, 0, 1)[None]
         right = vae.encode(picture / 127.5 - 1)[0]
         assert (b["image"][0] - right).abs().max() < 2e-3 * right.abs().max()
-    for wrong in (dict(tasks={"t2i": 1.0, "inpaint": 1.0}), dict(hflip=True)):
-        with pytest.raises(SystemExit, match="latents cannot be"):
-            data.make_loader(items, **at | wrong)
+    with pytest.raises(SystemExit, match="latents cannot be"):
+        data.make_loader(items, **at | dict(tasks={"t2i": 1.0, "inpaint": 1.0}))
 
 
 @pytest.mark.parametrize("kind", ["omniedit", "ip2p", "parquet", "scenes", "scene edits"])
@@ -348,6 +350,7 @@ def test_kill_and_resume(base, edits, tmp_path, stage, capsys):
     assert "free" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_same_files(base, edits, tmp_path):
     path, spec = edits
     run = run_ranks(2, argv(base, tmp_path / "c", spec, edits=True, split="all", aspects=True))
@@ -367,7 +370,7 @@ def test_a_cache_of_something_else_is_refused_by_name(base, edits, tmp_path):
     other = tmp_path / "other.safetensors"
     shutil.copy(base[0], other)
     open_cache(path, source, str(other))                                         # the name may change
-    tensors = weights.read_weights(base[0])
+    tensors = read_weights(base[0])
     save_file({k: v * 2 if "conv_in" in k else v.clone() for k, v in tensors.items()}, other)
     with pytest.raises(SystemExit) as error:
         open_cache(path, source, str(other))
@@ -419,7 +422,7 @@ def test_truncated_and_missing_files(base, edits, copied, name):
 def test_a_turned_bit_in_text_is_noticed_and_repaired(base, edits, copied, tensor, capsys):
     file = copied / "text_00000.safetensors"
     flip(file, 30 if tensor is None else offset(file, tensor) + 5 * (tensor != "crc"))
-    captions = cache.all_captions(data.open_edits(edits[1], "all"), 12, True)
+    captions = make_cache.all_captions(data.open_edits(edits[1], "all"), 12, True)
     with pytest.raises(SystemExit) as error:
         open_cache(copied).text(captions[:1])
     assert "text_00000.safetensors: damaged" in one_line(error)
@@ -435,7 +438,7 @@ def test_a_turned_bit_in_latents_is_noticed(edits, copied, tensor):
     source = data.open_edits(edits[1], "all")
     open_cache(copied).source(source).load(0, 64, 64)
     flip(file, offset(file, tensor) + (tensor == "record"))
-    with pytest.raises(data.BadFile, match="latents_00000.safetensors: damaged .*item 0"):
+    with pytest.raises(BadFile, match="latents_00000.safetensors: damaged .*item 0"):
         open_cache(copied).source(source).load(0, 64, 64)
 
 
@@ -476,7 +479,7 @@ def test_wrong_flags(base, tmp_path, flags, what):
     (tmp_path / "x").mkdir()
     flags = dict(data=str(test_data.folder(tmp_path / "x", 3)), split="all") | flags
     with pytest.raises(SystemExit) as error:
-        cache.main(Config(base=base[0], tokenizers=base[1], out=str(tmp_path / "c"), **SIZES | flags))
+        make_cache.main(Config(base=base[0], tokenizers=base[1], out=str(tmp_path / "c"), **SIZES | flags))
     assert what in one_line(error)
 
 

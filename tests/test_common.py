@@ -1,4 +1,5 @@
 """common.py with real files, real processes and real signals."""
+
 import importlib
 import json
 import math
@@ -18,10 +19,12 @@ import torch
 import tyro
 from PIL import Image
 
+import checkpoint
 import common
+import log
 from common import Dist
 from kernels import dispatch
-from perf import Perf, peak_flops
+from log import Perf, peak_flops
 
 ROOT = Path(common.__file__).parent
 
@@ -40,7 +43,7 @@ def net(width=8, seed=0):
 
 
 def save(out, step, **more):
-    return common.save_checkpoint(out, step, {"model": {"w": torch.full((1000,), float(step))}}, {}, **more)
+    return checkpoint.save(out, step, {"model": {"w": torch.full((1000,), float(step))}}, {}, **more)
 
 
 def steps(out):
@@ -138,10 +141,17 @@ def test_muon():
             assert torch.equal(p.grad, grads[p])
         assert torch.equal(bias, twin)
     assert torch.equal(idle, before[idle]) and not torch.equal(qkv, before[qkv])
-    state = common.optimizer_tensors(opt)
-    assert {"0.momentum", "1.momentum", "3.exp_avg"} <= state.keys()
-    common.load_optimizer_tensors(opt, state)
-    assert torch.equal(opt.state[qkv]["momentum"], state["0.momentum"])
+    net = torch.nn.ParameterDict(dict(qkv=qkv, wide=wide, bias=bias, idle=idle))
+    state = checkpoint.optimizer_tensors(opt, net)
+    assert {"qkv.momentum", "wide.momentum", "bias.exp_avg"} <= state.keys()
+    for counted in (False, True):  # by name, and by place among the parameters as in checkpoints of old
+        places = dict(qkv=0, wide=1, idle=2, bias=3) if counted else {}
+        parts = [(*entry.split("."), value) for entry, value in state.items()]
+        stored = {f"{places.get(name, name)}.{key}": value for name, key, value in parts}
+        opt.state.clear()
+        checkpoint.load_optimizer_tensors(opt, net, stored)
+        assert torch.equal(opt.state[qkv]["momentum"], state["qkv.momentum"])
+        assert torch.equal(opt.state[bias]["exp_avg"], state["bias.exp_avg"])
 
 
 @pytest.mark.parametrize("warmup", [True, False])
@@ -167,7 +177,7 @@ def test_a_bad_step_changes_nothing(warmup):
 
     def state(module, opt, ema):
         return {**ema.state_dict(), **{f"raw {k}": v for k, v in module.state_dict().items()},
-                **common.optimizer_tensors(opt)}
+                **checkpoint.optimizer_tensors(opt, module)}
 
     plain, judged = start(), start()
     for seed in range(4):
@@ -213,23 +223,19 @@ def test_resume_is_exact(tmp_path, optimizer):
             opt.zero_grad()
             ema.update()
 
-    def everything(module, ema, opt):
-        flat = common.optimizer_tensors(opt)
-        return {"model": module.state_dict(), "ema": ema.state_dict(), "optimizer": flat}
+    def state(module, ema, opt):
+        return {"model": module, "ema": ema, "optimizer": opt}
 
     straight = start(0)
     train(*straight, 0, 12)
     first = start(0)
     train(*first, 0, 5)
-    assert common.save_checkpoint(tmp_path, 5, everything(*first), {"config": {"seed": 0}, "run_id": "x"})
+    assert checkpoint.save(tmp_path, 5, state(*first), {"config": {"seed": 0}, "run_id": "x"})
     second = start(1)
-    tensors, manifest = common.load_latest(tmp_path)
-    common.load_state(second[0], tensors["model"], "model")
-    second[1].load_state_dict(tensors["ema"])
-    common.load_optimizer_tensors(second[2], tensors["optimizer"])
+    manifest = checkpoint.resume(tmp_path, state(*second))
     train(*second, manifest["step"], 12)
-    for name, group in everything(*straight).items():
-        other = everything(*second)[name]
+    for name, group in checkpoint.tensors_of(state(*straight)).items():
+        other = checkpoint.tensors_of(state(*second))[name]
         assert group.keys() == other.keys() and len(group) > 4
         for key in group:
             assert group[key].dtype == other[key].dtype and torch.equal(group[key], other[key]), (name, key)
@@ -241,8 +247,8 @@ def test_any_tensor_survives(tmp_path):
     group = {"bf16": base.bfloat16(), "transposed": base.t(), "shared": base, "again": base, "view": base[1],
              "empty": torch.zeros(0, 3), "scalar": torch.tensor(3), "bool": base > 4,
              "expanded": torch.ones(1, 2).expand(5, 2)}
-    common.save_checkpoint(tmp_path, 1, {"model": group, "nothing": {}}, {})
-    tensors, _ = common.load_checkpoint(tmp_path)
+    checkpoint.save(tmp_path, 1, {"model": group, "nothing": {}}, {})
+    tensors, _ = checkpoint.load(tmp_path)
     assert tensors["nothing"] == {}
     for key, value in group.items():
         assert tensors["model"][key].dtype == value.dtype and torch.equal(tensors["model"][key], value), key
@@ -254,17 +260,17 @@ def test_keep_names_and_folders(tmp_path, capsys):
         assert save(tmp_path, step, keep=2).name == f"step_000000{step}"
     assert steps(tmp_path) == ["step_00000020", "step_00000030"]
     for path in (tmp_path, tmp_path / "step_00000030"):
-        tensors, manifest = common.load_checkpoint(path)
+        tensors, manifest = checkpoint.load(path)
         assert manifest["step"] == 30 and tensors["model"]["w"][0] == 30
     shipped = tmp_path / "base"
     shutil.copytree(tmp_path / "step_00000020", shipped)
-    assert common.load_checkpoint(shipped, ("ema", "model"))[1]["step"] == 20
+    assert checkpoint.load(shipped, ("ema", "model"))[1]["step"] == 20
     with pytest.raises(SystemExit, match=r"base/manifest.json: lists no file named ema: "):
-        common.load_checkpoint(shipped, ("ema",))
+        checkpoint.load(shipped, ("ema",))
     for path, what in ((tmp_path / "none", "no such folder"), (tmp_path.parent, "neither manifest.json nor")):
         with pytest.raises(SystemExit, match=what):
-            common.load_checkpoint(path)
-    assert common.load_latest(tmp_path / "none") is None
+            checkpoint.load(path)
+    assert checkpoint.latest(tmp_path / "none") is None
     for step in (40, 50):
         save(tmp_path, step, keep=0)
     assert len(steps(tmp_path)) == 5
@@ -300,46 +306,46 @@ def test_damaged_newest_falls_back_loudly(tmp_path, capsys, flaw):
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3)
     damage(tmp_path / "step_00000003")
-    tensors, manifest = common.load_latest(tmp_path)
+    tensors, manifest = checkpoint.load(tmp_path)
     out = capsys.readouterr().out
     assert manifest["step"] == 2 and tensors["model"]["w"][0] == 2
     assert f"step_00000003/{message}" in out and "FALLING BACK" in out and "using" in out
     with pytest.raises(SystemExit, match=message) as error:
-        common.load_checkpoint(tmp_path / "step_00000003")
+        checkpoint.load(tmp_path / "step_00000003")
     assert "\n" not in str(error.value) and "use another" in str(error.value)
     # a run that resumed at 2 keeps its own checkpoints, whatever lies ahead of it, and in the end replaces it
     assert save(tmp_path, 2, keep=1)
-    assert common.load_latest(tmp_path)[1]["step"] == 2
+    assert checkpoint.load(tmp_path)[1]["step"] == 2
     assert save(tmp_path, 3, keep=1) and steps(tmp_path) == ["step_00000003"]
-    assert common.load_latest(tmp_path)[1]["step"] == 3
+    assert checkpoint.load(tmp_path)[1]["step"] == 3
 
 
 def test_nothing_verifies_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, 1)
     flip(tmp_path / "step_00000001" / "model.safetensors")
     with pytest.raises(SystemExit, match="none of 1 checkpoints verifies"):
-        common.load_latest(tmp_path)
+        checkpoint.load(tmp_path)
 
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {"../../secret.safetensors": next(iter(manifest["files"].values()))}
-    manifest["sha256"] = common._manifest_hash(manifest)
+    manifest["sha256"] = checkpoint._manifest_hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match="was changed"):
-        common.load_checkpoint(folder)
+        checkpoint.load(folder)
 
 
 SLOW_SAVER = """
-import sys, time, torch, common
-def slow(path, sha256=common.sha256):
+import sys, time, torch, checkpoint
+def slow(path, sha256=checkpoint.sha256):
     print("hashing", flush=True)
     time.sleep(30 if torch_step == 2 else 0)
     return sha256(path)
-common.sha256 = slow
+checkpoint.sha256 = slow
 for torch_step in (1, 2):
-    common.save_checkpoint(sys.argv[1], torch_step, {"model": {"w": torch.tensor([torch_step])}}, {}, keep=1)
+    checkpoint.save(sys.argv[1], torch_step, {"model": {"w": torch.tensor([torch_step])}}, {}, keep=1)
 """
 
 
@@ -350,7 +356,7 @@ def test_kill_9_during_save_leaves_the_previous_checkpoint(tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     child.stdout.close()
-    tensors, manifest = common.load_latest(tmp_path)
+    tensors, manifest = checkpoint.load(tmp_path)
     assert manifest["step"] == 1 and tensors["model"]["w"][0] == 1
     save(tmp_path, 2, keep=1)
     assert steps(tmp_path) == ["step_00000002"]
@@ -359,7 +365,7 @@ def test_kill_9_during_save_leaves_the_previous_checkpoint(tmp_path):
 def test_kill_between_the_two_renames(tmp_path):
     folder = save(tmp_path, 1)
     folder.rename(folder.with_name(folder.name + ".old"))  # where a second save of step 1 was killed
-    assert common.load_latest(tmp_path)[1]["step"] == 1
+    assert checkpoint.load(tmp_path)[1]["step"] == 1
     save(tmp_path, 1)
     assert steps(tmp_path) == ["step_00000001"]
 
@@ -376,11 +382,11 @@ def test_full_disk(tmp_path, monkeypatch, capsys, check):
         assert save(disk, 1)
         if not check:  # the disk fills up while the file is being written
             monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**12))
-        assert common.save_checkpoint(disk, 2, {"model": {"w": torch.zeros(10**6)}}, {}) is None
+        assert checkpoint.save(disk, 2, {"model": {"w": torch.zeros(10**6)}}, {}) is None
         out = capsys.readouterr().out
         assert out.count("\n") == 1 and "not saved" in out and "training goes on" in out
         assert ("MiB are free" if check else "No space left") in out
-        assert steps(disk) == ["step_00000001"] and common.load_latest(disk)[1]["step"] == 1
+        assert steps(disk) == ["step_00000001"] and checkpoint.load(disk)[1]["step"] == 1
     finally:
         subprocess.run(["umount", disk])
 
@@ -391,31 +397,31 @@ def test_failing_disk_is_retried_then_reported(tmp_path, monkeypatch, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        assert common.save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(10**5)}}, {}) is None
+        assert checkpoint.save(tmp_path, 1, {"model": {"w": torch.zeros(10**5)}}, {}) is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert pauses == [1, 2] and "File too large" in capsys.readouterr().out and steps(tmp_path) == []
     (tmp_path / "file").touch()
-    assert common.save_checkpoint(tmp_path / "file", 1, {}, {}) is None  # the run folder is a file
+    assert checkpoint.save(tmp_path / "file", 1, {}, {}) is None  # the run folder is a file
     assert save(tmp_path, 1)
 
 
 def test_wrong_architecture_is_one_clear_line():
     wide, narrow = torch.nn.Sequential(torch.nn.Linear(9, 9)), net(8)
     with pytest.raises(SystemExit) as error:
-        common.load_state(narrow, wide.state_dict(), "runs/a/model.safetensors")
+        checkpoint.load_state(narrow, wide.state_dict(), "runs/a/model.safetensors")
     text = str(error.value)
     assert text.startswith("error: runs/a/model.safetensors: does not fit Sequential: 7 missing (1.bias, ")
     assert "0.weight [9, 9] instead of [8, 8]" in text and "\n" not in text and ", ...)" in text
-    common.load_state(narrow, common.EMA(net(8, seed=3), 0.9).state_dict(), "ema")  # its counter is no weight
+    average = common.EMA(net(8, seed=3), 0.9).state_dict()
+    checkpoint.load_state(narrow, average, "ema")  # its counter is no weight
     assert torch.equal(narrow[0].weight, net(8, seed=3)[0].weight)
-    with pytest.raises(SystemExit, match="plain weights"):
-        common.EMA(narrow, 0.9).load_state_dict(narrow.state_dict())
     opt = torch.optim.AdamW(wide.parameters())
     wide(torch.randn(2, 9)).sum().backward()
     opt.step()
     with pytest.raises(SystemExit, match="other parameters"):
-        common.load_optimizer_tensors(torch.optim.AdamW(narrow.parameters()), common.optimizer_tensors(opt))
+        checkpoint.load_optimizer_tensors(torch.optim.AdamW(narrow.parameters()), narrow,
+                                          checkpoint.optimizer_tensors(opt, wide))
 
 
 # metrics
@@ -427,7 +433,7 @@ def rows(out):
 
 
 def test_metrics_rows_means_and_nan(tmp_path, capsys):
-    metrics = common.Metrics(tmp_path, Dist(), {}, wandb="off")
+    metrics = log.Metrics(tmp_path, Dist(), {}, wandb="off")
     metrics.add(**{"loss/all": torch.tensor([1.0, 2.0]), "acc": 1.0})
     metrics.add(**{"loss/all": torch.tensor(6.0), "bad": math.nan, "worse": torch.tensor(math.inf)})
     row = metrics.flush(7, {"lr": 1e-4, "device": "cpu", "t": torch.tensor(2)})
@@ -445,7 +451,7 @@ def test_metrics_rows_means_and_nan(tmp_path, capsys):
 
 def test_metrics_resume_after_a_torn_row(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
-    metrics = common.Metrics(tmp_path, Dist(), {}, wandb="off", run_id="abc", resumed_from=1)
+    metrics = log.Metrics(tmp_path, Dist(), {}, wandb="off", run_id="abc", resumed_from=1)
     assert metrics.run_id == "abc"
     metrics.flush(2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -454,7 +460,7 @@ def test_metrics_resume_after_a_torn_row(tmp_path):
 
 def test_wandb_offline_and_a_crashing_wandb(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb")
-    metrics = common.Metrics(tmp_path, Dist(), {"lr": 1.0}, wandb="offline", run_id="abcd1234")
+    metrics = log.Metrics(tmp_path, Dist(), {"lr": 1.0}, wandb="offline", run_id="abcd1234")
     assert metrics.run is not None and "wandb: offline, id abcd1234" in capsys.readouterr().out
     metrics.add(loss=1.0)
     metrics.flush(5)
@@ -486,23 +492,23 @@ def test_wandb_that_cannot_start(tmp_path, monkeypatch, capsys):
         raise wandb.errors.CommError("timed out\nafter 90 s")
 
     monkeypatch.setattr(wandb, "init", no_network)
-    common.Metrics(tmp_path, Dist(), {}, wandb="online").flush(1)
+    log.Metrics(tmp_path, Dist(), {}, wandb="online").flush(1)
     out = capsys.readouterr().out
     assert modes == ["online", "offline"] and out.count("\n") == 3
     assert "going on offline" in out and "going on without it" in out
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    common.Metrics(tmp_path, Dist(), {}, wandb="offline").flush(2)
+    log.Metrics(tmp_path, Dist(), {}, wandb="offline").flush(2)
     assert "going on without it" in capsys.readouterr().out
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    common.Metrics(tmp_path, Dist(), {}).flush(3)
+    log.Metrics(tmp_path, Dist(), {}).flush(3)
     assert "wandb" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="sometimes"):
-        common.Metrics(tmp_path, Dist(), {}, wandb="sometimes")
+        log.Metrics(tmp_path, Dist(), {}, wandb="sometimes")
 
 
 def test_unwritable_out_dir_does_not_stop_metrics(tmp_path, capsys):
     (tmp_path / "file").touch()
-    metrics = common.Metrics(tmp_path / "file", Dist(), {}, wandb="off")
+    metrics = log.Metrics(tmp_path / "file", Dist(), {}, wandb="off")
     metrics.add(loss=1.0)
     assert metrics.flush(1) == {"loss": 1}
     metrics.images(1, {"a": Image.new("RGB", (8, 8))})
@@ -515,7 +521,8 @@ def test_unwritable_out_dir_does_not_stop_metrics(tmp_path, capsys):
 TWO_RANKS = """
 import json, os, signal, sys, torch, common
 from pathlib import Path
-from verdict import Verdict
+from common import Verdict
+import checkpoint, log
 dist = common.setup("cpu")
 out, result = Path(sys.argv[1]), {}
 common.print0("only once")
@@ -535,17 +542,17 @@ judged = Verdict(dist, out, "repair it")
 result["given"] = [judged.give(0, torch.tensor(1.0)).item()]
 result["given"].append(judged.give(1, torch.tensor([0.0, float("nan")][dist.rank])).item())
 result["read"] = [judged.read(), judged.running, judged.read(last=True), judged.running]
-metrics = common.Metrics(out, dist, {}, wandb="off")
+metrics = log.Metrics(out, dist, {}, wandb="off")
 metrics.add(both=torch.full((1 + dist.rank,), float(dist.rank)), **{f"only{dist.rank}": 5.0})
 result["row"] = metrics.flush(1, {"lr": 1.0})
 result["none"] = metrics.flush(2)
-result["saved"] = str(common.save_checkpoint(out, 1, {"model": net.state_dict()}, {}, dist=dist))
-result["failed"] = str(common.save_checkpoint(out / "metrics.jsonl", 1, {}, {}, dist=dist))
-result["fresh"] = common.load_latest(out / "nothing")
-common.save_checkpoint(out, 2, {"model": net.state_dict()}, {}, dist=dist)
+result["saved"] = str(checkpoint.save(out, 1, {"model": net.state_dict()}, {}, dist=dist))
+result["failed"] = str(checkpoint.save(out / "metrics.jsonl", 1, {}, {}, dist=dist))
+result["fresh"] = checkpoint.latest(out / "nothing")
+checkpoint.save(out, 2, {"model": net.state_dict()}, {}, dist=dist)
 if dist.rank == 0:
     (out / "step_00000002" / "model.safetensors").write_bytes(b"")
-result["resumed"] = common.load_latest(out)[1]["step"]
+result["resumed"] = checkpoint.latest(out)[1]["step"]
 if dist.rank == 1:
     os.kill(os.getpid(), signal.SIGTERM)
 judged.give(2, torch.tensor(1.0))
@@ -588,7 +595,7 @@ def test_two_ranks(tmp_path):
 
 SIGNALLED = """
 import common, os, time, torch
-from verdict import Verdict
+from common import Verdict
 judged, step = Verdict(common.setup("cpu"), "out", "repair it"), 0
 print("ready", flush=True)
 while not judged.read():
@@ -657,16 +664,16 @@ def test_resuming_names_another_precision(capsys):
     before_the_flag = {"config": {"bf16": True, "lr": 1.0}}
     for manifest in (run, before_the_flag):
         for asked in ("auto", "bf16", "fp32"):  # what it comes to counts, not how it was said
-            common.warn_changed("out", manifest, {"precision": asked, "lr": 1.0}, True)
+            checkpoint.warn_changed("out", manifest, {"precision": asked, "lr": 1.0}, True)
             assert capsys.readouterr().out == ""
-            common.warn_changed("out", manifest, {"precision": asked, "lr": 1.0}, False)
+            checkpoint.warn_changed("out", manifest, {"precision": asked, "lr": 1.0}, False)
             told = capsys.readouterr().out
             assert told == "warning: out: began with --precision bf16, goes on with fp32\n"
 
 
 def test_the_precision_stands_in_the_manifest(tmp_path):
-    common.save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(3)}}, {"precision": "fp32"})
-    assert common.load_checkpoint(tmp_path)[1]["precision"] == "fp32"
+    checkpoint.save(tmp_path, 1, {"model": {"w": torch.zeros(3)}}, {"precision": "fp32"})
+    assert checkpoint.load(tmp_path)[1]["precision"] == "fp32"
 
 
 @pytest.mark.parametrize("script", ["train_omni", "train_pefl", "train_reward", "sample", "evaluate"])
@@ -701,16 +708,16 @@ def test_contact_sheet(tmp_path):
     picture[0, :16] = 1
     rows = [[picture, mask, None], [Image.new("L", (20, 32), 128)]]
     titles = ["source", "mask", "a title that is too long for it"]
-    sheet = common.contact_sheet(rows, titles, ["caption " * 9, "\udcff\n\x1b"])
+    sheet = log.contact_sheet(rows, titles, ["caption " * 9, "\udcff\n\x1b"])
     sheet.save(tmp_path / "sheet.png")
     pixels = {colour for _, colour in sheet.getcolors(10**6)}
     assert {(255, 0, 0), (0, 0, 0), (255, 255, 255), (128, 128, 128)} <= pixels
     assert 3 * 128 < sheet.width < 700 and 2 * 128 < sheet.height < 400
-    assert common.contact_sheet([[picture]], ["x"], scale=1).height < 100
-    assert common.contact_sheet([], []).size
-    smooth = common.contact_sheet([[picture]], [], smooth=True)
-    assert len(smooth.getcolors(10**6)) > len(common.contact_sheet([[picture]], []).getcolors(10**6))
-    nan = common.to_pil(torch.full((3, 4, 4), math.nan))
+    assert log.contact_sheet([[picture]], ["x"], scale=1).height < 100
+    assert log.contact_sheet([], []).size
+    smooth = log.contact_sheet([[picture]], [], smooth=True)
+    assert len(smooth.getcolors(10**6)) > len(log.contact_sheet([[picture]], []).getcolors(10**6))
+    nan = log.to_pil(torch.full((3, 4, 4), math.nan))
     assert nan.size == (4, 4) and nan.mode == "RGB"
 
 
@@ -727,5 +734,5 @@ def test_perf_and_memory(capsys):
     assert perf.read()["perf/img_s"] == 0
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("a card nobody knows") == 0
-    assert common.peak_bytes() > 10**7 and "GiB" in common.peak_memory()
+    assert log.peak_bytes() > 10**7 and "GiB" in log.peak_memory()
     assert common.n_params(torch.nn.Linear(3, 2)) == 8

@@ -15,11 +15,11 @@ from PIL import Image
 
 import data
 import masks
-import pictures
-from data import make_eval_batches, make_loader, open_pairs, open_source, pair_loader
+from data import Sampler, bucket, make_eval_batches, make_loader, open_source, pair_loader, permute, shuffled
 from masks import make_mask
-from order import Sampler, bucket, permute, shuffled
-from pictures import BadFile
+from readers import files
+from readers.files import BadFile
+from readers.preferences import open_pairs
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)
@@ -69,13 +69,13 @@ def test_missing_truncated_and_foreign_files_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     for name, what in (("none.png", "no such file"), ("cut.jpg", "damaged"), ("text.png", "not a readable")):
         with pytest.raises(BadFile, match=f"{name}.*{what}") as e:
-            pictures.read_image(tmp_path / name)
+            files.read_image(tmp_path / name)
         assert isinstance(e.value, SystemExit) and "\n" not in str(e.value)
 
 
 def test_16_bit_grey_is_scaled_not_saturated():
     a = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    out = pictures.read_image(png(a))
+    out = files.read_image(png(a))
     assert out.shape == (16, 16, 3) and np.abs(out[..., 0] - a / 257.0).max() <= 1
 
 
@@ -83,16 +83,16 @@ def test_palette_and_transparency(tmp_path):
     im = Image.fromarray(noise(8, 8)).quantize(4)
     buf = io.BytesIO()
     im.save(buf, "PNG")
-    assert np.array_equal(pictures.read_image(buf.getvalue()), np.asarray(im.convert("RGB")))
+    assert np.array_equal(files.read_image(buf.getvalue()), np.asarray(im.convert("RGB")))
     buf = io.BytesIO()
     im.save(buf, "PNG", transparency=int(np.asarray(im)[0, 0]))
-    assert (pictures.read_image(buf.getvalue())[0, 0] == 255).all()
+    assert (files.read_image(buf.getvalue())[0, 0] == 255).all()
 
 
 def test_rgba_with_hidden_colours_shows_white():
     a = np.full((4, 4, 4), (200, 10, 10, 0), np.uint8)
     a[0, 0, 3] = 255
-    out = pictures.read_image(png(a))
+    out = files.read_image(png(a))
     assert (out[1:] == 255).all() and tuple(out[0, 0]) == (200, 10, 10)
 
 
@@ -100,12 +100,12 @@ def test_other_modes_and_exif():
     for mode in ("L", "LA", "CMYK", "1"):
         buf = io.BytesIO()
         Image.fromarray(noise()).convert(mode).save(buf, "JPEG" if mode == "CMYK" else "PNG")
-        assert pictures.read_image(buf.getvalue()).shape == (24, 32, 3)
+        assert files.read_image(buf.getvalue()).shape == (24, 32, 3)
     exif, buf = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.fromarray(noise(24, 32)).save(buf, "JPEG", exif=exif)
-    assert pictures.read_image(buf.getvalue()).shape == (32, 24, 3)
-    assert pictures.image_size(buf.getvalue()) == (32, 24)
+    assert files.read_image(buf.getvalue()).shape == (32, 24, 3)
+    assert files.image_size(buf.getvalue()) == (32, 24)
 
 
 def test_decompression_bomb_is_refused_before_decoding():
@@ -115,14 +115,14 @@ def test_decompression_bomb_is_refused_before_decoding():
         head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
         bomb = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
         with pytest.raises(BadFile, match="pixels"):
-            pictures.read_image(bomb, "bomb.png")
+            files.read_image(bomb, "bomb.png")
 
 
 def test_jpeg_is_decoded_small_when_that_suffices():
     buf = io.BytesIO()
     Image.fromarray(noise(800, 1200)).save(buf, "JPEG")
-    assert pictures.read_image(buf.getvalue(), cover=(100, 100)).shape == (200, 300, 3)
-    assert pictures.read_image(buf.getvalue(), cover=(64, 128)).shape[1] >= 256
+    assert files.read_image(buf.getvalue(), cover=(100, 100)).shape == (200, 300, 3)
+    assert files.read_image(buf.getvalue(), cover=(64, 128)).shape[1] >= 256
 
 
 # masks from files
@@ -132,47 +132,47 @@ def test_mask_conventions():
     m = np.zeros((10, 12), np.uint8)
     m[2:5, 3:9] = 1
     expect = m.astype(np.float32)
-    assert np.array_equal(pictures.read_mask(png(m)), expect)                       # 0/1
-    assert np.array_equal(pictures.read_mask(png(m * 255)), expect)                 # 0/255
-    assert np.array_equal(pictures.read_mask(png(m * 255), invert=True), 1 - expect)
-    assert np.array_equal(pictures.read_mask(png(m.astype(np.uint16) * 65535)), expect)
+    assert np.array_equal(files.read_mask(png(m)), expect)                       # 0/1
+    assert np.array_equal(files.read_mask(png(m * 255)), expect)                 # 0/255
+    assert np.array_equal(files.read_mask(png(m * 255), invert=True), 1 - expect)
+    assert np.array_equal(files.read_mask(png(m.astype(np.uint16) * 65535)), expect)
     white = np.dstack([np.full((10, 12, 3), 255, np.uint8), m * 255])           # UltraEdit: alpha = region
-    assert np.array_equal(pictures.read_mask(png(white)), expect)
+    assert np.array_equal(files.read_mask(png(white)), expect)
     hole = np.dstack([noise(10, 12), 255 - m * 255])                            # MagicBrush: a hole
-    assert np.array_equal(pictures.read_mask(png(hole)), expect)
+    assert np.array_equal(files.read_mask(png(hole)), expect)
     palette = Image.fromarray(m).convert("P")
     palette.putpalette([0, 0, 0, 128, 0, 0])                                    # VOC: dark red is label 1
     buf = io.BytesIO()
     palette.save(buf, "PNG")
-    assert np.array_equal(pictures.read_mask(buf.getvalue()), expect)
+    assert np.array_equal(files.read_mask(buf.getvalue()), expect)
     soft = np.tile(np.linspace(0, 255, 12).astype(np.uint8), (10, 1))
-    assert np.allclose(pictures.read_mask(png(soft)), soft / 255)
+    assert np.allclose(files.read_mask(png(soft)), soft / 255)
 
 
 def test_mask_of_another_size_is_stretched_and_its_area_said():
     m = np.zeros((20, 20), np.uint8)
     m[:10] = 255
     lines = []
-    out = pictures.read_mask(png(m), 30, 50, name="m.png", log=lines.append)
+    out = files.read_mask(png(m), 30, 50, name="m.png", log=lines.append)
     assert out.shape == (30, 50) and set(np.unique(out)) == {0, 1} and out[:15].all() and not out[15:].any()
     assert "m.png: 20x20 stretched to 50x30" in lines[0] and "50.0%" in lines[0]
 
 
 def test_all_zero_mask_is_an_error():
     with pytest.raises(BadFile, match="m.png: the mask selects nothing"):
-        pictures.read_mask(png(np.zeros((8, 8), np.uint8)), name="m.png")
+        files.read_mask(png(np.zeros((8, 8), np.uint8)), name="m.png")
     with pytest.raises(BadFile, match="nothing"):
-        pictures.read_mask(png(np.full((8, 8), 255, np.uint8)), invert=True)
+        files.read_mask(png(np.full((8, 8), 255, np.uint8)), invert=True)
 
 
 # sources
 
 
 def test_captions_are_cleaned_and_cut():
-    assert pictures.clean_caption(" a\x00b\x1b[31m\n c\u202e ") == ("a b [31m c", False)
-    text, cut = pictures.clean_caption("é" * 50_000)
+    assert files.clean_caption(" a\x00b\x1b[31m\n c\u202e ") == ("a b [31m c", False)
+    text, cut = files.clean_caption("é" * 50_000)
     assert cut and len(text.encode()) == 2000
-    assert pictures.clean_caption("x\ud800y")[0] == "xy"
+    assert files.clean_caption("x\ud800y")[0] == "xy"
 
 
 def test_long_caption_in_a_folder_is_cut_and_counted(tmp_path):
@@ -503,7 +503,7 @@ def test_batch_format(mixed):
     assert -1 <= b["image"].min() < -0.5 < 0.5 < b["image"].max() <= 1
     assert b["mask"].shape == (4, 1, 16, 16) and b["mask"].dtype == torch.float32 and b["segments"] is None
     assert b["index"].dtype == torch.int64 and b["position"] == [0, 1, 2, 3] and b["step"] == b["epoch"] == 0
-    assert len(b["caption"]) == len(b["task"]) == 4 and set(b["task"]) <= set(data.TASKS)
+    assert len(b["caption"]) == len(b["task"]) == 4 and set(b["task"]) <= set(masks.TASKS)
 
 
 @pytest.mark.parametrize("aspects", [False, True])
@@ -553,7 +553,7 @@ def test_mixture_prompt_free_and_bad_values(mixed):
     share = {t: tasks.count(t) / len(tasks) for t in set(tasks)}
     assert set(share) == {"outpaint", "inpaint", "erase"} and abs(share["erase"] - 0.5) < 0.12
     captions = [(t, c) for b in batches for t, c in zip(b["task"], b["caption"])]
-    assert all((c == data.ERASE_PROMPT) == (t == "erase") for t, c in captions)
+    assert all((c == masks.ERASE_PROMPT) == (t == "erase") for t, c in captions)
     free = [c == "" for t, c in captions if t != "erase"]
     assert 0.35 < np.mean(free) < 0.65
     assert loader(mixed, 1, tasks={"edit": 1})[1]["edit turned into inpaint"] == 4
@@ -708,6 +708,6 @@ def test_real_pictures(spec):
     assert stats["skipped"] == 0 and a["image"].std() > 0.1
     assert len(open_source(str(REAL / spec), "heldout")) > 20
     if spec == "bsds500":
-        assert a["segments"] is not None and set(a["caption"] + b["caption"]) <= {"", data.ERASE_PROMPT}
+        assert a["segments"] is not None and set(a["caption"] + b["caption"]) <= {"", masks.ERASE_PROMPT}
     else:
         assert any(c.startswith("a photo of") for c in a["caption"] + b["caption"])

@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import checkpoint
+import common
 import flow
 import model
-from kernels.bench_models import randomize
+import pipeline
+from runs.bench_models import randomize
 
 PLAIN = replace(model.PRESETS["test"], predict="v")
 BASES = {"text to image": PLAIN, "inpainting, x0": model.inpainting(model.PRESETS["test"]),
@@ -72,7 +75,7 @@ def test_branch_off_is_the_base(name):
     net, (x, t, *_) = build(name), inputs()
     fresh = build(name, trained=False)
     text = net.base.encode_text(TEXT)
-    assert torch.equal(net.base_only(x, t, *text), fresh.base(x, t, *text))
+    assert torch.equal(net.base(x, t, *text), fresh.base(x, t, *text))
 
 
 def branch_inputs(net, *args):
@@ -185,7 +188,7 @@ def test_checkpointing_changes_nothing():
 def test_dual_guidance_is_the_three_forwards(name):
     net, (x, t, src, region) = build(name), inputs()
     text, null = net.encode_text(TEXT), net.encode_text(["", ""])
-    guided = flow.edit_denoise(net, text, null, src, region, 5.0, 1.5)(x, t)
+    guided = pipeline.denoiser(net, text, null, (src, region), 5.0, 1.5)(x, t)
     guided = flow.euler_step(torch.zeros_like(x), guided, 0.0, 1.0)
     none = net(x, t, *null, torch.zeros_like(src), torch.ones_like(region))
     image, both = net(x, t, *null, src, region), net(x, t, *text, src, region)
@@ -193,8 +196,7 @@ def test_dual_guidance_is_the_three_forwards(name):
     assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_lora_on_the_base_is_saved_as_plain_weights_and_resumes():
-    import common
+def test_lora_on_the_base_is_saved_as_plain_weights_and_resumes(tmp_path):
     net = build("editnet", trained=False).float()
     model.add_lora(net.base, 4)
     ema = common.EMA(net, 0.5)
@@ -202,17 +204,19 @@ def test_lora_on_the_base_is_saved_as_plain_weights_and_resumes():
         if p.requires_grad:
             p.data += 0.05
     ema.update()
-    tensors = model.trained_tensors(net, ema)
+    opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad])
+    state = {"model": net, "ema": ema, "optimizer": opt}
+    tensors = checkpoint.tensors_of(state)
     plain = model.EditNet(PLAIN)
     plain.load_state_dict(tensors["model"])
     x, t, src, region = (z.float() for z in inputs())
     torch.testing.assert_close(run(plain, x, t, src, region), run(net, x, t, src, region))
     again = build("editnet", trained=False).float()
     model.add_lora(again.base, 4)
-    state, average = model.resumed_states(again, tensors)
-    again.load_state_dict(state)
     restored = common.EMA(again, 0.5)
-    restored.load_state_dict(average)
+    fresh = torch.optim.SGD([p for p in again.parameters() if p.requires_grad])
+    assert checkpoint.save(tmp_path, 1, state, {})
+    checkpoint.resume(tmp_path, {"model": again, "ema": restored, "optimizer": fresh})
     for a, b in zip(ema.average, restored.average):
         assert torch.equal(a, b)
     assert torch.equal(run(again, x, t, src, region), run(net, x, t, src, region))

@@ -11,9 +11,8 @@ from inprocess import run_script
 from PIL import Image
 
 import data
-from data import make_edit_loader, open_edits
-from order import EditSampler, bucket
-from pictures import BadFile
+from data import EditSampler, bucket, make_edit_loader, open_edits
+from readers.files import BadFile
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 HF = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -487,7 +486,7 @@ def test_weights_and_min_score(mixed):
     assert "left out: 0 by score, 12 by task" in order.summary()
     order, index = drawn(mixed, 1, min_score=5, aspects=True)
     assert set(index) == {i for i in range(40) if i % 10 >= 5} and "left out: 20 by score" in order.summary()
-    with pytest.raises(SystemExit, match="^error: min_score, tasks: 9.5"):
+    with pytest.raises(SystemExit, match="^error: --min_score, --tasks: 9.5"):
         drawn(mixed, 1, min_score=9.5)
     for balance in ({"paint": 1}, {"swap": -1}, {"swap": float("nan")}):
         with pytest.raises(SystemExit, match="^error: --tasks: "):

@@ -12,14 +12,16 @@ import torch
 from inprocess import run_script
 from PIL import Image
 
+import checkpoint
 import common
 import data
+import evaluate
 import evaluate as ev
-import judge
-import judge_holes
+import make_prefs
+import masks
 import model
-import prefs
-import scenes
+from readers import preferences
+from scenes import dataset, draw, judge, judge_holes
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -34,18 +36,18 @@ def test_frechet_closed_forms():
     a = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
     b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)) + 1
     shift = np.arange(6.0)
-    assert judge.frechet(a, a) == pytest.approx(0, abs=1e-9)
-    assert judge.frechet(a, a + shift) == pytest.approx((shift**2).sum())
-    (m, c), (mb, cb) = judge.moments(a), judge.moments(b)
-    assert judge.frechet(a, 3 * a) == pytest.approx(4 * (m @ m) + 4 * np.trace(c))  # (1 - 3)^2 tr C
+    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert evaluate.frechet(a, a + shift) == pytest.approx((shift**2).sum())
+    (m, c), (mb, cb) = evaluate.moments(a), evaluate.moments(b)
+    assert evaluate.frechet(a, 3 * a) == pytest.approx(4 * (m @ m) + 4 * np.trace(c))  # (1 - 3)^2 tr C
     general = ((m - mb) ** 2).sum() + np.trace(c + cb) - 2 * np.sqrt(np.linalg.eigvals(c @ cb).real).sum()
-    assert judge.frechet(a, b) == pytest.approx(general) == pytest.approx(judge.frechet(b, a))
+    assert evaluate.frechet(a, b) == pytest.approx(general) == pytest.approx(evaluate.frechet(b, a))
 
 
 def test_frechet_interval_holds_the_value_and_narrows():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1, 1600, 4)), rng.normal(size=(1, 1600, 4)) + 0.5
-    few, many = judge.frechet_interval(a[:, :100], b[:, :100]), judge.frechet_interval(a, b)
+    few, many = evaluate.frechet_interval(a[:, :100], b[:, :100]), evaluate.frechet_interval(a, b)
     assert many["low"] < many["mean"] < many["high"] and many["n"] == 1600
     assert many["low"] < 1.0 < many["high"]
     assert many["high"] - many["low"] < 0.5 * (few["high"] - few["low"])
@@ -53,21 +55,21 @@ def test_frechet_interval_holds_the_value_and_narrows():
 
 def test_bootstrap():
     x = np.random.default_rng(0).normal(3, 2, 400)
-    got = judge.bootstrap(x)
+    got = evaluate.bootstrap(x)
     assert got["mean"] == pytest.approx(x.mean()) and got["n"] == 400
     assert (got["high"] - got["low"]) / 2 == pytest.approx(1.96 * 2 / 20, rel=0.15)
-    assert judge.bootstrap(np.append(x, np.nan))["mean"] == got["mean"]
-    assert judge.bootstrap(np.full(5, 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 5}
-    assert judge.bootstrap(np.array([np.nan]))["n"] == 0
-    of_two = judge.bootstrap(np.zeros(100), np.append(x, np.nan), np.full(3, np.nan))
+    assert evaluate.bootstrap(np.append(x, np.nan))["mean"] == got["mean"]
+    assert evaluate.bootstrap(np.full(5, 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 5}
+    assert evaluate.bootstrap(np.array([np.nan]))["n"] == 0
+    of_two = evaluate.bootstrap(np.zeros(100), np.append(x, np.nan), np.full(3, np.nan))
     assert of_two["mean"] == pytest.approx(x.mean() / 2) and of_two["n"] == 500
     assert of_two["high"] - of_two["low"] == pytest.approx((got["high"] - got["low"]) / 2, rel=0.15)
 
 
 def test_sign_test():
-    assert judge.sign_test(10, 0) == pytest.approx(2 / 1024)
-    assert judge.sign_test(0, 0) == judge.sign_test(5, 5) == 1
-    assert judge.sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.1)
+    assert evaluate.sign_test(10, 0) == pytest.approx(2 / 1024)
+    assert evaluate.sign_test(0, 0) == evaluate.sign_test(5, 5) == 1
+    assert evaluate.sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.1)
 
 
 def test_verdicts_and_gsb():
@@ -87,14 +89,14 @@ def test_verdicts_and_gsb():
 # ---- cases and metrics -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=scenes.LEVELS)
+@pytest.fixture(scope="module", params=draw.LEVELS)
 def source(request):
-    return scenes.Scenes("heldout", request.param)
+    return dataset.Scenes("heldout", request.param)
 
 
 @pytest.fixture(scope="module")
 def cases(source):
-    return {t: judge_holes.make_cases(t, list(range(40)), SIZE, source) for t in ev.TASKS}
+    return {t: judge_holes.make_cases(t, list(range(40)), SIZE, source) for t in judge_holes.TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +115,11 @@ def test_cases(source, cases):
         assert torch.equal(c.image * (1 - c.mask), c.truth * (1 - c.mask)), "known pixels are true"
         assert (c.certain <= c.mask).all()
         assert (c.image.shape, c.mask.shape) == ((40, 3, SIZE, SIZE), (40, 1, SIZE, SIZE))
-    assert cases["erase"].caption[0] == data.ERASE_PROMPT
+    assert cases["erase"].caption[0] == masks.ERASE_PROMPT
     assert cases["edit"].caption[0] == source.load(0, 8, 8)["caption"]
     assert not torch.equal(cases["erase"].truth, cases["erase"].image)
     s = source.scene(0)
-    labels = scenes.instances(s, SIZE, SIZE)
+    labels = draw.instances(s, SIZE, SIZE)
     for task in ("edit", "erase"):  # a whole object is covered
         mask = cases[task].mask[0, 0].numpy()
         assert any((mask[labels == k] == 1).all() for k in range(1, len(s.objects) + 1))
@@ -146,14 +148,14 @@ def test_blur_and_noise_are_seen(cases):
     rng = np.random.default_rng(0)
     for c in cases.values():
         net = judge.Parser().eval()
-        blurred = torch.stack([prefs._blur(prefs._blur(x, rng), rng) for x in c.truth])
+        blurred = torch.stack([make_prefs._blur(make_prefs._blur(x, rng), rng) for x in c.truth])
         noise = torch.randn(c.truth.shape, generator=torch.Generator().manual_seed(0))
         noisy = (c.truth + 0.4 * noise).clamp(-1, 1)
         of_blur, of_noise = judge_holes.judge(blurred, c, net), judge_holes.judge(noisy, c, net)
         assert of_blur["sharpness"].mean() < 0.75 and of_noise["sharpness"].mean() > 1.25
         assert min(np.nanmean(of_blur["hole"]), np.nanmean(of_noise["hole"])) > 0.01
-        far = prefs.truth_distance(blurred, c.truth, c.mask)
-        assert (far > 0).all() and (prefs.truth_distance(c.truth, c.truth, c.mask) == 0).all()
+        far = make_prefs.truth_distance(blurred, c.truth, c.mask)
+        assert (far > 0).all() and (make_prefs.truth_distance(c.truth, c.truth, c.mask) == 0).all()
 
 
 def test_parser_judges_true_and_wrong_pictures(source, cases, judge_net):
@@ -169,13 +171,13 @@ def test_parser_judges_true_and_wrong_pictures(source, cases, judge_net):
     c = cases["edit"]
     recoloured, reshaped = [], []
     for index in c.indices:
-        s, labels = source.scene(index), scenes.instances(source.scene(index), SIZE, SIZE)
+        s, labels = source.scene(index), draw.instances(source.scene(index), SIZE, SIZE)
         k = int(np.argmax([(labels == k).sum() for k in range(1, len(s.objects) + 1)]))
         o = s.objects[k]
         for out, new in ((recoloured, replace(o, colour="red" if o.colour != "red" else "blue")),
                          (reshaped, replace(o, shape="star" if o.shape != "star" else "square"))):
             changed = replace(s, objects=s.objects[:k] + (new,) + s.objects[k + 1:])
-            out.append(scenes.draw(changed, SIZE, SIZE))
+            out.append(draw.draw(changed, SIZE, SIZE))
     true = judge_holes.judge(c.truth, c, net)
     of_colour = judge_holes.judge(judge.to_float(np.stack(recoloured)), c, net)
     of_shape = judge_holes.judge(judge.to_float(np.stack(reshaped)), c, net)
@@ -192,13 +194,13 @@ def test_parser_judges_true_and_wrong_pictures(source, cases, judge_net):
 
 
 def test_parser_boxes_and_labels():
-    levels = [scenes.Scenes("train", level) for level in scenes.LEVELS]
+    levels = [dataset.Scenes("train", level) for level in draw.LEVELS]
     batch = judge.ParserBatches(levels, 0, 16, 1, [(judge.SIDE, judge.SIDE)], jitter=False)[0]
     images, pictures, which, boxes, objects = batch
     assert images.shape == (16, judge.SIDE, judge.SIDE, 3) and len(which) == len(boxes) == len(objects)
     for j in range(16):  # the sources take turns
         s = levels[j % 2].scene(j)
-        assert (images[j].numpy() == scenes.draw(s, judge.SIDE, judge.SIDE)).all()
+        assert (images[j].numpy() == draw.draw(s, judge.SIDE, judge.SIDE)).all()
         assert pictures[j].tolist() == judge.picture_labels(s)
         assert (objects[which == j][:, 3] == 1).sum() == len(s.objects)
     s = levels[0].scene(0)
@@ -217,20 +219,20 @@ def test_parser_boxes_and_labels():
 def test_degradations_are_worse_and_stay_in_the_hole(cases):
     c, seen = cases["outpaint"], set()
     for i in range(40):
-        y, name = prefs.degrade(c.truth[i], c.truth[i], c.mask[i], np.random.default_rng(i))
+        y, name = make_prefs.degrade(c.truth[i], c.truth[i], c.mask[i], np.random.default_rng(i))
         seen.add(name)
         assert torch.equal(y * (1 - c.mask[i]), c.truth[i] * (1 - c.mask[i]))
-        assert prefs.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
-    assert seen == set(prefs.DEGRADATIONS)
+        assert make_prefs.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
+    assert seen == set(make_prefs.DEGRADATIONS)
 
 
 def test_clear_pairs_and_kinds_of_false_captions():
-    assert prefs.clear(0.1, 0.126, 0.25) and not prefs.clear(0.1, 0.124, 0.25)
-    assert prefs.clear(0.0, 0.01, 0.25) and not prefs.clear(0.1, 0.1, 0.0)
-    all_, none = (prefs.draw_kinds(0, 5, share, 200) for share in (1.0, 0.0))
+    assert make_prefs.clear(0.1, 0.126, 0.25) and not make_prefs.clear(0.1, 0.124, 0.25)
+    assert make_prefs.clear(0.0, 0.01, 0.25) and not make_prefs.clear(0.1, 0.1, 0.0)
+    all_, none = (make_prefs.draw_kinds(0, 5, share, 200) for share in (1.0, 0.0))
     assert set(all_) == {"scene"} and "scene" not in none and len(set(none)) == 10
-    assert prefs.draw_kinds(0, 5, 0.5) == prefs.draw_kinds(0, 5, 0.5, 200)[:3]
-    share = np.mean([k == "scene" for k in prefs.draw_kinds(0, 6, 0.67, 1000)])
+    assert make_prefs.draw_kinds(0, 5, 0.5) == make_prefs.draw_kinds(0, 5, 0.5, 200)[:3]
+    share = np.mean([k == "scene" for k in make_prefs.draw_kinds(0, 6, 0.67, 1000)])
     assert share == pytest.approx(0.67, abs=0.05)
 
 
@@ -246,9 +248,9 @@ def folders(tmp_path_factory):
         net = model.Editor(cfg)
         torch.nn.init.normal_(net.mmdit.final_layer.linear.weight, std=0.05)
         meta = {"arch": net.arch, "config": {"image_size": SIZE}}
-        common.write_checkpoint(at / name, 1, {"model": net.state_dict()}, meta)
+        checkpoint.write(at / name, 1, {"model": net.state_dict()}, meta)
     net = judge.Parser()
-    common.write_checkpoint(at / "parser", 1, {"model": net.state_dict()}, {"arch": net.arch})
+    checkpoint.write(at / "parser", 1, {"model": net.state_dict()}, {"arch": net.arch})
     return at
 
 
@@ -264,7 +266,7 @@ def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
     results = json.loads((tmp_path / "o/results.json").read_text())
     name = f"{folders / 'editor'}@2"
     assert results["command"].startswith("python evaluate.py scenes") and results["date"]
-    for task in ev.TASKS:
+    for task in judge_holes.TASKS:
         got = results["tasks"][task][name]
         assert {"exact", "seam", "frechet", "frechet_hole", "outside_raw", "attributes"} <= set(got)
         assert got["hole"]["low"] <= got["hole"]["mean"] <= got["hole"]["high"]
@@ -280,7 +282,7 @@ def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
 
 
 def test_prefs_are_read_by_data(folders, tmp_path):
-    done = run("prefs", "--ckpt", folders / "editor", "--steps=1,2", "--k=2", "--n=12",
+    done = run_script(make_prefs.__file__, "--ckpt", folders / "editor", "--steps=1,2", "--k=2", "--n=12",
                "--margin=0.02", "--out", tmp_path / "p")
     assert done.returncode == 0, done.stderr
     items = json.loads((tmp_path / "p/aesthetic.json").read_text())
@@ -288,9 +290,9 @@ def test_prefs_are_read_by_data(folders, tmp_path):
     assert len(generated) == 12 and len(items) == 36
     assert all(x["ranking"][0] < min(x["ranking"][1:]) and "truth" in x["generations"][0] for x in generated)
     assert any(x["ranking"] == [1, 2, 3] for x in generated)
-    pairs = data.open_pairs(tmp_path / "p/aesthetic.json")
+    pairs = preferences.open_pairs(tmp_path / "p/aesthetic.json")
     assert len(pairs) >= 48 and not any("truth.png" in p.image_worse for p in pairs)
-    texts = data.open_pairs(tmp_path / "p/alignment.jsonl")
+    texts = preferences.open_pairs(tmp_path / "p/alignment.jsonl")
     assert len(texts) == 4 * 12 and all(p.caption_better != p.caption_worse for p in texts)
     for opened in (pairs, texts):
         batch = next(iter(data.pair_loader(opened, SIZE, 4, workers=0)))
@@ -304,8 +306,8 @@ def test_prefs_skip_bad_pictures(folders, tmp_path, capsys):
         (tmp_path / f"in/{i}.txt").write_text(f"grey number {i}")
     (tmp_path / "in/2.png").write_bytes((tmp_path / "in/2.png").read_bytes()[:60])
     n = len(data.open_source(str(tmp_path / "in")))
-    ev.main(ev.Config("prefs", ckpt=str(folders / "editor"), data=str(tmp_path / "in"), n=n, k=2, steps="1",
-                      out=str(tmp_path / "p"), device="cpu"))
+    make_prefs.main(make_prefs.Config(str(folders / "editor"), str(tmp_path / "p"), str(tmp_path / "in"), n=n,
+                                      k=2, steps="1", device="cpu"))
     said = capsys.readouterr().out
     assert "skipped: " in said and "2.png: damaged" in said and "1 picture(s) skipped" in said
     assert len(json.loads((tmp_path / "p/aesthetic.json").read_text())) == 3 * (n - 1)
@@ -316,9 +318,7 @@ def test_prefs_skip_bad_pictures(folders, tmp_path, capsys):
     ({"ckpt": "BASE"}, "without mask input"), ({"parser": "nowhere"}, "train the judge"),
     ({"parser": "EDITOR"}, "'editor'"), ({"steps": "many"}, "whole numbers"), ({"steps": "0"}, "at least 1"),
     ({"steps": "1,2,3"}, "--steps"), ({"n": 0}, "--n"), ({"task": "compare"}, "exactly two"),
-    ({"batch_size": 0}, "--batch_size: 0"), ({"task": "prefs", "k": 1}, "--k"),
-    ({"task": "prefs", "margin": -1}, "--margin: -1"), ({"task": "prefs", "mismatched": 2}, "0 to 1"),
-    ({"task": "prefs", "ckpt": "a,b"}, "one checkpoint"),
+    ({"batch_size": 0}, "--batch_size: 0"),
     ({"out": "/dev/null/x"}, "--out")])
 def test_mistakes_give_one_line(folders, tmp_path, change, words):
     args = {"task": "scenes", "ckpt": "EDITOR", "parser": "PARSER", "out": str(tmp_path), "n": 2,
@@ -329,6 +329,20 @@ def test_mistakes_give_one_line(folders, tmp_path, change, words):
         ev.main(ev.Config(**args))
     text = str(stop.value)
     assert text.startswith("error: ") and "\n" not in text and words in text
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"k": 1}, "--k"), ({"margin": -1.0}, "--margin: -1"), ({"mismatched": 2.0}, "0 to 1"),
+    ({"n": -1}, "--n"), ({"ckpt": "a,b"}, "a,b: no such folder"), ({"ckpt": "BASE"}, "without mask input"),
+    ({"steps": "x"}, "--steps"),
+    ({"batch_size": 0}, "--batch_size: 0"), ({"out": "/dev/null/x", "ckpt": "EDITOR"}, "--out")])
+def test_mistakes_in_prefs_give_one_line(folders, tmp_path, change, words):
+    args = {"ckpt": "EDITOR", "out": str(tmp_path), "n": 2, "device": "cpu"} | change
+    args = {k: str(folders / v.lower()) if v in ("EDITOR", "BASE") else v for k, v in args.items()}
+    with pytest.raises(SystemExit) as stop:
+        make_prefs.main(make_prefs.Config(**args))
+    assert str(stop.value).startswith("error: ") and words in str(stop.value) and "\n" not in str(stop.value)
+
 
 
 def test_torchrun_is_refused(monkeypatch):

@@ -12,13 +12,12 @@ import pytest
 import torch
 from inprocess import run_script
 
-import common
+import checkpoint
 import evaluate as ev
-import judge
-import judge_edits as je
 import model
-import scenes
-from scene_edits import EditScenes
+from scenes import dataset, draw, judge
+from scenes import judge_edits as je
+from scenes.dataset import EditScenes
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -33,7 +32,7 @@ def net():
     return judge.load_parser(str(ROOT / "assets/parser"), torch.device("cpu"))
 
 
-@pytest.fixture(scope="module", params=scenes.LEVELS)
+@pytest.fixture(scope="module", params=draw.LEVELS)
 def source(request):
     return EditScenes("heldout", level=request.param)
 
@@ -52,7 +51,7 @@ def asked(cases, net):
 def redrawn(c, source, change):
     """Pictures [N, 3, H, W] of each pair's target scene after change(before, edit)."""
     h, w = c.image.shape[2:]
-    return judge.to_float(np.stack([scenes.draw(change(*source.edit(i)), h, w) for i in c.indices]))
+    return judge.to_float(np.stack([draw.draw(change(*source.edit(i)), h, w) for i in c.indices]))
 
 
 def with_object(s, k, **fields):
@@ -90,7 +89,7 @@ def test_free_places_hold_no_object(source, cases):
             centres = (free[:, :2] + free[:, 2:]) / 2
             for o in (*before.objects, *edit.target.objects):
                 away = (centres - torch.tensor([o.x, o.y])).norm(dim=1)
-                assert (away > scenes.RADIUS[o.size]).all(), (task, index)
+                assert (away > draw.RADIUS[o.size]).all(), (task, index)
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ def test_over_editing_is_not_keeping(source, cases, asked, net):
         new = tuple(replace(o, shape="square", colour="red", material="matte") for o in place)
         extra = replace(edit.target, objects=(*edit.target.objects, *new))
         x = c.truth.clone()
-        x[j] = judge.to_float(scenes.draw(extra, SIZE, SIZE))
+        x[j] = judge.to_float(draw.draw(extra, SIZE, SIZE))
         kept += [je.judge_edit(x, c, asked["remove"], net)["kept"][j]] if new else []
     assert np.mean(kept) < 0.3
 
@@ -194,9 +193,9 @@ def test_nothing_is_told_by_noise(cases, asked, net):
         assert np.nanmean(got["success"]) == 0 and got["error"].min() > 0.1, task
 
 
-@pytest.mark.parametrize("level", scenes.LEVELS)
+@pytest.mark.parametrize("level", ["easy", pytest.param("hard", marks=pytest.mark.slow)])
 def test_text_to_image(level, net):
-    source = scenes.Scenes("heldout", level)
+    source = dataset.Scenes("heldout", level)
     p = je.prompts(list(range(12)), SIZE, source)
     assert (p.objects[:, :2] >= 0).all() and (p.pictures[:, 0] >= 0).all()
     assert (p.pictures[:, 1:] == je.NOT_ASKED).any(), "a clear day is rarely named"
@@ -206,28 +205,28 @@ def test_text_to_image(level, net):
     single = np.array([len(source.scene(i).objects) == 1 for i in p.indices])
     assert (np.isnan(right["drawn"]) == ~single).all() and 1 < single.sum() < 12
     assert np.nanmean(right["drawn"]) > (0.6 if level == "easy" else 0.3) and np.nanmean(wrong["drawn"]) < 0.2
-    grid, of = je.places(SIZE, level, 0.6), scenes.LEVELS[level]
+    grid, of = je.places(SIZE, level, 0.6), draw.LEVELS[level]
     assert ((grid[:, 2:] - grid[:, :2] > 0).all() and grid.shape[1] == 4)
     sides = ((grid[:, 2] - grid[:, 0]) / 2 / judge.CONTEXT).tolist()
-    assert {round(r, 3) for r in sides} == {scenes.RADIUS[size] for size in of.sizes}
+    assert {round(r, 3) for r in sides} == {draw.RADIUS[size] for size in of.sizes}
     # every place an object of the level may have is near a box of its size
     for size in of.sizes:
-        own = grid[np.isclose((grid[:, 2] - grid[:, 0]) / 2 / judge.CONTEXT, scenes.RADIUS[size])]
+        own = grid[np.isclose((grid[:, 2] - grid[:, 0]) / 2 / judge.CONTEXT, draw.RADIUS[size])]
         centres = ((own[:, :2] + own[:, 2:]) / 2).unique(dim=0)
         for i in range(40):
             for o in (o for o in source.scene(i).objects if o.size == size):
                 away = (centres - torch.tensor([o.x, o.y])).abs().amax(1).min()
-                assert away <= 0.3 * scenes.RADIUS[size] + 1e-4
+                assert away <= 0.3 * draw.RADIUS[size] + 1e-4
 
 
 def test_what_is_drawn_needs_no_place(net):
     """The one object counts wherever it stands, and not in another shape or colour."""
-    source = scenes.Scenes("heldout")
-    p = je.prompts([i for i in range(12) if len(source.scene(i).objects) == 1], SIZE, source)
+    source = dataset.Scenes("heldout")
+    p = je.prompts([i for i in range(8) if len(source.scene(i).objects) == 1], SIZE, source)
     of = [source.scene(i) for i in p.indices]
 
     def drawn(change):
-        pictures = [scenes.draw(replace(s, objects=(change(s.objects[0]),)), SIZE, SIZE) for s in of]
+        pictures = [draw.draw(replace(s, objects=(change(s.objects[0]),)), SIZE, SIZE) for s in of]
         return je.judge_t2i(judge.to_float(np.stack(pictures)), p, net)["drawn"].mean()
 
     assert drawn(lambda o: o) > 0.6
@@ -253,9 +252,9 @@ def folders(tmp_path_factory):
         torch.nn.init.normal_(nets[variant].src_embedder.proj.weight, std=0.05)
     for name, n in nets.items():
         meta = {"arch": n.arch, "config": {"image_size": SIZE, "shift": 1.5}}
-        common.write_checkpoint(at / name, 1, {"model": n.state_dict()}, meta)
+        checkpoint.write(at / name, 1, {"model": n.state_dict()}, meta)
     n = judge.Parser()
-    common.write_checkpoint(at / "parser", 1, {"model": n.state_dict()}, {"arch": n.arch})
+    checkpoint.write(at / "parser", 1, {"model": n.state_dict()}, {"arch": n.arch})
     return at
 
 
@@ -269,6 +268,7 @@ def call(folders, out, task="edits", **flags):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 def test_edits_then_compare_with_the_saved_pictures(folders, tmp_path):
     flags = dict(ckpt="editnet,concat", aspects="1:1,16:9", save=str(tmp_path / "s"), guidance=2.0,
@@ -301,6 +301,7 @@ def test_edits_then_compare_with_the_saved_pictures(folders, tmp_path):
     assert report["1x1/all"]["gsb"]["overall"]["same"] == 7 * 3 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 def test_seeds_as_one_row(folders, tmp_path, capsys):
     for name, variant in (("one0", "editnet"), ("one1", "editnet"), ("two0", "concat"), ("two1", "editnet")):
@@ -348,7 +349,7 @@ def test_region_and_level(folders, tmp_path):
         for data, level in (("scenes", "easy"), ("scenes:hard", "hard")):
             found = ev.gather_cases(ev.Config("edits", n=2, data=data), kind, SIZE, 4)
             image = next(iter(found.values())).image[0]
-            want = scenes.draw(scenes.Scenes("heldout", level).scene(0), SIZE, SIZE)
+            want = draw.draw(dataset.Scenes("heldout", level).scene(0), SIZE, SIZE)
             assert torch.equal(image, judge.to_float(want)), (kind, data)
 
 
@@ -365,7 +366,7 @@ def test_text_to_image_from_checkpoints(folders, tmp_path, capsys):
     assert t2i[base]["frechet"] != t2i[f"{concat}, null picture"]["frechet"]
     for row in t2i.values():
         assert set(row) == {"drawn", "attributes", "background", "environment", "style", "objects", "frechet"}
-    singles = sum(len(scenes.Scenes("heldout").scene(i).objects) == 1 for i in range(5))
+    singles = sum(len(dataset.Scenes("heldout").scene(i).objects) == 1 for i in range(5))
     assert t2i[base]["drawn"]["n"] == singles and t2i[base]["background"]["n"] == 5
     assert t2i["truth"]["frechet"]["mean"] == pytest.approx(0, abs=1e-3)
     assert "text to image: 5 held-out captions, 2 seed(s)" in said and "drawn" in said
@@ -375,6 +376,7 @@ def test_text_to_image_from_checkpoints(folders, tmp_path, capsys):
     assert hard["truth"]["drawn"]["n"] == 0, "the first two scenes have several objects"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 def test_controls_of_text_to_image(folders, net, tmp_path):
     """By the shipped judge: the scene itself shows what its caption says, another's does not."""
@@ -386,8 +388,9 @@ def test_controls_of_text_to_image(folders, net, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"ckpt": "inpaint"}, "needs an 'editnet'"), ({"ckpt": "editnet", "task": "scenes"}, "needs a 'editor'"),
-    ({"ckpt": "editnet,inpaint", "task": "compare"}, "needs an 'editnet'"),
+    ({"ckpt": "inpaint"}, "--stage edit"),
+    ({"ckpt": "editnet", "task": "scenes"}, "is an instruction editor"),
+    ({"ckpt": "editnet,inpaint", "task": "compare"}, "is an inpainting model"),
     ({"ckpt": "saved"}, "pictures of `evaluate.py scenes`"), ({"ckpt": "damaged"}, "judge.json: damaged"),
     ({"aspects": "9"}, "--aspects: '9'"), ({"aspects": "9:1"}, "from 1:4 to 4:1"),
     ({"aspects": "1:0"}, "--aspects"), ({"task": "t2i", "ckpt": ""}, "--ckpt: ''"),

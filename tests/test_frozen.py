@@ -1,4 +1,4 @@
-"""SD3's autoencoder: equal to diffusers' AutoencoderKL in float64, under the published names; bands."""
+"""SD3's autoencoder: equal to diffusers' AutoencoderKL in float64, under the published names."""
 
 import hashlib
 import re
@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-import frozen
-from frozen import VAE, Bands, VAEConfig
+import pipeline
+from pretrained.vae import VAE, VAEConfig
 
 CFG = VAEConfig(width=32, channels=4)
 TOLERANCE = 1e-11  # of the largest output; a correct float64 copy reaches 1e-14
@@ -180,7 +180,7 @@ def test_the_comparison_notices_an_encoder_gone_wrong(twin, monkeypatch):
     swapped_moments(ours)
     assert error(ours.encode(image), their_encode(theirs, image)) < TOLERANCE
     for level in ours.encoder.down[:-1]:  # zeros on the left and above instead
-        monkeypatch.setattr(level.downsample, "forward", lambda x, bands, conv=level.downsample.conv: conv(
+        monkeypatch.setattr(level.downsample, "forward", lambda x, conv=level.downsample.conv: conv(
             torch.nn.functional.pad(x, (1, 0, 1, 0))))
     assert error(ours.encode(image), their_encode(theirs, image)) > 0.1
 
@@ -189,14 +189,14 @@ def test_names_and_shapes_of_the_published_checkpoints():
     """sha256 over the sorted lines "name:shape" of first_stage_model.* in the published files."""
     with torch.device("meta"):
         state = VAE().state_dict()
-    lines = sorted(f"{VAE.PREFIX}{k}:{list(v.shape)}" for k, v in state.items())
+    lines = sorted(f"first_stage_model.{k}:{list(v.shape)}" for k, v in state.items())
     assert len(lines) == 244 and sum(v.numel() for v in state.values()) == 83_819_683
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == \
         "b5fbfffd792b8f62c4e1faa7960bc89d77164e5d27b72544977f18d79ddf38cf"
 
 
 ####################################################################################################
-# Memory: recomputation and bands
+# Memory, precision
 ####################################################################################################
 
 
@@ -223,42 +223,17 @@ def test_recomputation_keeps_less():
     assert less < plain / 5
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16, 1000])
-def test_bands_are_exact(rows):
-    vae = randomize(VAE(CFG))
-    image, z = picture(40, 24), picture(5, 3, CFG.channels)
-    with torch.no_grad():
-        whole = vae.encode(image), vae.decode(z)
-        vae.bands = Bands(rows, store="cpu")
-        assert error(vae.encode(image), whole[0]) < 1e-13
-        assert error(vae.decode(z), whole[1]) < 1e-13
-    leaf = z.clone().requires_grad_()
-    vae.decode(leaf).sum().backward()  # with gradients it works at once
-    assert leaf.grad.abs().max() > 0
-
-
-def test_tiles_with_their_own_statistics_are_not():
-    """What bands avoid: the statistics of a tile are not those of the picture, away from its edge as well."""
-    vae = randomize(VAE(CFG)).requires_grad_(False)
-    z = picture(48, 6, CFG.channels) * torch.linspace(0.2, 3, 48, dtype=torch.float64)[:, None]
-    middle = slice(8 * 11, 8 * 13)  # 11 latent pixels from the tile's edges
-    assert error(vae.decode(z[:, :, :24])[:, :, middle], vae.decode(z)[:, :, middle]) > 0.05
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_precisions(dtype):
-    """Weights of any precision; the answer has the input's; bands differ by rounding only."""
+    """Weights of any precision; the answer has the input's."""
     vae = randomize(VAE(CFG))
     image, z = picture(16, 16), picture(2, 2, CFG.channels)
     with torch.no_grad():
         right = vae.encode(image), vae.decode(z)
         vae = vae.to(dtype)
-        for bands in (None, Bands(7)):
-            vae.bands = bands
-            results = vae.encode(image.float()), vae.decode(z.float())
-            for a, b in zip(results, right):
-                assert a.dtype == torch.float32
-                assert error(a, b) < {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+        for a, b in zip((vae.encode(image.float()), vae.decode(z.float())), right):
+            assert a.dtype == torch.float32
+            assert error(a, b) < {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
 
 
 def test_sides_that_do_not_fit():
@@ -267,7 +242,7 @@ def test_sides_that_do_not_fit():
 
 
 def test_pixel_space_has_the_same_interface():
-    space, vae = frozen.PixelSpace(), VAE(CFG)
+    space, vae = pipeline.PixelSpace(), VAE(CFG)
     for name in ("stride", "channels", "encode", "decode"):
         assert hasattr(space, name) and hasattr(vae, name)
     x = picture(4, 4)

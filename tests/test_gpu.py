@@ -19,16 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 import flow
-import frozen
-import memory
 import model
-import sample
+import pipeline
+import rewards
 import train_omni
 import train_pefl
 import train_reward
+from common import clip_grad_norm
 from kernels import attention, blend, dispatch
 from kernels.selftest import widen_interpreted_dots
-from sharded import clip_grad_norm
+from runs import memory
 
 ROOT = Path(train_omni.__file__).parent
 ON_GPU = torch.cuda.is_available() and not dispatch.interpreted()
@@ -202,13 +202,12 @@ def test_the_network_with_kernels(preset, launches):
 def test_samples_with_kernels(guidance, keep, launches):
     net = editor("tiny").to(DEVICE).requires_grad_(False).eval()
     _, _, _, mask, masked = pictures()
-    made = []
+    noise, made = common.randn(common.generators(0, 0, range(len(mask))), masked.shape[1:]), []
     for kernels in (kernels_off, kernels_on):
         with kernels():
-            made.append(sample.generate(
-                net, frozen.PixelSpace(), ["a red star"] * len(mask), mask, masked,
-                common.generators(0, 0, range(len(mask))), steps=3, guidance=guidance, keep_known=keep,
-                bf16=PRECISION == "bf16"))
+            made.append(pipeline.sample(
+                net, pipeline.PixelSpace(), ["a red star"] * len(mask), mask, masked, noise,
+                flow.timesteps(3), guidance, blend="every" if keep else "none", bf16=PRECISION == "bf16"))
     assert launches["forward_kernel"] == 3 and launches["_forward"] >= 3 * net.cfg.depth
     close(made[1], made[0], 0.03 if PRECISION == "bf16" else 1e-4)
 
@@ -221,7 +220,7 @@ SHARED = dict(precision=PRECISION, device=DEVICE.type, wandb="off", log_every=1,
               batch_size=32 if ON_GPU else 2, image_size=64 if ON_GPU else 16, workers=2 if ON_GPU else 0)
 
 
-def losses(out, key="loss"):
+def losses(out, key="loss/flow"):
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return torch.tensor([row[key] for row in rows if key in row])
 
@@ -248,8 +247,8 @@ def pefl(out, steps=STEPS, **flags):
 def reward(folder):
     torch.manual_seed(0)
     tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
-    return shipped(folder, model.PreferenceReward(
-        model.replace(model.REWARD_PRESETS["test"], tokenizer=tokenizer)))
+    return shipped(folder, rewards.PreferenceReward(
+        model.replace(rewards.REWARD_PRESETS["test"], tokenizer=tokenizer)))
 
 
 @pytest.mark.parametrize("stage", [pytest.param(stage, marks=LONG) for stage in ("inpaint", "edit", "pefl")])

@@ -1,4 +1,5 @@
-"""memory.py: its counts against real training runs of the scripts, and against sums that are known."""
+"""runs/memory.py: its counts against real training runs of the scripts, and against sums that are known."""
+
 import json
 import os
 import subprocess
@@ -11,19 +12,22 @@ from test_sd3 import imagereward, sd3, vgg  # noqa: F401  (sd3: a fixture)
 from test_text_encoders import files  # noqa: F401  (a fixture)
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import checkpoint
 import common
-import memory
+import log
 import model
 from kernels import attention, bench, dispatch, joint_attention
+from runs import memory
 
-ROOT = Path(memory.__file__).parent
+ROOT = Path(memory.__file__).parents[1]
 
 # A script's own main, twice: a small run that imports and allocates what stays, then the measured one. What
 # counts is the peak of resident memory up to the checkpoint, less what was resident before.
 MEASURE = """
 import gc, importlib, json, sys
 from pathlib import Path
-import torch, common, memory
+import torch, checkpoint, pipeline
+from runs import memory
 torch.set_num_threads(1)
 name, small, large, out = sys.argv[1], *map(json.loads, sys.argv[2:4]), sys.argv[4]
 script, made = importlib.import_module(name), {}
@@ -38,15 +42,18 @@ def keep(noun):
         return made[noun]
     setattr(script, noun, call)
 
-for noun in ("build", "load_editor", "load_reward", "load_coherence", "load_perceptual"):
+for noun in ("build", "open_reward", "open_coherence", "open_features"):
     if hasattr(script, noun):
         keep(noun)
-own = script.stack.surround
+own, opening = pipeline.surround, pipeline.open_editor
 def surround(*args):
     made["space"] = own(*args)
     return made["space"]
-script.stack.surround = surround
-common.save_checkpoint = lambda *a, **k: made.update(peak=status("VmHWM")) or "not saved"
+def open_editor(*args, **kwargs):
+    made["pipe"] = opening(*args, **kwargs)
+    return made["pipe"]
+pipeline.surround, pipeline.open_editor = surround, open_editor
+checkpoint.save = lambda *a, **k: made.update(peak=status("VmHWM")) or "not saved"
 script.main(script.Config(**small, out=out + "/small"))
 made.clear()
 gc.collect()
@@ -59,8 +66,8 @@ if name == "train_omni":
     net = made["build"][0]
     rank = memory.omni(net, (B, net.cfg.channels, side // space.stride, side // space.stride), *on)
 else:
-    nets = made["load_editor"][0], space, {"alignment": made["load_reward"]}, made["load_coherence"]
-    nets += (made["load_perceptual"][0],)
+    nets = made["pipe"].net, space, {"alignment": made["open_reward"]}, made["open_coherence"]
+    nets += (made["open_features"][0],)
     rank = memory.pefl(*nets, (B, 3, side, side), *on, recompute=cfg.checkpointing)
 print(rank.report())
 print(json.dumps({"counted": rank.peak, "measured": made["peak"] - before}))
@@ -98,7 +105,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="r
 def test_editnet_as_measured(tmp_path, checkpointing):
     base = model.Editor(SMALL)
     arch = {"arch": base.arch, "config": {}}
-    common.write_checkpoint(tmp_path / "base", 0, {"model": base.state_dict()}, arch)
+    checkpoint.write(tmp_path / "base", 0, {"model": base.state_dict()}, arch)
     flags = dict(init=str(tmp_path / "base"), stage="edit", steps=2, workers=0, device="cpu", wandb="off",
                  sample_every=0, checkpointing=checkpointing, precision="fp32", batch_size=1, image_size=16)
     got = measured("train_omni", flags, dict(batch_size=2, image_size=64), tmp_path)
@@ -208,20 +215,72 @@ def test_sharding_divides_what_trains():
     assert two.rows["gathered blocks"] == 2 * inside and eight.peak < two.peak
 
 
+@pytest.mark.slow
 def test_every_second_block_recomputed_lies_between():
     nets = [editnet(n, model.replace(SMALL, depth=4)) for n in (0, 2, 1)]
     peaks = [memory.omni(net, (4, 3, 64, 64), "cpu", False).peak for net in nets]
     assert peaks[0] > 1.2 * peaks[1] > 1.2 * 1.2 * peaks[2]
 
 
+@pytest.mark.slow
 def test_sd3_is_counted_without_being_built():
     """8 GB of weights and 17 of optimiser, in a process whose memory stays as it is. What trains: 24 blocks,
     24 + 24 + 23 projections (2 176 470 528), the embedding of the source (99 840) and the region."""
-    before = common.peak_bytes()
+    before = log.peak_bytes()
     net = editnet(True, model.PRESETS["sd3-medium"])
     rank = memory.omni(net, (1, 16, 128, 128), "cpu", True, 8)
     trained = 2_176_470_528 + 99_840 + 4 * 1536
     assert common.n_params(net, trained=True) == trained
     assert rank.rows["gradients of the editor"] == 4 * (99_840 + 4 * 1536) + 4 * 2_176_470_528 / 8
-    assert common.peak_bytes() - before < 0.3 * 2**30 < 8 * 2**30 < rank.peak
+    assert log.peak_bytes() - before < 0.3 * 2**30 < 8 * 2**30 < rank.peak
     assert "peak of a training step" in rank.report()
+
+
+@pytest.mark.slow
+def test_the_command_reads_no_weights(tmp_path, monkeypatch, capsys):
+    """SD3-medium at its real size, as a file without a byte of data behind its header."""
+    with torch.device("meta"):
+        state = model.MMDiT(model.PRESETS["sd3-medium"]).state_dict()
+    header, end = {}, 0
+    for key, t in state.items():
+        header["model.diffusion_model." + key] = {"dtype": "F16", "shape": list(t.shape),
+                                                  "data_offsets": [end, end + 2 * t.numel()]}
+        end += 2 * t.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(tmp_path / "sd3.safetensors", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + end)
+    flags = ["--stage=edit", f"--init={tmp_path / 'sd3.safetensors'}", "--image_size=512", "--batch_size=1",
+             "--checkpointing=1", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", "omni", *flags])
+    memory.main()
+    out = capsys.readouterr().out
+    assert "4261.5 M parameters, 2176.6 M trained" in out  # 2,176,470,528 + 99,840
+    assert "base 1024 image + 154 text, branch 1024 image + 1024 source + 154 text" in out
+    assert "peak of a training step" in out
+    monkeypatch.setattr(sys, "argv", ["memory.py", "omni", *flags, "--ranks=8"])
+    memory.main()
+    assert "memory of a rank of 8, sharded" in capsys.readouterr().out
+
+
+def test_the_command_counts_feedback(tmp_path, monkeypatch, capsys):
+    """An EditNet with its coherence model; what it trains is its branch."""
+    net = model.EditNet(model.PRESETS["test"])
+    meta = {"arch": net.arch, "config": {"image_size": 32}}
+    checkpoint.write(tmp_path, 0, {"model": net.state_dict()}, meta)
+    monkeypatch.setattr(sys, "argv", ["memory.py", "pefl", f"--base={tmp_path}", "--device=cpu"])
+    memory.main()
+    said = capsys.readouterr().out
+    assert "weights of the coherence model" in said and "activations of the editor" in said
+
+
+def test_flops_of_a_formula_are_those_that_are_counted(monkeypatch):
+    """model.flops, for perf/mfu, leaves out embeddings and what acts on one vector a picture: less than 3 %
+    of what runs beside encoders of text."""
+    monkeypatch.setattr(attention, "CPU_MATH_TOKENS", {torch.float32: 10**6})  # flash counts 10, not 8
+    cfg = model.replace(SMALL, txt_bytes=0)
+    for net in (model.Editor(cfg), editnet(cfg=cfg), editnet(cfg=model.replace(cfg, dual=1))):
+        wide = memory.omni(net, (4, 3, 64, 64), "cpu", False, words=50).flops
+        formula = model.flops(net, 4, 32 * 32, 50)
+        assert 0.97 * wide < formula < wide, (formula, wide)

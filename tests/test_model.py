@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import model
+import rewards
 from kernels import joint_attention, modulate, rms_norm
-from kernels.bench_models import diffusers_twin, randomize, run_twin
-from model import PRESETS, REWARD_PRESETS, Editor, EditorConfig, MMDiT
-from weights import to_diffusers
+from model import PRESETS, Editor, EditorConfig, MMDiT
+from pretrained.sd3 import to_diffusers
+from rewards import REWARD_PRESETS
+from runs.bench_models import diffusers_twin, randomize, run_twin
 
 SD3 = EditorConfig(depth=3, heads=4, head_dim=16, patch=2, channels=4, pos_max=24, txt_dim=48, vec_dim=40,
                    qk_norm=False, txt_bytes=0)
@@ -357,7 +359,7 @@ def imagereward_keys(vit_depth=24, txt_depth=12):
 
 def test_imagereward_names_and_sizes():
     with torch.device("meta"):
-        net = model.PreferenceReward(REWARD_PRESETS["imagereward"])
+        net = rewards.PreferenceReward(REWARD_PRESETS["imagereward"])
     state = net.state_dict()
     assert set(state) == imagereward_keys()
     count = {p: sum(v.numel() for k, v in state.items() if k.startswith(p))
@@ -381,7 +383,7 @@ def test_text_and_vision_towers_equal_transformers():
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     cfg = REWARD_PRESETS["test"]
-    ours = randomize(model.PreferenceReward(cfg)).eval().double()
+    ours = randomize(rewards.PreferenceReward(cfg)).eval().double()
     theirs = BlipTextModel(transformers.BlipTextConfig(
         vocab_size=cfg.vocab, hidden_size=cfg.txt_width, encoder_hidden_size=cfg.vit_width,
         intermediate_size=cfg.txt_hidden, num_hidden_layers=cfg.txt_depth, num_attention_heads=cfg.txt_heads,
@@ -401,7 +403,7 @@ def test_text_and_vision_towers_equal_transformers():
 
 def test_preference_reward_reads_both_picture_and_caption():
     cfg = REWARD_PRESETS["test"]
-    net = model.PreferenceReward(cfg).eval()
+    net = rewards.PreferenceReward(cfg).eval()
     image, ids, attend = reward_inputs(cfg)
     image.requires_grad_()
     score = net(image, ids, attend)
@@ -418,7 +420,7 @@ def test_preference_reward_reads_both_picture_and_caption():
 @pytest.mark.parametrize("h, w", [(64, 64), (20, 48), (50, 33)])
 def test_preference_reward_takes_any_size(h, w):
     cfg = REWARD_PRESETS["test"]
-    net = model.PreferenceReward(cfg).eval()
+    net = rewards.PreferenceReward(cfg).eval()
     image, ids, attend = reward_inputs(cfg, 1, h, w)
     image.requires_grad_()
     net(image, ids, attend).sum().backward()
@@ -426,14 +428,14 @@ def test_preference_reward_takes_any_size(h, w):
 
 
 def test_vit_position_table_is_resized():
-    vit = model.ViT(4, 4, 32, 1, 2)
+    vit = rewards.ViT(4, 4, 32, 1, 2)
     assert vit(torch.randn(1, 3, 16, 16)).shape == (1, 17, 32)
     assert vit(torch.randn(1, 3, 24, 12)).shape == (1, 19, 32)
 
 
 @pytest.mark.parametrize("h, w", [(32, 32), (16, 48), (64, 36)])
 def test_coherence_scores_every_pixel(h, w):
-    net = model.CoherenceReward(model.CoherenceConfig(width=32, depth=1, heads=2))
+    net = rewards.CoherenceReward(rewards.CoherenceConfig(width=32, depth=1, heads=2))
     x = torch.randn(2, 3, h, w)
     y = net(x)
     assert y.shape == (2, 1, h, w) and y.dtype == torch.float32
@@ -448,7 +450,7 @@ def test_coherence_scores_every_pixel(h, w):
 
 def test_head_initialisation_keeps_gradients_alive():
     """ImageReward's own initialisation is the plateau at 0.6931: gradients below Adam's eps."""
-    size, head = {}, model.RewardHead(768).eval()
+    size, head = {}, rewards.RewardHead(768).eval()
     for original in (False, True):
         torch.manual_seed(0)
         head.init_weights(original)
@@ -461,7 +463,7 @@ def test_head_initialisation_keeps_gradients_alive():
             assert head.layers[7].weight.abs().max().item() < 5 / 769
     assert size[True] < 1e-9 and size[False] > 1e-4
     for original in (False, True):
-        layer = model.PreferenceReward(REWARD_PRESETS["test"], original_init=original).mlp.layers[2]
+        layer = rewards.PreferenceReward(REWARD_PRESETS["test"], original_init=original).mlp.layers[2]
         assert layer.weight.std().item() == pytest.approx(1 / 33 if original else 1 / 32, rel=0.01)
 
 

@@ -1,4 +1,5 @@
-"""pack.py and packed.py: real files, processes and damage."""
+"""make_pack.py and packed.py: real files, processes and damage."""
+
 import re
 
 import numpy as np
@@ -6,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import cache
 import data
-from order import size_of
-from pack import pack
-from pictures import BadFile, EmptyPart
+import make_cache
+from make_pack import pack
+from readers import cached
+from readers.files import BadFile, EmptyPart, size_of
 
 
 def same(a, b):
@@ -128,7 +129,7 @@ def test_goes_on_and_mends(tmp_path, capsys):
     (out / "packed.json").rename(out / "packing.json")
     (out / "train_00001.bin").write_bytes(written["train_00001.bin"][:999])
     (out / "train_00001.npy").unlink()
-    with pytest.raises(BadFile, match="packing was not finished: give the same `pack.py` command again"):
+    with pytest.raises(BadFile, match="packing was not finished: give the same `make_pack.py` command again"):
         data.open_source(str(out))
     assert "1 of 3 files to make" in again()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == written
@@ -138,7 +139,7 @@ def test_goes_on_and_mends(tmp_path, capsys):
     raw[5] ^= 1
     (out / "train_00002.bin").write_bytes(raw)
     source = data.open_source(str(out))
-    with pytest.raises(BadFile, match=r"train_00002.bin item 16: damaged .*pack.py"):
+    with pytest.raises(BadFile, match=r"train_00002.bin item 16: damaged .*make_pack.py"):
         source.load(16, 16, 16)
     batches = list(data.make_eval_batches(source, range(20), 16, 4, stride=4))
     assert sum(b["index"].tolist().count(17) for b in batches) == 2
@@ -158,7 +159,7 @@ def test_damage_is_named(tmp_path, harm, text):
     out = tmp_path / "out"
     pack("scenes", str(out), limit=3, image_size=16, heldout=0, shard=2, workers=1)
     harm(out)
-    with pytest.raises(SystemExit, match=f"^error: [^\n]*{re.escape(text)}[^\n]*pack.py"):
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{re.escape(text)}[^\n]*make_pack.py"):
         data.open_source(str(out))
 
 
@@ -187,7 +188,7 @@ def test_check_and_cache_know_it(tmp_path, scenes, pairs, capsys):
             data.check(str(spec), image_size=32, limit=5, out=str(tmp_path / "sheet.png"))
         assert not done.value.code and text in capsys.readouterr().out
     source = data.open_edits(str(pairs))
-    assert len(list(cache.wordings(source, 21))) == 21
+    assert len(list(make_cache.wordings(source, 21))) == 21
     plain = data.open_edits("scenes:wrong=0.5")
-    assert next(cache.wordings(source, 21)) == [plain.load(0, 32, 32)["caption"]]
-    assert cache.fingerprint(source, 21) != cache.fingerprint(data.open_source(str(scenes)), 21)
+    assert next(make_cache.wordings(source, 21)) == [plain.load(0, 32, 32)["caption"]]
+    assert cached.fingerprint(source, 21) != cached.fingerprint(data.open_source(str(scenes)), 21)

@@ -17,9 +17,9 @@ from PIL import Image
 from test_sd3 import imagereward, random_state, write_sd3
 from test_text_encoders import small_tokenizers
 
-import common
-import frozen
+import checkpoint
 import model
+import rewards
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {  # appended to a command: the last value of a flag wins
@@ -27,16 +27,17 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "train_reward.py": "--steps 2 --batch_size 4 --wandb off --eval_pairs 8",
     "train_pefl.py": "--phases 20/15/10x1,8/6/3x1 --batch_size 2 --sample_every 0 --wandb off "
                      "--image_size 32",
-    "evaluate.py prefs": "--n 12 --steps 2",
+    "make_prefs.py": "--n 12 --steps 2",
     "evaluate.py scenes": "--n 4 --steps 2,2",
     "evaluate.py edits": "--n 2 --steps 1",
     "evaluate.py t2i": "--n 2 --steps 1",
     "data.py check": "--limit 5",
-    "pack.py": "--limit 5 --image_size 16 --heldout 2 --workers 1",
+    "make_pack.py": "--limit 5 --image_size 16 --heldout 2 --workers 1",
     "sample.py": "--steps 2 --size 32",
-    "cache.py": "--image_size 32 --workers 0",
-    "weights.py": "",
+    "make_cache.py": "--image_size 32 --workers 0",
     "kernels/bench.py": "--shapes test --ms 1",
+    "-m pretrained": "",
+    "runs/memory.py omni": "--image_size 32 --device cpu",
     "-m kernels.selftest": "--jobs 2",
     "runs/bench_sd3.py": "--rehearse True --precision fp32 --how eager",
     "runs/gpu.py": "--rehearse True --skip selftest,tests,sd3,kernels,t2i,rewards,inpaint,edit",
@@ -73,7 +74,7 @@ def public_files(folder: Path) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_sd3(folder / "sd3.safetensors", small_tokenizers(folder / "words"))
     imagereward(folder)
-    torch.save(random_state(frozen.VGG16(), 9), folder / "vgg16.pth")
+    torch.save(random_state(rewards.VGG16(), 9), folder / "vgg16.pth")
     return folder
 
 
@@ -154,12 +155,12 @@ def test_ship_editnet(checkout):
         run([sys.executable, "train_omni.py", "--stage", "edit", "--init", init, "--out", out,
              "--log_every", "1", *SMALL["train_omni.py"].split()], checkout)
     run([sys.executable, "runs/ship.py", "out/edit", "bash x.sh", "out/e", "out/e2"], checkout)
-    tensors, manifest = common.load_checkpoint(checkout / "out/edit")
-    stored = common.load_file(checkout / "out/edit/model.safetensors")
+    tensors, manifest = checkpoint.load(checkout / "out/edit")
+    stored = checkpoint.load_file(checkout / "out/edit/model.safetensors")
     assert not any(k.startswith("base.") for k in stored)
     net = model.build_editnet(manifest["arch"])
-    common.load_state(net, tensors["model"], "shipped")
-    base = common.load_checkpoint(checkout / "assets/base")[0]["model"]
+    checkpoint.load_state(net, tensors["model"], "shipped")
+    base = checkpoint.load(checkout / "assets/base")[0]["model"]
     assert all(torch.equal(tensors["model"][f"base.{k}"], v) for k, v in base.items())
 
 
@@ -170,11 +171,11 @@ def test_ship(checkout):
         run([sys.executable, "train_omni.py", "--stage", stage, "--out", f"out/s/{stage}", *flags], checkout)
     run([sys.executable, "runs/ship.py", "out/shipped", "bash x.sh", "out/s/base", "out/s/inpaint"],
         checkout)
-    tensors, manifest = common.load_checkpoint(checkout / "out/shipped")
+    tensors, manifest = checkpoint.load(checkout / "out/shipped")
     assert manifest["samples"] == 16 and manifest["meta"]["provenance"]["command"] == "bash x.sh"
     assert all(t.dtype == torch.bfloat16 for t in tensors["model"].values())
     editor = model.build_editor(manifest["arch"])
-    common.load_state(editor, tensors["model"], "shipped")
+    checkpoint.load_state(editor, tensors["model"], "shipped")
     assert editor.cfg.inpaint
 
 
@@ -190,7 +191,8 @@ def test_every_other_command_exists():
         elif words[0] == "bash":
             assert (ROOT / words[1]).is_file(), command
         else:
-            path = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
-            assert words[0] == "python" and (ROOT / path).is_file(), command
+            module = words[2].replace(".", "/") if words[1] == "-m" else ""
+            paths = [f"{module}.py", f"{module}/__main__.py"] if module else [words[1]]
+            assert words[0] == "python" and any((ROOT / path).is_file() for path in paths), command
     for script in (ROOT / "runs").glob("*.sh"):
         subprocess.run(["bash", "-n", script], check=True)

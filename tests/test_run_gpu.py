@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import checkpoint
 import common
 
 ROOT = Path(common.__file__).parent
@@ -159,7 +160,7 @@ def test_the_rehearsal(tmp_path):
         f"{folder}/{name}" for folder in folders for name in ("manifest.json", "model.safetensors")}
     assert max(files.values()) < 16 * 2**20
     for folder in folders:
-        assert common.load_checkpoint(tmp_path / folder)[1]["step"] == 2
+        assert checkpoint.load(tmp_path / folder)[1]["step"] == 2
         manifest = (tmp_path / folder / "manifest.json").read_text()
         assert str(tmp_path) not in manifest and "gpu_" not in manifest  # folders of this machine
     assert Image.open(tmp_path / "judge.png").width > 100

@@ -1,4 +1,5 @@
 """sample.py as a user runs it: every task as a command, untouched pixels, determinism, bad input."""
+
 import json
 import shutil
 import subprocess
@@ -11,11 +12,12 @@ import torch
 from inprocess import run_script
 from PIL import Image
 
+import checkpoint
 import common
-import data
-import frozen
+import flow
 import masks
 import model
+import pipeline
 import sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +38,7 @@ def at(tmp_path_factory):
                 torch.nn.init.normal_(p, std=0.1)
             tensors[group] = {k: v.clone() for k, v in editor.state_dict().items()}
         meta = {"arch": editor.arch | arch, "config": {"image_size": 16}}
-        common.write_checkpoint(root / name, 5, tensors, meta)
+        checkpoint.write(root / name, 5, tensors, meta)
 
     save("run/step_00000005", True, ("model", "ema"))  # as a train script leaves it
     save("shipped", True, ("model",))  # as assets/ have it
@@ -92,9 +94,9 @@ def test_frozen_weights_in_16_bits_give_the_same_pictures(kind):
     mask[:, :, :5] = 0
 
     def draw():
-        gens = common.generators(7, 0, range(2))
-        return (sample.edit if edits else sample.generate)(
-            net, frozen.PixelSpace(), ["a red star", "snow"], mask, picture * mask, gens, 3, 2.0, bf16=True)
+        noise = common.randn(common.generators(7, 0, range(2)), picture.shape[1:])
+        return pipeline.sample(net, pipeline.PixelSpace(), ["a red star", "snow"], mask, picture, noise,
+                               flow.timesteps(3), 2.0, 1.5, bf16=True)
 
     whole, size = draw(), sum(p.nbytes for p in net.parameters())
     model.half_linears(net)
@@ -180,7 +182,7 @@ def test_erase_command(at, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 result(s)" in done.stdout and "1 input(s) skipped" in done.stdout and "z.jpg" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert {r["prompt"] for r in rows} == {data.ERASE_PROMPT}
+    assert {r["prompt"] for r in rows} == {masks.ERASE_PROMPT}
     assert pixels(tmp_path / "y_erase.png").shape == (40, 80, 3)
 
 
@@ -250,8 +252,8 @@ def test_prompt_and_guidance(at, tmp_path):
     assert np.abs(free[0] - free[1]).max() <= 2  # without a prompt there is nothing to guide towards
 
 
-def test_keep_known(at, tmp_path):
-    kept = ask(at, tmp_path, **edit(at, keep_known=True))["a_inpaint.png"]
+def test_blend_every_step(at, tmp_path):
+    kept = ask(at, tmp_path, **edit(at, blend="every"))["a_inpaint.png"]
     assert np.array_equal(kept[:18], pixels(at / "a.png")[:18])
 
 
@@ -334,6 +336,7 @@ def test_extreme_shape(at, tmp_path):
     assert after.shape == (2, 300, 3)
 
 
+@pytest.mark.slow
 def test_two_ranks(at, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                ROOT / "sample.py", "erase", "--ckpt", at / "run", "--image", at / "many", "--out", tmp_path,
@@ -371,7 +374,7 @@ BAD = {  # name -> (task, flags, words of the line)
     "aspect already": ("outpaint", {"mask": None, "aspect": "4:3"}, "4:3 already"),
     "too large": ("outpaint", {"mask": None, "aspect": "900000:1"}, "over the cap"),
     "negative side": ("outpaint", {"mask": None, "left": -4}, "--left: -4"),
-    "keep_known with t2i": ("t2i", {"image": None, "mask": None, "keep_known": True}, "--keep_known"),
+    "blend with t2i": ("t2i", {"image": None, "mask": None, "blend": "every"}, "--blend"),
     "steps": ("inpaint", {"steps": 0}, "--steps: 0"),
     "guidance": ("inpaint", {"guidance": float("nan")}, "--guidance: nan"),
     "shift": ("inpaint", {"shift": 0.0}, "--shift: 0.0"),

@@ -1,4 +1,5 @@
 """sample.py edit: sizes, masks, guidance, chains, the trees that scorers read, bad input."""
+
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from inprocess import run_script
 from PIL import Image
 
+import checkpoint
 import common
 import flow
-import frozen
 import masks
 import model
+import pipeline
 import sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,7 @@ def at(tmp_path_factory):
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.1)
         meta = {"arch": net.arch, "config": {"image_size": 16, "aspects": True} | config}
-        common.write_checkpoint(root / name, 5, {"model": net.state_dict()}, meta)
+        checkpoint.write(root / name, 5, {"model": net.state_dict()}, meta)
 
     cfg = model.PRESETS["test"]
     for variant in model.VARIANTS:
@@ -41,7 +43,7 @@ def at(tmp_path_factory):
     save("square", model.EditNet(cfg), aspects=False)
     save("inpainting", model.Editor(model.inpainting(cfg)))
     shutil.copytree(root / "concat", root / "mixed")  # the tensors of one variant, the manifest of another
-    common.write_checkpoint(root / "mixed", 5, {"model": model.EditNet(cfg, "concat").state_dict()},
+    checkpoint.write(root / "mixed", 5, {"model": model.EditNet(cfg, "concat").state_dict()},
                             {"arch": model.EditNet(cfg).arch, "config": {"image_size": 16}})
 
     rng = np.random.default_rng(0)
@@ -100,7 +102,7 @@ def test_command(at, tmp_path):
     done = run("edit", "--ckpt", at / "editnet", "--image", at / "a.png", "--mask", at / "m.png",
                "--instruction", "make it red (or not)", "and, then, blue", "--out", tmp_path, "--steps", 2,
                "--num_samples", 2, "--guidance", 4, "--image_guidance", 1.2, "--solver", "heun",
-               "--blend", True)
+               "--blend", "alternate")
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr and "4 result(s)" in done.stdout and "sheet.png" in done.stdout
     got = [(r["file"], r["turn"], r["sample"], r["instruction"]) for r in rows(tmp_path)]
@@ -109,7 +111,8 @@ def test_command(at, tmp_path):
                    ("a_edit_turn2_0.png", 2, 0, "and, then, blue"),
                    ("a_edit_turn2_1.png", 2, 1, "and, then, blue")]
     row = rows(tmp_path)[0]
-    assert row["guidance"] == 4 and row["image_guidance"] == 1.2 and row["blend"] and row["mask_area"] < 0.12
+    assert (row["guidance"], row["image_guidance"], row["blend"]) == (4, 1.2, "alternate")
+    assert row["mask_area"] < 0.12
     before, near = pixels(at / "a.png"), masks.dilate(pixels(at / "m.png")[..., 0] > 0, 2)
     for file, *_ in got:
         after = pixels(tmp_path / file)
@@ -163,8 +166,8 @@ def test_blend(at, tmp_path, solver):
     mask[4:8, 4:12] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
     got = {}
-    for name, kw in {"none": {}, "even": dict(blend=True), "odd": dict(blend=True, steps=3),
-                     "always": dict(keep_known=True, steps=3)}.items():
+    for name, kw in {"none": {}, "even": dict(blend="alternate"), "odd": dict(blend="alternate", steps=3),
+                     "always": dict(blend="every", steps=3)}.items():
         got[name] = one(at, tmp_path / name, image=at / "16x16.png", mask=tmp_path / "m.png", paste=False,
                         solver=solver, **kw)
     kept = {name: np.array_equal(x[mask == 0], before[mask == 0]) for name, x in got.items()}
@@ -181,23 +184,24 @@ def test_variants_depend_on_all_they_are_given(at, tmp_path, ckpt):
 
 
 def load(at, name):
-    tensors, manifest = common.load_checkpoint(at / name)
+    tensors, manifest = checkpoint.load(at / name)
     net = model.build_editnet(manifest["arch"], name)
-    common.load_state(net, tensors["model"], name)
+    checkpoint.load_state(net, tensors["model"], name)
     return net.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("ckpt", ["editnet", "cached"])
 @pytest.mark.parametrize("scales, rows", [((3.0, 1.5), 3), ((3.0, 1.0), 2), ((2.0, 2.0), 2), ((1.0, 1.0), 1)])
 def test_guidance_is_the_formula(at, ckpt, scales, rows):
-    """edit() against InstructPix2Pix's formula from three plain calls a step, and how many rows it runs."""
+    """pipeline.sample against InstructPix2Pix's formula from three plain calls a step, and its rows."""
     net, g = load(at, ckpt), torch.Generator().manual_seed(0)
     source, region = torch.rand(2, 3, 16, 24, generator=g) * 2 - 1, torch.ones(2, 1, 16, 24)
     region[1, :, :8] = 0
     texts, sizes, ticks = ["make it red", "add a cube"], [], []
     net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    got = sample.edit(net, frozen.PixelSpace(), texts, region, source, common.generators(0, 0, [0, 1]), 3,
-                      *scales, bf16=False, tick=lambda: ticks.append(0))
+    noise = common.randn(common.generators(0, 0, [0, 1]), source.shape[1:])
+    got = pipeline.sample(net, pipeline.PixelSpace(), texts, region, source, noise, flow.timesteps(3),
+                          *scales, tick=lambda: ticks.append(0))
     assert sizes == [2 * rows] * 3 and len(ticks) == 3
 
     cond, null, ones = net.encode_text(texts), net.encode_text(["", ""]), torch.ones_like(region)
@@ -207,7 +211,6 @@ def test_guidance_is_the_formula(at, ckpt, scales, rows):
         none = net(x, t, *null, 0 * source, ones)
         return none + scales[1] * (image - none) + scales[0] * (both - image)
 
-    noise = common.randn(common.generators(0, 0, [0, 1]), source.shape[1:])
     assert torch.allclose(got, flow.sample(naive, noise, flow.timesteps(3)), atol=1e-3, rtol=1e-3)
 
 
@@ -366,13 +369,12 @@ BAD = {  # name -> (flags, words of the line)
     "no benchmark": ({"image": None, "jsonl": "list.json"}, "list.json: not a JSON object"),
     "several samples in a tree": ({"layout": "imgedit", "num_samples": 2}, "--num_samples: 2"),
     "task for the tree": ({"layout": "gedit"}, "--task: ''"),
-    "blend of nothing": ({"blend": True}, "give --mask, or leave it out"),
-    "both blends": ({"blend": True, "keep_known": True}, "--blend: True"),
+    "blend of nothing": ({"blend": "every"}, "give --mask, or leave it out"),
     "guidance": ({"guidance": -1.0}, "--guidance: -1.0"),
     "image guidance": ({"image_guidance": float("inf")}, "--image_guidance: inf"),
     "size": ({"size": 4000}, "--size: 4000"),
-    "inpainting model": ({"ckpt": "inpainting"}, "inpainting: holds a 'editor', edit needs an 'editnet'"),
-    "another variant": ({"ckpt": "mixed"}, "mixed/model.safetensors: "),
+    "inpainting model": ({"ckpt": "inpainting"}, "inpainting: is an inpainting model; instructions"),
+    "another variant": ({"ckpt": "mixed"}, "mixed: does not fit"),
 }
 
 
@@ -397,13 +399,13 @@ def test_editnet_is_not_an_editor(at, tmp_path, task):
     config = dict(prompt="a red star", ckpt=str(at / "editnet"), device="cpu", out=str(tmp_path))
     if task == "inpaint":
         config |= dict(image=str(at / "a.png"), mask=str(at / "m.png"))
-    with pytest.raises(SystemExit, match="holds a 'editnet', .*: use sample.py edit"):
+    with pytest.raises(SystemExit, match="editnet: is an instruction editor; "):
         sample.main(sample.Config(task, **config))
 
 
-@pytest.mark.parametrize("flag", ["instruction", "image_guidance", "blend", "paste", "layout"])
+@pytest.mark.parametrize("flag", ["instruction", "image_guidance", "paste", "layout"])
 def test_flags_of_edit_alone(at, tmp_path, flag):
-    value = dict(instruction=("x",), image_guidance=2.0, blend=True, paste=False, layout="flat")[flag]
+    value = dict(instruction=("x",), image_guidance=2.0, paste=False, layout="flat")[flag]
     with pytest.raises(SystemExit, match=f"--{flag}: .*: not used by erase"):
         sample.main(sample.Config("erase", str(at / "inpainting"), image=str(at / "a.png"), **{flag: value}))
 

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 from test_scenes import is_true, on_both, plain_dict
 
-import scene_edits
-import scene_text
-import scenes
 from masks import dilate
+from scenes import __main__ as pages
+from scenes import dataset, draw
+from scenes import edits as scene_edits
+from scenes import text as scene_text
 
 LOCAL = ("swap", "remove", "add", "attribute")
 SHAPES_HW = ((64, 64), (32, 32), (48, 96), (80, 33))
@@ -36,7 +37,7 @@ WHERE = _invert(scene_text.BACKGROUND_WORDS) | {
     "a cloudy sky": "sky", "a green lawn": "grass", "a sandy beach": "sand", "a brick wall": "brick",
     "rippling water": "water", "wood planks": "wood", "a tiled floor": "tiles", "a snowy field": "snow",
     "outer space": "space", "desert dunes": "dunes"}  # fmt: skip
-WHEN = _invert(scene_text.ENVIRONMENT_WORDS) | {"a clear day": "clear"} | {e: e for e in scenes.ENVIRONMENTS}
+WHEN = _invert(scene_text.ENVIRONMENT_WORDS) | {"a clear day": "clear"} | {e: e for e in draw.ENVIRONMENTS}
 STYLE = _invert(scene_text.STYLE_WORDS)
 FRAMES = {  # every way of saying each edit: X the object meant, Y what comes. New wording is added here too
     "swap": "replace X with Y|swap X for Y|turn X into Y|change X into Y|exchange X for Y|put Y where X is"
@@ -67,10 +68,10 @@ def _any(words):
 PLACE = (r"in the center|in the middle|on the (?:left|right)(?: side)?"
          r"|at the (?:top|bottom)(?: (?:left|right))?"
          r"|near the (?:top|bottom)|in the (?:top|bottom) (?:left|right) corner")  # fmt: skip
-WORDS = rf"(?:({_any(SIZE)}) )?(?:({_any(scenes.COLOURS)}) )?(?:({_any(MATERIAL)}) )?"
+WORDS = rf"(?:({_any(SIZE)}) )?(?:({_any(draw.COLOURS)}) )?(?:({_any(MATERIAL)}) )?"
 MEANT = re.compile(rf"\bthe (?:(leftmost|rightmost|topmost|bottommost) )?{WORDS}"
-                   rf"({_any(scenes.SHAPES)}|shape|object|thing)\b(?: ({PLACE}))?")  # fmt: skip
-NEW = re.compile(rf"\ban? {WORDS}({_any(scenes.SHAPES)})\b(?: ({PLACE}))?")
+                   rf"({_any(draw.SHAPES)}|shape|object|thing)\b(?: ({PLACE}))?")  # fmt: skip
+NEW = re.compile(rf"\ban? {WORDS}({_any(draw.SHAPES)})\b(?: ({PLACE}))?")
 
 
 def place_fits(words, o):
@@ -81,7 +82,7 @@ def place_fits(words, o):
 def said(size, colour, material, shape):
     """Words -> fields of an object."""
     fields = {"size": SIZE.get(size), "colour": colour, "material": MATERIAL.get(material),
-              "shape": shape if shape in scenes.SHAPES else None}  # fmt: skip
+              "shape": shape if shape in draw.SHAPES else None}  # fmt: skip
     return {f: value for f, value in fields.items() if value}
 
 
@@ -122,7 +123,7 @@ def check(task, text, before, after):
             assert len(gone) == len(came) == 1
             old, new = gone[0], came[0]
             assert before.objects.index(old) == after.objects.index(new)
-            differ = {f for f in scenes.Object.__dataclass_fields__ if getattr(old, f) != getattr(new, f)}
+            differ = {f for f in draw.Object.__dataclass_fields__ if getattr(old, f) != getattr(new, f)}
         assert meant(match, before.objects) == gone, (text, before)
         frame = text.replace(match[0], "X")
         if task == "swap":
@@ -134,7 +135,7 @@ def check(task, text, before, after):
             frame = frame.replace(y[0], "Y")
         if task == "attribute":
             (field,) = differ
-            words = {"colour": {c: c for c in scenes.COLOURS}, "size": SIZE, "material": MATERIAL}[field]
+            words = {"colour": {c: c for c in draw.COLOURS}, "size": SIZE, "material": MATERIAL}[field]
             y = re.search(rf"(?<!X )\b({_any(words)})\b|(?<=X )({_any(words)})\b", frame)
             assert y and words[y[0]] == getattr(new, field), (text, new)
             frame = (frame[: y.start()] + "Y" + frame[y.end() :]).replace(" an Y", " a Y")
@@ -157,11 +158,11 @@ def check(task, text, before, after):
 
 def strange_words(level):
     """Words for what a level does not have."""
-    of = scenes.LEVELS[level]
+    of = draw.LEVELS[level]
     known = {*of.shapes, *of.colours, *of.backgrounds}
     known |= {w for w, m in MATERIAL.items() if m in of.materials} | {"wood"}  # a background too
     known |= {w for w, size in SIZE.items() if size in of.sizes}
-    every = {*scenes.SHAPES, *scenes.COLOURS, *scenes.BACKGROUNDS, *MATERIAL, *SIZE}
+    every = {*draw.SHAPES, *draw.COLOURS, *draw.BACKGROUNDS, *MATERIAL, *SIZE}
     return re.compile(rf"\b({_any(every - known)})\b") if every - known else re.compile("(?!)")
 
 
@@ -170,10 +171,10 @@ def strange_words(level):
 def test_instructions_are_true_of_what_differs(task, level):
     texts, frames, strange = set(), set(), strange_words(level)
     for i in range(350):
-        s = scenes.scene(4, i, level)
-        e = scene_edits.EDITS[task](s, scenes.rng_for(i))
+        s = draw.scene(4, i, level)
+        e = scene_edits.EDITS[task](s, draw.rng_for(i))
         assert e.task == task and e.instruction.isascii() and e.target.level == level
-        assert len(e.instruction) <= scenes.LEVELS[level].max_bytes
+        assert len(e.instruction) <= draw.LEVELS[level].max_bytes
         assert not strange.search(e.instruction), e.instruction
         frames.add(check(task, e.instruction, s, e.target))
         texts.add(e.instruction)
@@ -187,14 +188,14 @@ def test_instructions_are_true_of_what_differs(task, level):
 def test_every_value_is_reached(level):
     """An edit leads to every shape, colour, material, size, background, environment and style of the level,
     and to no other."""
-    of = scenes.LEVELS[level]
+    of = draw.LEVELS[level]
     came = {"swap": set(), "add": set(), "attribute": set(), "background": set(), "environment": set(),
             "style": set()}  # fmt: skip
     for i in range(700):
-        whole = scenes.scene(4, i, level)
+        whole = draw.scene(4, i, level)
         for task in came:  # beside a large object there is no room for a giant one
             s = replace(whole, objects=()) if task == "add" and i % 2 else whole
-            target = scene_edits.EDITS[task](s, scenes.rng_for(i)).target
+            target = scene_edits.EDITS[task](s, draw.rng_for(i)).target
             new = [o for o in target.objects if o not in s.objects]
             old = s.objects[target.objects.index(new[0])] if task in ("swap", "attribute") else None
             came[task] |= {(f, getattr(o, f)) for o in new for f in ("shape", "colour", "material", "size")
@@ -205,32 +206,32 @@ def test_every_value_is_reached(level):
     assert came["swap"] == looks | shapes and came["attribute"] == looks | sizes
     assert came["add"] == looks | shapes | sizes
     for field in scene_edits.WHOLE:
-        names = {"background": of.backgrounds, "environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}
+        names = {"background": of.backgrounds, "environment": draw.ENVIRONMENTS, "style": draw.STYLES}
         assert came[field] == {(field, v) for v in names[field]}
 
 
 def test_the_longest_instructions_fit():
     """Of easy: objects of long names in a corner; all wordings."""
     for colours, places in ((("purple",), (0.71,)), (("yellow", "purple"), (0.29, 0.71))):
-        made = [scenes.Object("triangle", c, "striped", "large", 0.71, p) for c, p in zip(colours, places)]
-        s, lengths = scenes.Scene(tuple(made), "sky", "snowfall", "watercolor", 1, "easy"), set()
+        made = [draw.Object("triangle", c, "striped", "large", 0.71, p) for c, p in zip(colours, places)]
+        s, lengths = draw.Scene(tuple(made), "sky", "snowfall", "watercolor", 1, "easy"), set()
         for i in range(3000):
             task = ("swap", "attribute", "remove")[i % 3]
-            e = scene_edits.EDITS[task](s, scenes.rng_for(i))
+            e = scene_edits.EDITS[task](s, draw.rng_for(i))
             lengths.add(len(e.instruction))
             if i % 10 < 3:
                 check(task, e.instruction, s, e.target)
-        assert 80 < max(lengths) <= scenes.LEVELS["easy"].max_bytes
+        assert 80 < max(lengths) <= draw.LEVELS["easy"].max_bytes
 
 
 @on_both
 def test_the_reading_is_strict(level):
     """The same instruction with one word changed is not true any more."""
     for i in range(50):
-        s = scenes.scene(4, i, level)
+        s = draw.scene(4, i, level)
         for task, edit in scene_edits.EDITS.items():
-            e = edit(s, scenes.rng_for(i))
-            later = edit(s, scenes.rng_for(i, 99))
+            e = edit(s, draw.rng_for(i))
+            later = edit(s, draw.rng_for(i, 99))
             if task == "remove" or later.target == e.target:
                 continue
             with pytest.raises(AssertionError):
@@ -239,11 +240,11 @@ def test_the_reading_is_strict(level):
 
 @on_both
 def test_objects_are_referred_to_in_many_ways(level):
-    one = scenes.scene(4, 3, level)
-    assert len({scene_edits.refer(one, scenes.rng_for(i))[1] for i in range(100)}) > 8
-    said_of = [MEANT.search(scene_edits.refer(scenes.scene(4, i, level), scenes.rng_for(i))[1])
+    one = draw.scene(4, 3, level)
+    assert len({scene_edits.refer(one, draw.rng_for(i))[1] for i in range(100)}) > 8
+    said_of = [MEANT.search(scene_edits.refer(draw.scene(4, i, level), draw.rng_for(i))[1])
                for i in range(400)]  # fmt: skip
-    ways = {tuple(bool(w) for w in m.groups()) + (m[5] in scenes.SHAPES,) for m in said_of}
+    ways = {tuple(bool(w) for w in m.groups()) + (m[5] in draw.SHAPES,) for m in said_of}
     assert len(ways) > 10
 
 
@@ -251,11 +252,11 @@ def test_objects_are_referred_to_in_many_ways(level):
 def test_a_reference_fits_one_object(level):
     """Also of two alike, of which only the place tells which is meant."""
     for i in range(300):
-        s = scenes.scene(4, i, level)
+        s = draw.scene(4, i, level)
         twins = replace(s, objects=s.objects + tuple(
             replace(o, x=round(1 - o.x, 4), y=round(o.y * 0.9, 4)) for o in s.objects[:1]))  # fmt: skip
         for of in (s, twins):
-            k, phrase = scene_edits.refer(of, scenes.rng_for(i))
+            k, phrase = scene_edits.refer(of, draw.rng_for(i))
             assert meant(MEANT.fullmatch(phrase), of.objects) == [of.objects[k]], (phrase, of)
 
 
@@ -264,8 +265,8 @@ def test_a_place_is_said_only_of_what_lies_well_apart(level):
     """Nothing else that the other words fit is just over the border of a third."""
     count = 0
     for i in range(600):
-        s = scenes.scene(4, i, level)
-        k, phrase = scene_edits.refer(s, scenes.rng_for(i))
+        s = draw.scene(4, i, level)
+        k, phrase = scene_edits.refer(s, draw.rng_for(i))
         match, o = MEANT.fullmatch(phrase), s.objects[k]
         if not match[6]:
             continue
@@ -283,9 +284,9 @@ def test_a_place_is_said_only_of_what_lies_well_apart(level):
 @pytest.mark.parametrize("task", scene_edits.EDITS)
 def test_edits_change_only_their_mask(task, level):
     for i in range(50):
-        s, (h, w) = scenes.scene(4, i, level), SHAPES_HW[i % 4]
-        e = scene_edits.EDITS[task](s, scenes.rng_for(i))
-        a, b, mask = scenes.draw(s, h, w), scenes.draw(e.target, h, w), scene_edits.edit_mask(e, s, h, w)
+        s, (h, w) = draw.scene(4, i, level), SHAPES_HW[i % 4]
+        e = scene_edits.EDITS[task](s, draw.rng_for(i))
+        a, b, mask = draw.draw(s, h, w), draw.draw(e.target, h, w), scene_edits.edit_mask(e, s, h, w)
         changed = (a != b).any(-1)
         assert mask.shape == (h, w) and mask.dtype == np.float32 and set(np.unique(mask)) <= {0, 1}
         assert changed.any(), (e, s)
@@ -293,7 +294,7 @@ def test_edits_change_only_their_mask(task, level):
             assert not changed[mask == 0].any(), (e, s)
             assert mask.mean() < (0.75 if level == "hard" else 0.95)
         elif task == "background":
-            assert e.ids is None and ((mask == 0) == (scenes.instances(s, h, w) > 0)).all()
+            assert e.ids is None and ((mask == 0) == (draw.instances(s, h, w) > 0)).all()
         else:
             assert e.ids is None and mask.all()
 
@@ -302,26 +303,26 @@ def test_edits_change_only_their_mask(task, level):
 def test_truth_under_a_removed_object_is_exact(level):
     """Drawing without any object gives the background that shows between the objects, bit for bit."""
     for i in range(40):
-        s, (h, w) = scenes.scene(6, i, level), SHAPES_HW[i % 4]
-        mask = scenes.footprint(s.objects, s.style, h, w)
-        a, b = scenes.draw(s, h, w), scenes.draw(replace(s, objects=()), h, w)
+        s, (h, w) = draw.scene(6, i, level), SHAPES_HW[i % 4]
+        mask = draw.footprint(s.objects, s.style, h, w)
+        a, b = draw.draw(s, h, w), draw.draw(replace(s, objects=()), h, w)
         assert (a[~mask] == b[~mask]).all() and (a != b).any()
 
 
 def overlap(objects):
     """How deep the last object reaches into another, in its radii."""
     *others, new = objects
-    r = scenes.RADIUS[new.size]
-    return -scenes.gap(new.x, new.y, r, others) / r
+    r = draw.RADIUS[new.size]
+    return -draw.gap(new.x, new.y, r, others) / r
 
 
 @on_both
 def test_chain(level):
     tasks, most = set(), {"easy": 2, "hard": 6}[level]
     for i in range(60 if level == "easy" else 40):
-        s = scenes.scene(5, i, level)
-        turns = scene_edits.chain(s, scenes.rng_for(i), 12)
-        assert len(turns) == 12 and turns == scene_edits.chain(s, scenes.rng_for(i), 12)
+        s = draw.scene(5, i, level)
+        turns = scene_edits.chain(s, draw.rng_for(i), 12)
+        assert len(turns) == 12 and turns == scene_edits.chain(s, draw.rng_for(i), 12)
         for text, after in turns:
             task = next((f for f in scene_edits.WHOLE if getattr(s, f) != getattr(after, f)), None)
             if task is None:
@@ -329,14 +330,14 @@ def test_chain(level):
                 task = local[len(after.objects) - len(s.objects)]
             check(task, text, s, after)
             tasks.add(task)
-            assert 1 <= len(after.objects) <= most and len(text) <= scenes.LEVELS[level].max_bytes
+            assert 1 <= len(after.objects) <= most and len(text) <= draw.LEVELS[level].max_bytes
             assert task != "add" or level == "hard" or overlap(after.objects) < 0.051, (s, after)
             s = after
     assert tasks == set(scene_edits.EDITS)
     empty = replace(s, objects=())
-    assert scene_edits.chain(empty, scenes.rng_for(1), 5)
+    assert scene_edits.chain(empty, draw.rng_for(1), 5)
     with pytest.raises(ValueError, match="no object"):
-        scene_edits.remove(empty, scenes.rng_for(1))
+        scene_edits.remove(empty, draw.rng_for(1))
 
 
 # ---- the edit source -------------------------------------------------------------------------------
@@ -356,10 +357,10 @@ STORED = {"hard": "ae43df1725aa0da4", "easy": "2e3938eafa31b903"}
 
 @on_both
 def test_instructions_are_the_same_on_every_machine(level):
-    source = scene_edits.EditScenes("train", level=level)
+    source = dataset.EditScenes("train", level=level)
     edits = [source.edit(i)[1] for i in range(210)]
     text = [f"[{json.dumps(e.instruction)}, {plain_dict(e.target)}]" for e in edits]
-    scores = scene_edits.EditScenes("train", 0.5, level)
+    scores = dataset.EditScenes("train", 0.5, level)
     text += [f"{scores.score(i):.9f} {scores.kind(i)}" for i in range(210)]
     assert hashlib.sha256("\n".join(text).encode()).hexdigest()[:16] == STORED[level]
 
@@ -368,20 +369,20 @@ def test_easy_adds_where_there_is_room():
     """What is added hardly overlaps. A scene is edited as it is where there is room; else its first object
     steps aside into a corner, or the scene is emptied: about as often. On hard scenes are edited as they
     are."""
-    source, found = scene_edits.EditScenes("train"), Counter()
+    source, found = dataset.EditScenes("train"), Counter()
     for i in range(7 * 600):
         if source.task(i) != "add":
             continue
         s, (before, e) = source.scenes.scene(i), source.edit(i)
         assert 1 <= len(e.target.objects) <= 2 and overlap(e.target.objects) < 0.051, e
         new = e.target.objects[-1]
-        assert scenes.RADIUS[new.size] < min(new.x, new.y, 1 - new.x, 1 - new.y)
-        assert 0.24 <= scenes.RADIUS[new.size] <= 0.36
+        assert draw.RADIUS[new.size] < min(new.x, new.y, 1 - new.x, 1 - new.y)
+        assert 0.24 <= draw.RADIUS[new.size] <= 0.36
         assert e.target == replace(before, objects=(*before.objects, new))
         if before == s:
             found["as it is"] += 1
             continue
-        again = scene_edits.add(s, scenes.rng_for(source.seed, i, 4))
+        again = scene_edits.add(s, draw.rng_for(source.seed, i, 4))
         assert scene_edits.crowded(again)
         assert len(s.objects) == 2 or overlap(again.target.objects) > 0.05
         found["aside" if before.objects else "emptied"] += 1
@@ -392,18 +393,18 @@ def test_easy_adds_where_there_is_room():
         else:
             assert before == replace(s, objects=())
     assert found["as it is"] > 40 and 0.7 < found["aside"] / found["emptied"] < 1.3
-    hard = scene_edits.EditScenes("train", level="hard")
+    hard = dataset.EditScenes("train", level="hard")
     assert all(hard.edit(i)[0] == hard.scenes.scene(i) for i in range(2, 7 * 300, 7))
 
 
 @on_both
 def test_deterministic_across_processes(level):
-    code = ("from test_scene_edits import *; s = scene_edits.EditScenes('train', 0.6, LEVEL);"
+    code = ("from test_scene_edits import *; s = dataset.EditScenes('train', 0.6, LEVEL);"
             "print(digest(s, range(1000, 1030), 40, 56))").replace("LEVEL", repr(level))  # fmt: skip
-    path = f"{Path(scenes.__file__).parent}:{Path(__file__).parent}"
+    path = f"{Path(draw.__file__).parents[1]}:{Path(__file__).parent}"
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          env={"PYTHONPATH": path}).stdout  # fmt: skip
-    source = scene_edits.EditScenes("train", 0.6, level)
+    source = dataset.EditScenes("train", 0.6, level)
     source.load(5, 64, 64)  # what was drawn before, and the order, must not matter
     digest(source, range(1029, 999, -1), 40, 56)
     assert got.strip() == digest(source, range(1000, 1030), 40, 56)
@@ -412,14 +413,14 @@ def test_deterministic_across_processes(level):
 
 @pytest.mark.parametrize("split, level", [("train", "easy"), ("heldout", "easy"), ("heldout", "hard")])
 def test_right_pairs(split, level):
-    source, strange = scene_edits.EditScenes(split, level=level), strange_words(level)
-    assert len(source) == len(scenes.Scenes(split)) and source.size(0) is None
-    assert source.name == scenes.Scenes(split, level).name
+    source, strange = dataset.EditScenes(split, level=level), strange_words(level)
+    assert len(source) == len(dataset.Scenes(split)) and source.size(0) is None
+    assert source.name == dataset.Scenes(split, level).name
     soft = 0
     for i in range(140):
         h, w = SHAPES_HW[i % 4]
-        got, s = source.load_exact(i, h, w), scenes.Scenes(split, level).scene(i)
-        assert max(len(got[k]) for k in ("caption", "target_caption")) <= scenes.LEVELS[level].max_bytes
+        got, s = source.load_exact(i, h, w), dataset.Scenes(split, level).scene(i)
+        assert max(len(got[k]) for k in ("caption", "target_caption")) <= draw.LEVELS[level].max_bytes
         assert not strange.search(got["caption"] + "; " + got["target_caption"])
         plain = source.load(i, h, w)
         assert set(plain) == {"image", "source", "caption", "target_caption", "mask", "task", "score"}
@@ -430,8 +431,8 @@ def test_right_pairs(split, level):
         if got["task"] == "add" and level == "easy":  # what stood in the way is gone or aside
             s = replace(s, objects=got["before"].objects)
         assert got["before"] == s and got["kind"] is None and (got["image"] == got["truth"]).all()
-        assert (got["source"] == scenes.draw(s, h, w)).all()
-        assert (got["image"] == scenes.draw(got["after"], h, w)).all()
+        assert (got["source"] == draw.draw(s, h, w)).all()
+        assert (got["image"] == draw.draw(got["after"], h, w)).all()
         assert got["image"].dtype == np.uint8 and got["image"].shape == got["source"].shape == (h, w, 3)
         assert (got["changed"] == (got["source"] != got["image"]).any(-1)).all() and got["changed"].any()
         mask = got["mask"]
@@ -444,7 +445,7 @@ def test_right_pairs(split, level):
             assert (got["source"] == got["image"])[~got["changed"]].all()
             assert mask.mean() < 0.9 or level == "easy"
     assert 25 < soft < 85
-    assert scenes.SPLITS["train"][0] != scenes.SPLITS["heldout"][0]
+    assert dataset.SPLITS["train"][0] != dataset.SPLITS["heldout"][0]
 
 
 def test_region_masks_are_of_four_kinds():
@@ -452,7 +453,7 @@ def test_region_masks_are_of_four_kinds():
     changed[20:30, 30:40] = np.tri(10, dtype=bool)
     kinds = {"outline": 0, "box": 0, "grey box": 0, "fades": 0}
     for i in range(200):
-        mask = scene_edits.region_mask(changed, scenes.rng_for(i))
+        mask = scene_edits.region_mask(changed, draw.rng_for(i))
         assert (mask[changed] == 1).all() and mask[:, :8].max() == 0 and mask.mean() < 0.5
         ys, xs = np.nonzero(mask)
         box = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
@@ -468,7 +469,7 @@ def test_region_masks_are_of_four_kinds():
 @on_both
 @pytest.mark.parametrize("hw", [(8, 8), (17, 200), (200, 17), (96, 130)])
 def test_any_size(hw, level):
-    source = scene_edits.EditScenes("train", 0.7, level)
+    source = dataset.EditScenes("train", 0.7, level)
     for i in range(42):
         got = source.load(i, *hw)
         assert got["image"].shape == got["source"].shape == (*hw, 3) and got["mask"].shape == hw
@@ -479,7 +480,7 @@ def test_any_size(hw, level):
 
 
 def test_shares_and_scores():
-    some, more = scene_edits.EditScenes("train", 0.3), scene_edits.EditScenes("train", 0.6)
+    some, more = dataset.EditScenes("train", 0.3), dataset.EditScenes("train", 0.6)
     n = 4000
     kinds = [some.kind(i) for i in range(n)]
     assert abs(sum(k is not None for k in kinds) / n - 0.3) < 0.03
@@ -490,11 +491,11 @@ def test_shares_and_scores():
     assert 9 <= min(right) and max(right) <= 10 and np.std(right) > 0.2
     assert all(more.kind(i) == kinds[i] for i in range(n) if kinds[i])  # they stay wrong
     for i in [i for i in range(60) if more.kind(i) is None]:
-        a, b = scene_edits.EditScenes("train").load(i, 32, 32), more.load(i, 32, 32)
+        a, b = dataset.EditScenes("train").load(i, 32, 32), more.load(i, 32, 32)
         assert a.pop("score") == 10 > b.pop("score") and all(np.array_equal(a[k], b[k]) for k in a)
-    heldout = scene_edits.EditScenes("heldout", 0.6)
+    heldout = dataset.EditScenes("heldout", 0.6)
     assert all(heldout.kind(i) is None and heldout.score(i) == 10 for i in range(200))
-    short = scene_edits.EditScenes("heldout")
+    short = dataset.EditScenes("heldout")
     short.wrong = 0.5  # 100,000 pairs
     assert short.scores.shape == short.task_of.shape == (len(short),) and short.scores.dtype == np.float32
     assert np.allclose(short.scores[:300], [short.score(i) for i in range(300)])
@@ -502,9 +503,9 @@ def test_shares_and_scores():
     assert 0.48 < (short.scores < 9).mean() < 0.52
 
 
-@pytest.fixture(scope="module", params=scenes.LEVELS)
+@pytest.fixture(scope="module", params=draw.LEVELS)
 def wrong(request):
-    source = scene_edits.EditScenes("train", 1.0, request.param)
+    source = dataset.EditScenes("train", 1.0, request.param)
     return [source.load_exact(i, 48, 48) for i in range(500)]
 
 
@@ -515,7 +516,7 @@ def of_kind(wrong, kind):
 
 
 def touched(w, objects):
-    return scenes.footprint(objects, w["before"].style, 48, 48)
+    return draw.footprint(objects, w["before"].style, 48, 48)
 
 
 def objects_of(w):
@@ -552,7 +553,7 @@ def test_half_done(wrong):
                 o = replace(new, **{f: getattr(old, f) for j, f in enumerate(fields) if n >> j & 1})
                 all_before = w["before"].objects
                 s = replace(w["before"], objects=all_before[:k] + (o,) + all_before[k + 1 :])
-                if o not in (old, new) and (scenes.draw(s, 48, 48) == w["image"]).all():
+                if o not in (old, new) and (draw.draw(s, 48, 48) == w["image"]).all():
                     ways["fields"] += 1
                     break
             else:
@@ -564,14 +565,14 @@ def test_half_done(wrong):
 def test_wrong_object(wrong):
     others_edited = 0
     for w in of_kind(wrong, "wrong object"):
-        level = scenes.LEVELS[w["before"].level]
+        level = draw.LEVELS[w["before"].level]
         largest = level.sizes[-1]
         assert (w["image"] != w["source"]).any(), w["caption"]
         if w["task"] not in LOCAL:
             continue
         old, new, others = objects_of(w)
         if w["task"] != "add" and others:
-            away = ~touched(w, [replace(o, shape=s, size=z) for o in others for s in scenes.SHAPES
+            away = ~touched(w, [replace(o, shape=s, size=z) for o in others for s in draw.SHAPES
                                 for z in (o.size, largest)])  # fmt: skip
             own = touched(w, [old]) & away
             if not own.any():
@@ -584,7 +585,7 @@ def test_wrong_object(wrong):
             fields = [f for f in ("colour", "material", "size") if getattr(new, f) != getattr(old, f)]
             assert all(getattr(o, f) == getattr(new, f) for o in others for f in fields)
             assert w["task"] == "attribute"
-        place = [replace(o, shape=s, size=largest) for o in (old, new) if o for s in scenes.SHAPES]
+        place = [replace(o, shape=s, size=largest) for o in (old, new) if o for s in draw.SHAPES]
         assert (w["image"] == w["source"])[~touched(w, place)].all()
     assert others_edited > (20 if level.most > 2 else 4)
 
@@ -597,8 +598,8 @@ def test_over_edited(wrong):
         if w["score"] > 3.0 + 0.4 * 4.5 and (others if w["task"] in LOCAL else w["after"].objects):
             # one of the others is another one or gone; the edit itself is done
             others = others if w["task"] in LOCAL else w["after"].objects
-            near = [replace(o, shape=s) for o in others for s in scenes.SHAPES]
-            assert not more[~scenes.footprint(near, w["after"].style, 48, 48)].any(), w["caption"]
+            near = [replace(o, shape=s) for o in others for s in draw.SHAPES]
+            assert not more[~draw.footprint(near, w["after"].style, 48, 48)].any(), w["caption"]
             objects_too += 1
         else:
             assert more.mean() > 0.3, w["caption"]
@@ -618,8 +619,8 @@ def test_a_lower_score_is_a_worse_picture(wrong):
     for w in wrong[:40]:
         a, b = w["source"], w["truth"]
         for seed in range(6):
-            half = [scene_edits._partly(a, b, w["changed"], f, scenes.rng_for(seed)) for f in (0.3, 0.5, 0.7)]
-            bad = [scene_edits._damage(b, w["changed"], f, scenes.rng_for(2)) for f in (1.0, 0.5, 0.0)]
+            half = [scene_edits._partly(a, b, w["changed"], f, draw.rng_for(seed)) for f in (0.3, 0.5, 0.7)]
+            bad = [scene_edits._damage(b, w["changed"], f, draw.rng_for(2)) for f in (1.0, 0.5, 0.0)]
             for images in (half, bad):  # seed 2: noise; coarser blocks need not be worse
                 errors = [np.abs(c.astype(float) - b).mean() for c in images]
                 assert errors[0] > errors[1] > errors[2] > 0
@@ -635,31 +636,31 @@ def test_a_lower_score_is_a_worse_picture(wrong):
 
 @on_both
 def test_sheets(level, tmp_path, capsys):
-    scene_edits.write_sheet(str(tmp_path / "a.png"), n=3, size=48, wrong=1, level=level)
-    scene_edits.write_chain(str(tmp_path / "b.png"), n=2, size=32, turns=3, level=level)
+    pages.edits(str(tmp_path / "a.png"), n=3, size=48, wrong=1, level=level)
+    pages.chained(str(tmp_path / "b.png"), n=2, size=32, turns=3, level=level)
     assert Image.open(tmp_path / "a.png").width > 700 and Image.open(tmp_path / "b.png").width > 500
     assert "wrote" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("call", [
-    lambda: scene_edits.EditScenes("train", 1.5),
-    lambda: scene_edits.EditScenes("test"),
-    lambda: scene_edits.EditScenes("train", level="medium"),
-    lambda: scene_edits.write_sheet("x.png", level="medium"),
-    lambda: scene_edits.write_sheet("x.png", n=0),
-    lambda: scene_edits.write_sheet("x.notapicture", n=1),
-    lambda: scene_edits.write_chain("no/such/folder/x.png", n=1),
-    lambda: scene_edits.write_sheet("x.png", size=4),
+    lambda: dataset.EditScenes("train", 1.5),
+    lambda: dataset.EditScenes("test"),
+    lambda: dataset.EditScenes("train", level="medium"),
+    lambda: pages.edits("x.png", level="medium"),
+    lambda: pages.edits("x.png", n=0),
+    lambda: pages.edits("x.notapicture", n=1),
+    lambda: pages.chained("no/such/folder/x.png", n=1),
+    lambda: pages.edits("x.png", size=4),
 ])  # fmt: skip
 def test_user_errors_are_one_line(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
         call()
-    assert str(e.value).startswith("error: scene") and "\n" not in str(e.value)
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
 
 
 def test_speed():
-    source = scene_edits.EditScenes()
+    source = dataset.EditScenes()
     for i in range(20):
         source.load(i, 64, 64)
     start = time.process_time()

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import scene_edits
-import scene_text
-import scenes
+from scenes import __main__ as pages
+from scenes import dataset, draw
+from scenes import edits as scene_edits
+from scenes import text as scene_text
 
 # ---- an independent reading of captions ----------------------------------------------------------
 
@@ -36,11 +37,11 @@ def _any(words):
     return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
-on_both = pytest.mark.parametrize("level", scenes.LEVELS)
+on_both = pytest.mark.parametrize("level", draw.LEVELS)
 PLACE = r"in the center|on the (?:left|right)|at the (?:top|bottom)(?: (?:left|right))?"
 GROUP = re.compile(
-    rf"\b({_any(ARTICLES)}) (?:({_any(SIZE)}) )?({_any(scenes.COLOURS)}) (?:({_any(MATERIAL)}) )?"
-    rf"({_any(scenes.SHAPES)})(?:e?s)?\b(?: ({PLACE}))?"
+    rf"\b({_any(ARTICLES)}) (?:({_any(SIZE)}) )?({_any(draw.COLOURS)}) (?:({_any(MATERIAL)}) )?"
+    rf"({_any(draw.SHAPES)})(?:e?s)?\b(?: ({PLACE}))?"
 )
 
 
@@ -112,7 +113,7 @@ STORED = {"hard": "44977bb802c27679", "easy": "1681364c50243941"}
 
 def plain_dict(scene):
     """A scene as JSON, without its level."""
-    d = scenes.to_dict(scene)
+    d = draw.to_dict(scene)
     assert d.pop("level") == scene.level
     return json.dumps(d, sort_keys=True)
 
@@ -121,76 +122,76 @@ def plain_dict(scene):
 def test_deterministic(level):
     """Descriptions and words are the same on every machine. Pixels may differ in the last bit there (the
     libraries' sine), so they are held by block means."""
-    of = [scenes.scene(1, i, level) for i in range(100)]
+    of = [draw.scene(1, i, level) for i in range(100)]
     text = [plain_dict(s) for s in of]
-    text += [scene_text.caption(s, scenes.rng_for(i)) for i, s in enumerate(of)]
+    text += [scene_text.caption(s, draw.rng_for(i)) for i, s in enumerate(of)]
     assert hashlib.sha256("\n".join(text).encode()).hexdigest()[:16] == STORED[level]
-    blocks = [scenes.draw(s, 32, 32).reshape(2, 16, 2, 16, 3) for s in of[:6]]
+    blocks = [draw.draw(s, 32, 32).reshape(2, 16, 2, 16, 3) for s in of[:6]]
     means = [b.mean((1, 3, 4)) for b in blocks]
     np.testing.assert_allclose(np.reshape(means, (6, 4)), STORED_MEANS[level], atol=0.6)
 
 
 def test_deterministic_across_processes():
-    code = ("import hashlib, scenes\nfor level in scenes.LEVELS:\n"
-            "    s = scenes.Scenes('heldout', level).load(5, 40, 56)\n    whole = s['image'].tobytes() + "
+    code = ("import hashlib\nfrom scenes import dataset, draw\nfor level in draw.LEVELS:\n"
+            "    s = dataset.Scenes('heldout', level).load(5, 40, 56)\n    whole = s['image'].tobytes() + "
             "s['segments'].tobytes()\n    print(hashlib.sha256(whole).hexdigest(), s['caption'])")
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         cwd=Path(scenes.__file__).parent).stdout  # fmt: skip
-    scenes.Scenes("train").load(1, 32, 32)  # what was drawn before must not matter
-    for level, line in zip(scenes.LEVELS, got.splitlines(), strict=True):
-        s = scenes.Scenes("heldout", level).load(5, 40, 56)
+                         cwd=Path(draw.__file__).parents[1]).stdout  # fmt: skip
+    dataset.Scenes("train").load(1, 32, 32)  # what was drawn before must not matter
+    for level, line in zip(draw.LEVELS, got.splitlines(), strict=True):
+        s = dataset.Scenes("heldout", level).load(5, 40, 56)
         assert line == f"{hashlib.sha256(s['image'].tobytes() + s['segments'].tobytes()).hexdigest()} " + (
             s["caption"])
 
 
 @on_both
 def test_scenes_are_varied_and_splits_differ(level):
-    got, of = [scenes.scene(1, i, level) for i in range(1000)], scenes.LEVELS[level]
-    for field, names in (("background", of.backgrounds), ("environment", scenes.ENVIRONMENTS),
-                         ("style", scenes.STYLES)):  # fmt: skip
+    got, of = [draw.scene(1, i, level) for i in range(1000)], draw.LEVELS[level]
+    for field, names in (("background", of.backgrounds), ("environment", draw.ENVIRONMENTS),
+                         ("style", draw.STYLES)):  # fmt: skip
         assert {getattr(s, field) for s in got} == set(names)
     for field, names in (("shape", of.shapes), ("colour", of.colours), ("material", of.materials),
                          ("size", of.sizes)):  # fmt: skip
         assert {getattr(o, field) for s in got for o in s.objects} == set(names)
     assert {len(s.objects) for s in got} == set(of.counts) and {s.level for s in got} == {level}
     for field, plain, share in (("environment", "clear", of.p_clear), ("style", "photo", of.p_photo)):
-        names = {"environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}[field]
+        names = {"environment": draw.ENVIRONMENTS, "style": draw.STYLES}[field]
         want = share + (1 - share) / len(names)
         assert np.mean([getattr(s, field) == plain for s in got]) == pytest.approx(want, abs=0.06)
-    assert not any(o.colour in scenes.CLASH[s.background] for s in got for o in s.objects)
+    assert not any(o.colour in draw.CLASH[s.background] for s in got for o in s.objects)
     alike = [s.objects[0].shape == s.objects[1].shape and s.objects[0].colour == s.objects[1].colour
              for s in got if len(s.objects) > 1]  # fmt: skip
     assert 0.06 < np.mean(alike) < 0.25
-    assert not set(got) & {scenes.scene(2, i, level) for i in range(1000)}
-    assert len(scenes.Scenes("heldout", level)) == 100_000 and scenes.Scenes("train", level).size(3) is None
-    assert scenes.from_dict(json.loads(json.dumps(scenes.to_dict(got[7])))) == got[7]
-    assert scenes.Scenes("train", level).scene(7) == got[7]
+    assert not set(got) & {draw.scene(2, i, level) for i in range(1000)}
+    assert len(dataset.Scenes("heldout", level)) == 100_000 and dataset.Scenes("train", level).size(3) is None
+    assert draw.from_dict(json.loads(json.dumps(draw.to_dict(got[7])))) == got[7]
+    assert dataset.Scenes("train", level).scene(7) == got[7]
 
 
 def test_levels():
     """easy is the default, of few and large things, a part of what hard has but for the sizes; hard has
     everything. What was written down before there were levels is hard."""
-    assert scenes.scene(1, 5) == scenes.scene(1, 5, "easy") == scenes.Scenes().scene(5)
-    names = [scenes.Scenes("train", *level).name for level in ((), ("easy",), ("hard",))]
+    assert draw.scene(1, 5) == draw.scene(1, 5, "easy") == dataset.Scenes().scene(5)
+    names = [dataset.Scenes("train", *level).name for level in ((), ("easy",), ("hard",))]
     assert names == ["scenes", "scenes", "scenes:hard"]
-    easy, hard = (scenes.LEVELS[level] for level in ("easy", "hard"))
-    for field, every in (("shapes", scenes.SHAPES), ("colours", scenes.COLOURS),
-                         ("materials", scenes.MATERIALS), ("backgrounds", scenes.BACKGROUNDS)):  # fmt: skip
+    easy, hard = (draw.LEVELS[level] for level in ("easy", "hard"))
+    for field, every in (("shapes", draw.SHAPES), ("colours", draw.COLOURS),
+                         ("materials", draw.MATERIALS), ("backgrounds", draw.BACKGROUNDS)):  # fmt: skip
         assert getattr(hard, field) == tuple(every) and set(getattr(easy, field)) < set(every)
     assert (easy.max_bytes, hard.max_bytes) == (96, 128)
-    s = scenes.scene(1, 5, "hard")
-    assert scenes.from_dict(json.loads(plain_dict(s))) == s
+    s = draw.scene(1, 5, "hard")
+    assert draw.from_dict(json.loads(plain_dict(s))) == s
 
 
 def test_easy_objects_are_few_and_large():
-    got = [scenes.scene(1, i) for i in range(1000)]
+    got = [draw.scene(1, i) for i in range(1000)]
     for s in got:
-        radii = [scenes.RADIUS[o.size] for o in s.objects]
+        radii = [draw.RADIUS[o.size] for o in s.objects]
         assert len(radii) in (1, 2) and 0.24 <= min(radii) <= max(radii) <= 0.36
         for k, o in enumerate(s.objects):
             r = radii[k]
             assert r < min(o.x, o.y, 1 - o.x, 1 - o.y), "the whole disc is in the picture"
-            assert scenes.gap(o.x, o.y, r, s.objects[:k]) > -0.3 * r - 1e-4
+            assert draw.gap(o.x, o.y, r, s.objects[:k]) > -0.3 * r - 1e-4
     assert {o.size for s in got for o in s.objects if len(s.objects) == 2} == {"large"}
     assert 0.1 < np.mean([len(s.objects) == 2 for s in got]) < 0.35
 
@@ -210,10 +211,10 @@ NO_SPECS = {"scenes:unknown": "easy, hard", "scenes:": "easy, hard", "scenes:har
 
 def test_specs():
     for spec, want in SPECS.items():
-        assert scenes.parse_spec(spec) == want, spec
+        assert dataset.parse_spec(spec) == want, spec
     for spec, words in NO_SPECS.items():
         with pytest.raises(SystemExit) as e:
-            scenes.parse_spec(spec)
+            dataset.parse_spec(spec)
         text = str(e.value)
         assert text.startswith(f"error: {spec}: ") and "\n" not in text and words in text
 
@@ -223,65 +224,65 @@ def test_specs():
 
 @pytest.mark.parametrize("hw", [(8, 8), (17, 200), (200, 17), (64, 64), (96, 130), (256, 256)])
 def test_any_size(hw):
-    for i, style in enumerate(scenes.STYLES):
-        for j, background in enumerate(scenes.BACKGROUNDS):
+    for i, style in enumerate(draw.STYLES):
+        for j, background in enumerate(draw.BACKGROUNDS):
             level = ("easy", "hard")[(i + j) % 2]
-            s = replace(scenes.scene(3, i * 10 + j, level), style=style, background=background,
-                        environment=scenes.ENVIRONMENTS[(i + j) % len(scenes.ENVIRONMENTS)])  # fmt: skip
-            image, labels = scenes.draw(s, *hw), scenes.instances(s, *hw)
+            s = replace(draw.scene(3, i * 10 + j, level), style=style, background=background,
+                        environment=draw.ENVIRONMENTS[(i + j) % len(draw.ENVIRONMENTS)])  # fmt: skip
+            image, labels = draw.draw(s, *hw), draw.instances(s, *hw)
             assert image.shape == (*hw, 3) and image.dtype == np.uint8 and image.flags.c_contiguous
             assert labels.shape == hw and labels.dtype == np.uint8 and labels.max() <= len(s.objects)
             assert image.std() > 1
 
 
-@pytest.mark.parametrize("shape", scenes.SHAPES)
+@pytest.mark.parametrize("shape", draw.SHAPES)
 def test_shapes_stay_round_and_inside_their_disc(shape):
-    o = scenes.Object(shape, "red", "matte", "large", 0.5, 0.5)
-    s = scenes.Scene((o,), "tiles", "clear", "photo", 1)
-    (x0, y0, x1, y1), (wx0, wy0, wx1, wy1) = scenes.boxes(s, 200, 200)[0], scenes.boxes(s, 200, 500)[0]
+    o = draw.Object(shape, "red", "matte", "large", 0.5, 0.5)
+    s = draw.Scene((o,), "tiles", "clear", "photo", 1)
+    (x0, y0, x1, y1), (wx0, wy0, wx1, wy1) = draw.boxes(s, 200, 200)[0], draw.boxes(s, 200, 500)[0]
     assert (x1 - x0, y1 - y0) == (wx1 - wx0, wy1 - wy0)
-    radius = scenes.RADIUS["large"] * 200
+    radius = draw.RADIUS["large"] * 200
     assert 1.5 * radius < max(x1 - x0, y1 - y0) <= 2 * radius + 1
-    assert 0.25 < (scenes.instances(s, 200, 200) > 0).sum() / (np.pi * radius**2) < 0.9
+    assert 0.25 < (draw.instances(s, 200, 200) > 0).sum() / (np.pi * radius**2) < 0.9
 
 
 @on_both
 def test_labels_match_what_is_visible(level):
     for i in range(30):
-        s = replace(scenes.scene(5, i, level), style="photo", environment="clear")
-        image, labels = scenes.draw(s, 96, 96).astype(int), scenes.instances(s, 96, 96)
-        empty = scenes.draw(replace(s, objects=()), 96, 96).astype(int)
+        s = replace(draw.scene(5, i, level), style="photo", environment="clear")
+        image, labels = draw.draw(s, 96, 96).astype(int), draw.instances(s, 96, 96)
+        empty = draw.draw(replace(s, objects=()), 96, 96).astype(int)
         opaque = [k for k, o in enumerate(s.objects, 1) if o.material != "glass"]
         changed = np.abs(image - empty).max(-1) > 4
         assert changed[np.isin(labels, opaque)].mean() > 0.93 if opaque else True
         # the one-object drawing is what shows wherever its label is on top and no shadow of another falls
         for k, o in enumerate(s.objects, 1):
-            alone = scenes.instances(replace(s, objects=(o,)), 96, 96) > 0
+            alone = draw.instances(replace(s, objects=(o,)), 96, 96) > 0
             assert not (labels == k)[~alone].any()
             later = np.zeros_like(alone)
             for q in s.objects[k:]:
-                later |= scenes.instances(replace(s, objects=(q,)), 96, 96) > 0
+                later |= draw.instances(replace(s, objects=(q,)), 96, 96) > 0
             assert ((labels == k) == (alone & ~later)).all()
 
 
 def test_attributes_change_the_picture():
     """Every attribute value looks different from every other at 32 x 32."""
-    o = scenes.Object("circle", "red", "matte", "large", 0.5, 0.5)
-    base = scenes.Scene((o,), "tiles", "clear", "photo", 1)
+    o = draw.Object("circle", "red", "matte", "large", 0.5, 0.5)
+    base = draw.Scene((o,), "tiles", "clear", "photo", 1)
 
     def differ(variants, least):
-        images = [scenes.draw(v, 32, 32).astype(float) for v in variants]
+        images = [draw.draw(v, 32, 32).astype(float) for v in variants]
         gaps = [np.abs(a - b).max(-1).mean() for a, b in itertools.combinations(images, 2)]
         assert min(gaps) > least, min(gaps)
 
-    for style, environment in itertools.product(scenes.STYLES, ("clear", "night", "fog")):
+    for style, environment in itertools.product(draw.STYLES, ("clear", "night", "fog")):
         here = replace(base, style=style, environment=environment)
-        differ([replace(here, objects=(replace(o, colour=c),)) for c in scenes.COLOURS], 0.8)
-        differ([replace(here, objects=(replace(o, material=m),)) for m in scenes.MATERIALS], 0.8)
-        differ([replace(here, objects=(replace(o, shape=s),)) for s in scenes.SHAPES], 0.8)
-    differ([replace(base, background=b) for b in scenes.BACKGROUNDS], 8)
-    differ([replace(base, environment=e) for e in scenes.ENVIRONMENTS], 6)
-    differ([replace(base, style=s) for s in scenes.STYLES], 2.5)
+        differ([replace(here, objects=(replace(o, colour=c),)) for c in draw.COLOURS], 0.8)
+        differ([replace(here, objects=(replace(o, material=m),)) for m in draw.MATERIALS], 0.8)
+        differ([replace(here, objects=(replace(o, shape=s),)) for s in draw.SHAPES], 0.8)
+    differ([replace(base, background=b) for b in draw.BACKGROUNDS], 8)
+    differ([replace(base, environment=e) for e in draw.ENVIRONMENTS], 6)
+    differ([replace(base, style=s) for s in draw.STYLES], 2.5)
 
 
 # ---- captions ------------------------------------------------------------------------------------------
@@ -291,14 +292,14 @@ def test_attributes_change_the_picture():
 def test_captions_are_true_short_and_varied(level):
     seen = set()
     for i in range(1500):
-        s = scenes.scene(9, i, level)
-        text = scene_text.caption(s, scenes.rng_for(i))
+        s = draw.scene(9, i, level)
+        text = scene_text.caption(s, draw.rng_for(i))
         assert is_true(text, s), (text, s)
-        assert text.isascii() and len(text) <= scenes.LEVELS[level].max_bytes
+        assert text.isascii() and len(text) <= draw.LEVELS[level].max_bytes
         seen.add(text)
     assert len(seen) > (1480 if level == "hard" else 1150)
-    of_two = next(s for s in (scenes.scene(9, i, level) for i in range(100)) if len(s.objects) == 2)
-    one = {scene_text.caption(of_two, scenes.rng_for(i)) for i in range(200)}
+    of_two = next(s for s in (draw.scene(9, i, level) for i in range(100)) if len(s.objects) == 2)
+    one = {scene_text.caption(of_two, draw.rng_for(i)) for i in range(200)}
     assert len(one) > (60 if level == "hard" else 20)
 
 
@@ -310,14 +311,14 @@ def groups_of(text):
 
 def test_easy_captions_name_every_object():
     """Shape, colour and striped always, matte, sizes and places never; also in the longest sentences."""
-    yellow = scenes.Object("triangle", "yellow", "striped", "large", 0.28, 0.5)
-    long = scenes.Scene((yellow, replace(yellow, colour="purple", x=0.72)), "brick", "snowfall", "watercolor",
+    yellow = draw.Object("triangle", "yellow", "striped", "large", 0.28, 0.5)
+    long = draw.Scene((yellow, replace(yellow, colour="purple", x=0.72)), "brick", "snowfall", "watercolor",
                         1, "easy")  # fmt: skip
     alike = replace(long, objects=(yellow, replace(yellow, x=0.72)))
-    drawn = [scenes.scene(9, i) for i in range(1000)] + [long] * 300 + [alike] * 300
-    most, lengths = scenes.LEVELS["easy"].max_bytes, []
+    drawn = [draw.scene(9, i) for i in range(1000)] + [long] * 300 + [alike] * 300
+    most, lengths = draw.LEVELS["easy"].max_bytes, []
     for i, s in enumerate(drawn):
-        text = scene_text.caption(s, scenes.rng_for(i))
+        text = scene_text.caption(s, draw.rng_for(i))
         assert is_true(text, s) and len(text) <= most, (text, s)
         named = sorted((colour, material, shape) for n, colour, material, shape in groups_of(text)
                        for _ in range(n))  # fmt: skip
@@ -331,27 +332,27 @@ def test_easy_captions_name_every_object():
 @on_both
 def test_captions_of_crowded_and_empty_scenes(level):
     for i in range(150):
-        s = scenes.scene(9, i, level)
+        s = draw.scene(9, i, level)
         for k in range(3 if level == "hard" else 2 - len(s.objects)):
-            s = scene_edits.add(s, scenes.rng_for(i, k)).target
-            text = scene_text.caption(s, scenes.rng_for(i))
-            assert len(text) <= scenes.LEVELS[level].max_bytes and is_true(text, s), (text, s)
+            s = scene_edits.add(s, draw.rng_for(i, k)).target
+            text = scene_text.caption(s, draw.rng_for(i))
+            assert len(text) <= draw.LEVELS[level].max_bytes and is_true(text, s), (text, s)
         empty = replace(s, objects=())
-        assert is_true(scene_text.caption(empty, scenes.rng_for(i)), empty)
-        assert not is_true(scene_text.false_caption(empty, scenes.rng_for(i))[0], empty)
-        scenes.draw(empty, 32, 32)
+        assert is_true(scene_text.caption(empty, draw.rng_for(i)), empty)
+        assert not is_true(scene_text.false_caption(empty, draw.rng_for(i))[0], empty)
+        draw.draw(empty, 32, 32)
 
 
 @on_both
 def test_false_captions_are_false_and_differ_in_one_fact(level):
-    kinds, of, striped = set(), scenes.LEVELS[level], {"true": 0, "false": 0}
+    kinds, of, striped = set(), draw.LEVELS[level], {"true": 0, "false": 0}
     words = {*of.shapes, *of.colours, *of.backgrounds} | {w for m in of.materials for w in MATERIAL
                                                           if MATERIAL[w] == m}  # fmt: skip
-    strange = {*scenes.SHAPES, *scenes.COLOURS, *MATERIAL} - words - {"wood", "plank", "brick"}
+    strange = {*draw.SHAPES, *draw.COLOURS, *MATERIAL} - words - {"wood", "plank", "brick"}
     for i in range(1500):
-        s = scenes.scene(9, i, level)
-        true = scene_text.caption(s, scenes.rng_for(i))
-        text, kind = scene_text.false_caption(s, scenes.rng_for(i))
+        s = draw.scene(9, i, level)
+        true = scene_text.caption(s, draw.rng_for(i))
+        text, kind = scene_text.false_caption(s, draw.rng_for(i))
         assert not is_true(text, s), (text, kind, s)
         assert text.isascii() and len(text) <= of.max_bytes
         for _, colour, material, shape in groups_of(text):
@@ -366,7 +367,7 @@ def test_false_captions_are_false_and_differ_in_one_fact(level):
             assert len(a - b) <= 1 and len(b - a) <= 1, (true, text)
     assert kinds == set(scene_text.FALSE_KINDS) - (set() if level == "hard" else {"size", "place"})
     assert 0.8 < striped["false"] / striped["true"] < 1.25
-    got = [scene_text.false_caption(scenes.scene(9, i, level), scenes.rng_for(i), "colour")[1]
+    got = [scene_text.false_caption(draw.scene(9, i, level), draw.rng_for(i), "colour")[1]
            for i in range(100)]  # fmt: skip
     assert got.count("colour") > 95
 
@@ -376,8 +377,8 @@ def test_false_captions_are_false_and_differ_in_one_fact(level):
 
 @on_both
 def test_source_and_export_round_trip(level, tmp_path):
-    source = scenes.Scenes("heldout", level)
-    scenes.main(scenes.Config(export=str(tmp_path / "out"), n=5, size=32, split="heldout", level=level))
+    source = dataset.Scenes("heldout", level)
+    pages.export(str(tmp_path / "out"), n=5, size=32, split="heldout", level=level)
     rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     for i, row in enumerate(rows):
@@ -386,25 +387,24 @@ def test_source_and_export_round_trip(level, tmp_path):
         assert is_true(row["text"], source.scene(i))
         for key, name in (("image", row["file_name"]), ("segments", row["segments"])):
             assert (np.asarray(Image.open(tmp_path / "out" / name)) == want[key]).all()
-    scenes.main(scenes.Config(sheet=str(tmp_path / "sheet.png"), n=3, size=32, level=level))
+    pages.sheet(str(tmp_path / "sheet.png"), n=3, size=32, level=level)
     assert Image.open(tmp_path / "sheet.png").width > 96
 
 
-BAD = [dict(), dict(sheet="x.png", n=0), dict(sheet="x.png", split="test"), dict(sheet="x.png", size=4),
-       dict(sheet="x.png", level="medium"),
-       dict(sheet="x.notapicture", n=1), dict(sheet="no/such/folder/x.png", n=1)]  # fmt: skip
+BAD = [dict(n=0), dict(split="test"), dict(size=4), dict(level="medium"), dict(out="x.notapicture", n=1),
+       dict(out="no/such/folder/x.png", n=1)]  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_user_errors_are_one_line(bad, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
-        scenes.main(scenes.Config(**bad))
-    assert str(e.value).startswith("error: scenes.py: ") and "\n" not in str(e.value)
+        pages.sheet(**{"out": "x.png"} | bad)
+    assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
 
 
 def test_speed():
-    source = scenes.Scenes()
+    source = dataset.Scenes()
     for i in range(20):
         source.load(i, 64, 64)
     start = time.perf_counter()

@@ -9,11 +9,11 @@ from test_weights import F64, TOLERANCE, both, error, folders, peers, states, to
 
 import common
 import flow
-import frozen
-import sample
-import text_encoders
-import weights
 from model import Editor
+from pipeline import denoiser, open_editor, sample
+from pretrained import sd3
+from pretrained import text as text_encoders
+from pretrained.vae import VAE, load_vae
 
 diffusers = pytest.importorskip("diffusers")
 PROMPTS, STEPS, GUIDANCE = ["a photo of the red cat", "two dogs"], 4, 5.0
@@ -56,12 +56,12 @@ def theirs(pipe, noise, size, **change):
 
 
 def ours(folder, noise, shift=3.0, steps=STEPS):
-    cfg, state = weights.load_mmdit(folder, F64)
+    cfg, state = sd3.load_mmdit(folder, F64)
     net = Editor(cfg).double().requires_grad_(False)
     net.mmdit.load_state_dict(state)
-    text, vae = weights.load_text(folder, dtype=F64), weights.load_vae(folder, F64)
+    text, vae = text_encoders.load_text(folder, dtype=F64), load_vae(folder, F64)
     txt, null = text.encode_text(PROMPTS), [x.expand(2, *x.shape[1:]) for x in text.encode_text([""])]
-    denoise = flow.guide(lambda x, t: (net(x, t, *txt), net(x, t, *null)), GUIDANCE)
+    denoise = denoiser(net, txt, null, (), GUIDANCE)
     return vae.decode(flow.sample(denoise, noise, flow.timesteps(steps, shift))).clamp(-1, 1)
 
 
@@ -69,7 +69,7 @@ def draw(h, w, dtype):
     return torch.randn(2, 4, h, w, generator=torch.Generator().manual_seed(3), dtype=F64).to(dtype)
 
 
-@both
+@pytest.mark.parametrize("kind", ["sd3", pytest.param("sd3.5", marks=pytest.mark.slow)])
 def test_four_steps_equal_diffusers(kind, peers, folders, words):  # noqa: F811
     """Tokens, text encoders, transformer, guidance, steps and decoder in float64, in 9:16 and square."""
     pipe = pipeline(peers, words, kind, F64)
@@ -84,14 +84,13 @@ def test_four_steps_equal_diffusers(kind, peers, folders, words):  # noqa: F811
 
 
 def test_sample_py_equals_diffusers(peers, folders, words):  # noqa: F811
-    """generate() as sample.py calls it, in fp32, against the pipeline as it is."""
+    """pipeline.sample as sample.py calls it, in fp32, against diffusers' pipeline as it is."""
     pipe = pipeline(peers, words, "sd3", torch.float32)
     folder, (h, w) = folders["sd3"], (8, 12)
-    net, manifest = sample.load_net(sample.Config("t2i", folder))
-    space, *_ = sample.stack.surround(net, manifest["meta"]["stack"], torch.device("cpu"), folder)
-    assert isinstance(space, frozen.VAE) and manifest["config"]["shift"] == 3.0
-    gens = common.generators(0, 0, [0, 1])
+    opened = open_editor(folder, torch.device("cpu"), ("draw",))
+    assert isinstance(opened.space, VAE) and opened.shift == 3.0
     noise = common.randn(common.generators(0, 0, [0, 1]), (4, h, w))
     ones, zeros = torch.ones(2, 1, 8 * h, 8 * w), torch.zeros(2, 3, 8 * h, 8 * w)
-    got = sample.generate(net.eval(), space, PROMPTS, ones, zeros, gens, STEPS, GUIDANCE, 3.0, bf16=False)
+    got = sample(opened.net.eval(), opened.space, PROMPTS, ones, zeros, noise, flow.timesteps(STEPS, 3.0),
+                 GUIDANCE)
     assert error(got.clamp(-1, 1), theirs(pipe, noise, (8 * h, 8 * w))) < 1e-4

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-import text_encoders
-from text_encoders import CLIP_G, CLIP_L, T5_XXL, ClipText, SD3Text, T5Config, T5Encoder
+from pretrained import text as text_encoders
+from pretrained.files import PARTS
+from pretrained.text import CLIP_G, CLIP_L, T5_XXL, ClipText, SD3Text, T5Config, T5Encoder
 
 TOLERANCE = 1e-11  # of the largest output; a correct float64 copy reaches 1e-14
 WORDS = r"""a photo of the red cat's old house isn't there, 12 dogs & 3,000 birds (blurry) they're we'll I'm
@@ -521,7 +522,7 @@ def test_the_conditioning_parity_notices(sd3, monkeypatch, damage):
 
 
 def test_published_prefixes():
-    assert SD3Text.PREFIXES["t5xxl"] == "text_encoders.t5xxl.transformer."
+    assert PARTS["t5xxl"].prefix == "text_encoders.t5xxl.transformer."
     parts = (ClipText(SMALL_L), ClipText(SMALL_G), T5Encoder(SMALL_T5))
     children = dict(SD3Text(*parts, (None, None, None)).named_children())
-    assert list(children) == list(SD3Text.PREFIXES)
+    assert list(children) == [name for name in PARTS if name not in ("mmdit", "vae")]

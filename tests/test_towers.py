@@ -19,10 +19,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 
-import model
-import text_encoders
-import towers
-import weights
+import rewards
+from pretrained import files, sd3
+from pretrained import text as text_encoders
 
 transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-11  # of the largest output; a correct float64 copy reaches 1e-14
@@ -171,7 +170,7 @@ def test_dino_equals_transformers(version, tmp_path, monkeypatch):
     weights = published_dino(theirs, names)
     assert ("mask_token" in weights) == (version != "v1")
     assert same(split_qkv(rename(weights, names), "attn.qkv", QKV), theirs.state_dict())  # and back
-    ours = towers.load_dino(save(tmp_path, weights), dtype=F64)
+    ours = rewards.load_dino(save(tmp_path, weights), dtype=F64)
     assert not any(p.requires_grad for p in ours.parameters())
 
     peer = run_peer(theirs, version)
@@ -189,19 +188,19 @@ def test_dino_equals_transformers(version, tmp_path, monkeypatch):
 
 def test_published_resizing_of_positions():
     """(n + 0.1) / side as the scale, as DINO and DINOv2 without registers are published."""
-    net = randomize(towers.Dino(4, 8, 128, 1, 2, scaled=True, registers=0)).double()
+    net = randomize(rewards.Dino(4, 8, 128, 1, 2, scaled=True, registers=0)).double()
     table = net.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     expected = F.interpolate(table, scale_factor=(6.1 / 4, 3.1 / 4), mode="bicubic")
     expected = expected.flatten(2).transpose(1, 2)
     assert torch.equal(net.positions(6, 3), expected)
     exact = F.interpolate(table, (6, 3), mode="bicubic").flatten(2).transpose(1, 2)
     assert error(exact, expected) > 1e-3
-    assert not towers.Dino(4, 8, 128, 1, 2, scaled=True, registers=4).offset
+    assert not rewards.Dino(4, 8, 128, 1, 2, scaled=True, registers=4).offset
 
 
 def test_dino_is_vit_under_the_same_names():
     """model.ViT (BLIP, coherence) and DINO are one network where no position is resized."""
-    a, b = model.ViT(4, 8, 128, 2, 2), towers.Dino(4, 8, 128, 2, 2, scaled=False, registers=0)
+    a, b = rewards.ViT(4, 8, 128, 2, 2), rewards.Dino(4, 8, 128, 2, 2, scaled=False, registers=0)
     b.load_state_dict(randomize(a).state_dict())
     x = pixels(32)
     assert torch.equal(a.double()(x), b.double()(x))
@@ -210,10 +209,10 @@ def test_dino_is_vit_under_the_same_names():
 @pytest.mark.parametrize("nest", [lambda w: w, lambda w: {"student": {}, "teacher": {
     **{f"module.backbone.{k}": v for k, v in w.items()}, "module.head.last_layer.weight_v": torch.ones(3)}}])
 def test_dino_files(nest, tmp_path):
-    weights = randomize(towers.Dino(4, 8, 128, 1, 2, scaled=False, registers=0)).state_dict()
+    weights = randomize(rewards.Dino(4, 8, 128, 1, 2, scaled=False, registers=0)).state_dict()
     path = tmp_path / "dino.pth"
     torch.save(nest(weights), path)
-    assert same(towers.load_dino(str(path)).state_dict(), weights)
+    assert same(rewards.load_dino(str(path)).state_dict(), weights)
 
 
 ####################################################################################################
@@ -257,7 +256,7 @@ def image_features(peer):
 def test_clip_image_tower_equals_transformers(heads, quick, tmp_path):
     theirs = clip_peer(quick, heads=heads)
     path = save(tmp_path, theirs.state_dict())
-    ours = towers.load_clip(path, None, quick, heads=heads, dtype=F64).vision
+    ours = rewards.load_clip(path, None, quick, heads=heads, dtype=F64).vision
     kept = {k: v for k, v in theirs.state_dict().items() if k.startswith("vis")}
     assert same(ours.state_dict(), kept)  # every key once, and back by the same names
     x, peer = pixels(32), image_features(theirs)
@@ -334,10 +333,10 @@ def test_open_clip_names(nest, tmp_path, clip_words):
     theirs = randomize(OpenClip()).double().eval()
     published = {**theirs.state_dict(), "input_resolution": torch.tensor(224)}
     torch.save(nest(published), path := str(tmp_path / "open_clip.pt"))
-    clip = towers.load_clip(path, clip_words, quick_gelu=False, dtype=F64)
+    clip = rewards.load_clip(path, clip_words, quick_gelu=False, dtype=F64)
     assert clip.logit_scale == theirs.logit_scale
     assert agree(clip.vision, theirs.encode_image, pixels(32)) < TOLERANCE
-    weights = towers.clip_names(towers.read_weights(path))
+    weights = rewards.clip_names(files.read_weights(path))
     assert weights.keys() == clip_peer().state_dict().keys()  # every key once
     ids = text_encoders.tokenize(clip.tokenizer, CAPTIONS)
     ids[:, 1:][(ids == VOCAB - 1)[:, :-1]] = 0  # open_clip pads with 0, which nothing reads
@@ -347,7 +346,7 @@ def test_open_clip_names(nest, tmp_path, clip_words):
     swapped = dict(weights)
     q, k = (f"vision_model.encoder.layers.0.self_attn.{n}_proj.weight" for n in "qk")
     swapped[q], swapped[k] = weights[k], weights[q]
-    wrong = towers.load_clip(save(tmp_path, swapped), None, False, dtype=F64)
+    wrong = rewards.load_clip(save(tmp_path, swapped), None, False, dtype=F64)
     assert agree(wrong.vision, theirs.encode_image, pixels(32)) > TOLERANCE
 
 
@@ -398,7 +397,7 @@ def test_bert_tokenizer_equals_transformers(vocab):
     """The Python tokenizer that ImageReward was trained with, and transformers' present one."""
     from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-    ours = towers.bert_tokenizer(vocab, 35)
+    ours = rewards.bert_tokenizer(vocab, 35)
     size = len(Path(vocab).read_text(encoding="utf-8").splitlines())
     assert [ours.token_to_id(t) for t in ("[DEC]", "[ENC]")] == [size, size + 1]
     present = transformers.BertTokenizer.from_pretrained(str(Path(vocab).parent))
@@ -420,7 +419,7 @@ def test_bert_tokenizer_equals_transformers(vocab):
 
 def imagereward_file(cfg, tmp_path, prefix="", nest=lambda w: w):
     """A small ImageReward.pt as its training script saves it, and the network whose weights it holds."""
-    net = randomize(model.PreferenceReward(cfg)).eval()
+    net = randomize(rewards.PreferenceReward(cfg)).eval()
     weights = {**net.state_dict(), "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
     for name, width in (("vision", cfg.vit_width), ("text", cfg.txt_width)):
         part = f"blip.{name}_proj."
@@ -432,30 +431,30 @@ def imagereward_file(cfg, tmp_path, prefix="", nest=lambda w: w):
 
 def small_imagereward(vocab):
     words = len(Path(vocab).read_text(encoding="utf-8").splitlines())
-    return model.RewardConfig(32, 8, 128, 2, 2, 64, 2, 1, 96, words + 2)
+    return rewards.RewardConfig(32, 8, 128, 2, 2, 64, 2, 1, 96, words + 2)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_imagereward_file_is_loaded_strictly(vocab, tmp_path, prefix):
     cfg = small_imagereward(vocab)
     path, net = imagereward_file(cfg, tmp_path, prefix)
-    ours = towers.load_imagereward(path, vocab)
+    ours = rewards.load_imagereward(path, vocab)
     assert same(ours.state_dict(), net.state_dict())
     assert {**ours.arch, "tokenizer": ""} == net.arch  # sizes are read from the shapes
     assert not any(p.requires_grad for p in ours.parameters()) and not ours.training
-    again = model.build_reward(ours.arch)  # as our own checkpoints are loaded
+    again = rewards.build_reward(ours.arch)  # as our own checkpoints are loaded
     assert again.tokenize(["a red car"])[0].tolist() == ours.tokenize(["a red car"])[0].tolist()
 
     for change, why in (({}, "missing"), ({"mlp.layers.9.weight": torch.ones(1)}, "not of ImageReward"),
                         ({"mlp.layers.7.bias": torch.ones(2)}, "is \\[2\\]")):
-        weights = {**towers.read_weights(path), **change}
+        weights = {**files.read_weights(path), **change}
         if not change:
             del weights["mlp.layers.0.bias"]
         with pytest.raises(SystemExit, match=f"error: .*w.safetensors: .*{why}"):
-            towers.load_imagereward(save(tmp_path, weights), vocab)
+            rewards.load_imagereward(save(tmp_path, weights), vocab)
     Path(vocab).write_text(Path(vocab).read_text(encoding="utf-8") + "more\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="error: .*vocab.txt: .* tokens .* give"):
-        towers.load_imagereward(path, vocab)
+        rewards.load_imagereward(path, vocab)
 
 
 BLIP_VISION = [("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
@@ -499,7 +498,7 @@ def blip_peer(net, vision_eps=1e-6, text_eps=1e-12):
 def test_imagereward_equals_transformers(vocab, tmp_path):
     """Tokenizer, both towers, head and normalisation of a loaded file, and the gradient for the picture."""
     path, _ = imagereward_file(small_imagereward(vocab), tmp_path)
-    net = towers.load_imagereward(path, vocab, dtype=F64)
+    net = rewards.load_imagereward(path, vocab, dtype=F64)
     captions = ["a photo of the lazy dog", "", "red carpet, unbelievable cafe " * 9]
     ids, attend = net.tokenize(captions)
     assert attend.sum(1).tolist()[1:] == [2, 35]
@@ -520,11 +519,11 @@ def test_imagereward_equals_transformers(vocab, tmp_path):
     assert agree(ours, lambda x: peer(x, ids, torch.ones_like(attend)), x) > TOLERANCE
 
     # from pictures in [-1, 1], in fp32
-    single = towers.load_imagereward(path, vocab)
+    single = rewards.load_imagereward(path, vocab)
     image = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     with torch.no_grad():
         a = single.normalised(image, ids, attend)
-        b = peer(towers.prepare(image.double(), towers.Prep(32, 32)), ids, attend)
+        b = peer(rewards.prepare(image.double(), rewards.Prep(32, 32)), ids, attend)
     assert error(a, b) < 1e-4
 
 
@@ -541,27 +540,27 @@ def test_pictures_equal_clip_image_processor(size):
     theirs = transformers.CLIPImageProcessorPil()
     p = picture(*size)
     expected = theirs(p, return_tensors="pt")["pixel_values"]
-    ours = towers.prepare_pictures([p], towers.PICKSCORE_PREP)
+    ours = rewards.prepare_pictures([p], rewards.PICKSCORE_PREP)
     assert ours.dtype == torch.float32 and (ours - expected).abs().max() < 1e-6
     # torchvision's centre, where it differs: half pixels are rounded to even, here 1.5 -> 2
-    shifted = (towers.prepare_pictures([p], towers.CLIP_PREP) - expected).abs().max() > 0.1
-    h, w, top, left = towers.placed(towers.CLIP_PREP, *size)
-    assert shifted == ((top, left) != towers.placed(towers.PICKSCORE_PREP, *size)[2:])
+    shifted = (rewards.prepare_pictures([p], rewards.CLIP_PREP) - expected).abs().max() > 0.1
+    h, w, top, left = rewards.placed(rewards.CLIP_PREP, *size)
+    assert shifted == ((top, left) != rewards.placed(rewards.PICKSCORE_PREP, *size)[2:])
     assert shifted == (size in [(227, 224), (224, 227), (97, 301), (31, 57)])
 
 
 def test_placing():
     """Sizes and crops as torchvision's Resize and CenterCrop give them: the long side is cut, not rounded."""
-    assert towers.placed(towers.CLIP_PREP, 500, 333) == (336, 224, 56, 0)  # 336.3
-    assert towers.placed(towers.CLIP_PREP, 333, 499) == (224, 335, 0, 56)  # 335.7; 55.5 -> 56
-    assert towers.placed(towers.PICKSCORE_PREP, 333, 499) == (224, 335, 0, 55)
-    assert towers.placed(towers.DINO_PREP, 600, 600) == (256, 256, 16, 16)
-    assert towers.placed(towers.HPS_PREP, 300, 600) == (112, 224, -56, 0)
-    assert towers.placed(towers.IP2P_PREP, 300, 600) == (224, 224, 0, 0)
+    assert rewards.placed(rewards.CLIP_PREP, 500, 333) == (336, 224, 56, 0)  # 336.3
+    assert rewards.placed(rewards.CLIP_PREP, 333, 499) == (224, 335, 0, 56)  # 335.7; 55.5 -> 56
+    assert rewards.placed(rewards.PICKSCORE_PREP, 333, 499) == (224, 335, 0, 55)
+    assert rewards.placed(rewards.DINO_PREP, 600, 600) == (256, 256, 16, 16)
+    assert rewards.placed(rewards.HPS_PREP, 300, 600) == (112, 224, -56, 0)
+    assert rewards.placed(rewards.IP2P_PREP, 300, 600) == (224, 224, 0, 0)
 
 
-PREPS = {"clip": towers.CLIP_PREP, "pickscore": towers.PICKSCORE_PREP, "hps": towers.HPS_PREP,
-         "dino": towers.DINO_PREP}
+PREPS = {"clip": rewards.CLIP_PREP, "pickscore": rewards.PICKSCORE_PREP, "hps": rewards.HPS_PREP,
+         "dino": rewards.DINO_PREP}
 
 
 @pytest.mark.parametrize("size", [(300, 401), (129, 64), (224, 224)])
@@ -570,8 +569,8 @@ def test_differentiable_preparation_equals_pil(prep, size):
     """Up to the 8 bits that PIL rounds to twice, once for each direction."""
     ramp = torch.linspace(0.2, 0.8, size[0])[:, None] * torch.linspace(0.3, 1, size[1])  # no overshoot
     p = Image.fromarray((ramp[..., None].repeat(1, 1, 3) * 255).byte().numpy())
-    pil, x = towers.prepare_pictures([p], prep), as_tensor(p).requires_grad_()
-    ours = towers.prepare(x, prep)
+    pil, x = rewards.prepare_pictures([p], prep), as_tensor(p).requires_grad_()
+    ours = rewards.prepare(x, prep)
     assert ours.shape == pil.shape == (1, 3, 224, 224)
     inside = slice(None) if prep.fit == "crop" else slice(115, 120)  # an edge to padding overshoots
     assert (ours - pil)[..., inside, inside].abs().max() < 1.5 / 255 / min(prep.std)
@@ -581,19 +580,19 @@ def test_differentiable_preparation_equals_pil(prep, size):
 
 def test_padding_and_squares():
     p = Image.new("RGB", (448, 224), (255, 0, 0))
-    x = towers.prepare_pictures([p], towers.HPS_PREP)
-    black = (0 - torch.tensor(model.CLIP_MEAN)) / torch.tensor(model.CLIP_STD)
+    x = rewards.prepare_pictures([p], rewards.HPS_PREP)
+    black = (0 - torch.tensor(rewards.CLIP_MEAN)) / torch.tensor(rewards.CLIP_STD)
     assert torch.allclose(x[0, :, 10, 10], black) and torch.allclose(x[0, 1:, 112, 100], black[1:])
-    assert torch.allclose(x, towers.prepare(as_tensor(p).float(), towers.HPS_PREP), atol=1e-5)
+    assert torch.allclose(x, rewards.prepare(as_tensor(p).float(), rewards.HPS_PREP), atol=1e-5)
     y = as_tensor(picture(300, 500))
     expected = F.interpolate((y + 1) / 2, (224, 224), mode="bicubic", align_corners=False)  # IP2P's
-    mean, std = (y.new_tensor(v)[:, None, None] for v in (model.CLIP_MEAN, model.CLIP_STD))
+    mean, std = (y.new_tensor(v)[:, None, None] for v in (rewards.CLIP_MEAN, rewards.CLIP_STD))
     expected = (expected - mean) / std
-    assert (towers.prepare(y, towers.IP2P_PREP) - expected).abs().max() < TOLERANCE
-    other = towers.prepare(y, replace(towers.IP2P_PREP, antialias=True))
+    assert (rewards.prepare(y, rewards.IP2P_PREP) - expected).abs().max() < TOLERANCE
+    other = rewards.prepare(y, replace(rewards.IP2P_PREP, antialias=True))
     assert (other - expected).abs().max() > 0.1
     modes = [Image.new("L", (30, 20), 7), Image.new("RGBA", (9, 99))]
-    modes = towers.prepare_pictures(modes, towers.CLIP_PREP)
+    modes = rewards.prepare_pictures(modes, rewards.CLIP_PREP)
     assert modes.shape == (2, 3, 224, 224)
 
 
@@ -601,13 +600,13 @@ def test_padding_and_squares():
 # Rewards and judges
 ####################################################################################################
 
-TINY = towers.Prep(32, 32)
+TINY = rewards.Prep(32, 32)
 
 
 @pytest.fixture
 def clip_pair(tmp_path, clip_words):
     theirs = clip_peer()
-    return towers.load_clip(save(tmp_path, theirs.state_dict()), clip_words, True, TINY, dtype=F64), theirs
+    return rewards.load_clip(save(tmp_path, theirs.state_dict()), clip_words, True, TINY, dtype=F64), theirs
 
 
 def peer_text(clip, theirs, captions):
@@ -622,31 +621,32 @@ def test_scores_equal_transformers(clip_pair):
 
     def logits(x):
         ids = text_encoders.tokenize(clip.tokenizer, CAPTIONS)
-        out = theirs(input_ids=ids, pixel_values=towers.prepare(x, TINY))
+        out = theirs(input_ids=ids, pixel_values=rewards.prepare(x, TINY))
         return out.logits_per_image.diagonal()
 
-    assert agree(lambda x: towers.pickscore(clip, x, CAPTIONS), logits, x) < TOLERANCE
-    cosine = towers.clip_cosine(clip, x, CAPTIONS)
+    assert agree(lambda x: rewards.pickscore(clip, x, CAPTIONS), logits, x) < TOLERANCE
+    cosine = rewards.clip_cosine(clip, x, CAPTIONS)
     scale = theirs.logit_scale.detach().exp()
     assert error(cosine, logits(x) / scale) < TOLERANCE and cosine.shape == (3,)
-    assert torch.equal(towers.hpsv2(clip, x, CAPTIONS), cosine)
-    assert error(towers.clip_score_100(clip, x, CAPTIONS), 100 * cosine.clamp(min=0)) < TOLERANCE
-    hessel = towers.clip_score_hessel(clip, x, CAPTIONS)
-    prefixed = towers.clip_cosine(clip, x, [f"A photo depicts {c}" for c in CAPTIONS])
+    assert torch.equal(rewards.hpsv2(clip, x, CAPTIONS), cosine)
+    assert error(rewards.clip_score_100(clip, x, CAPTIONS), 100 * cosine.clamp(min=0)) < TOLERANCE
+    hessel = rewards.clip_score_hessel(clip, x, CAPTIONS)
+    prefixed = rewards.clip_cosine(clip, x, [f"A photo depicts {c}" for c in CAPTIONS])
     assert error(hessel, 2.5 * prefixed.clamp(min=0)) < TOLERANCE
     assert (prefixed - cosine).abs().max() > 1e-3
     # what must not pass: captions of other pictures
-    assert error(towers.clip_cosine(clip, x, CAPTIONS[::-1]), logits(x) / scale) > TOLERANCE
+    assert error(rewards.clip_cosine(clip, x, CAPTIONS[::-1]), logits(x) / scale) > TOLERANCE
 
 
 def test_scores_take_pil_pictures(clip_pair):
     """The same function is a reward on tensors and a metric on PIL pictures."""
     clip = clip_pair[0]
     pictures = [picture(32, 32, seed) for seed in range(3)]
-    a = towers.clip_cosine(clip, pictures, CAPTIONS)
-    b = towers.clip_cosine(clip, torch.cat([as_tensor(p) for p in pictures]), CAPTIONS)
+    a = rewards.clip_cosine(clip, pictures, CAPTIONS)
+    b = rewards.clip_cosine(clip, torch.cat([as_tensor(p) for p in pictures]), CAPTIONS)
     assert (a - b).abs().max() < 1e-6
-    assert towers.clip_cosine(clip, [picture(40, 70), *pictures[1:]], CAPTIONS)[1:].tolist() == a[1:].tolist()
+    c = rewards.clip_cosine(clip, [picture(40, 70), *pictures[1:]], CAPTIONS)
+    assert c[1:].tolist() == a[1:].tolist()
 
 
 def test_direction_and_similarities(clip_pair, tmp_path):
@@ -655,7 +655,7 @@ def test_direction_and_similarities(clip_pair, tmp_path):
     source, edited = (torch.rand(3, 3, 32, 32, dtype=F64, generator=g) * 2 - 1 for _ in range(2))
 
     def embed(x):
-        y = image_features(theirs)(towers.prepare(x, TINY))
+        y = image_features(theirs)(rewards.prepare(x, TINY))
         return y / y.norm(dim=-1, keepdim=True)
 
     def embed_text(captions):
@@ -668,43 +668,43 @@ def test_direction_and_similarities(clip_pair, tmp_path):
         d, t = embed(x) - embed(source), embed_text(after[:2] + ["a"]) - embed_text(CAPTIONS)
         return (d * t).sum(-1) / d.norm(dim=-1) / t.norm(dim=-1)
 
-    ours = lambda x: towers.clip_direction(clip, source, x, CAPTIONS, after[:2] + ["a"])  # noqa: E731
+    ours = lambda x: rewards.clip_direction(clip, source, x, CAPTIONS, after[:2] + ["a"])  # noqa: E731
     assert agree(ours, direction, edited) < TOLERANCE
-    score = towers.clip_direction(clip, source, edited, CAPTIONS, after)
+    score = rewards.clip_direction(clip, source, edited, CAPTIONS, after)
     assert score.isnan().tolist() == [False, False, True]  # equal captions have no direction
-    assert agree(lambda x: towers.clip_similarity(clip, source, x),
+    assert agree(lambda x: rewards.clip_similarity(clip, source, x),
                  lambda x: (embed(x) * embed(source)).sum(-1), edited) < TOLERANCE
 
     peer, names = dino_peer("v1")
-    dino = towers.load_dino(save(tmp_path, published_dino(peer, names), "dino.safetensors"), dtype=F64)
+    dino = rewards.load_dino(save(tmp_path, published_dino(peer, names), "dino.safetensors"), dtype=F64)
     dino.offset = 0.0
 
     def cls(x):
-        return run_peer(peer, "v1")(towers.prepare(x, towers.DINO_PREP))[:, 0]
+        return run_peer(peer, "v1")(rewards.prepare(x, rewards.DINO_PREP))[:, 0]
 
     peers = lambda x: F.cosine_similarity(cls(source), cls(x))  # noqa: E731
-    assert agree(lambda x: towers.dino_similarity(dino, source, x), peers, edited) < TOLERANCE
-    mean = lambda x: F.cosine_similarity(*(dino(towers.prepare(y, towers.DINO_PREP)).mean(1)  # noqa: E731
+    assert agree(lambda x: rewards.dino_similarity(dino, source, x), peers, edited) < TOLERANCE
+    mean = lambda x: F.cosine_similarity(*(dino(rewards.prepare(y, rewards.DINO_PREP)).mean(1)  # noqa: E731
                                            for y in (source, x)))
     assert agree(mean, peers, edited) > TOLERANCE  # another pooling must not pass
 
 
 def test_aesthetic_head(clip_pair, tmp_path):
     clip, theirs = clip_pair
-    published = randomize(model.RewardHead(24))
+    published = randomize(rewards.RewardHead(24))
     path = save(tmp_path, published.state_dict(), "head.pth")
-    head = towers.load_aesthetic_head(path, dtype=F64)
+    head = rewards.load_aesthetic_head(path, dtype=F64)
     x = torch.rand(2, 3, 32, 32, dtype=F64) * 2 - 1
 
     def peer(x, unit=True):
-        y = image_features(theirs)(towers.prepare(x, TINY))
+        y = image_features(theirs)(rewards.prepare(x, TINY))
         y = y / y.norm(dim=-1, keepdim=True) if unit else y
         for i in (0, 2, 4, 6, 7):
             y = y @ published.layers[i].weight.double().T + published.layers[i].bias.double()
         return y[:, 0]
 
     def ours(x):
-        return towers.aesthetic_score(head, clip, x)
+        return rewards.aesthetic_score(head, clip, x)
 
     assert agree(ours, peer, x) < TOLERANCE
     assert agree(ours, lambda x: peer(x, unit=False), x) > TOLERANCE
@@ -721,7 +721,7 @@ class Bomb:
 
 
 def test_bad_files(tmp_path, capsys):
-    good = randomize(towers.Dino(4, 8, 128, 1, 2, scaled=False, registers=0)).state_dict()
+    good = randomize(rewards.Dino(4, 8, 128, 1, 2, scaled=False, registers=0)).state_dict()
     whole = Path(save(tmp_path, good))
     cases = {"cut.safetensors": whole.read_bytes()[:-100], "empty.safetensors": b"", "empty.pt": b"",
              "text.pt": b"not weights"}
@@ -735,7 +735,7 @@ def test_bad_files(tmp_path, capsys):
     for name in (*cases, "bomb.pt", "list.pt", "numbers.pt", "other.safetensors", "int8.safetensors",
                  "absent.pt"):
         with pytest.raises(SystemExit) as e:
-            towers.load_dino(str(tmp_path / name))
+            rewards.load_dino(str(tmp_path / name))
         line = str(e.value)
         assert line.startswith("error: ") and name in line and "\n" not in line and "give" in line, line
         assert "weights_only" not in line and "option" not in line  # torch's advice is to execute the file
@@ -747,88 +747,88 @@ def test_half_precision_files_and_folders(tmp_path, clip_words):
     theirs = clip_peer()
     (tmp_path / "folder").mkdir()
     save(tmp_path / "folder", {k: v.half() for k, v in theirs.state_dict().items()}, "model.safetensors")
-    clip = towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
+    clip = rewards.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
     assert {p.dtype for p in clip.parameters()} == {torch.float32}
     assert clip.prep.size == 32  # read from the shapes, as a ViT-L/14@336 is
-    half = towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True, dtype=torch.bfloat16)
+    half = rewards.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    a, b = (towers.pickscore(c, pixels(32).float().clamp(-1, 1), CAPTIONS[:2]) for c in (clip, half))
+    a, b = (rewards.pickscore(c, pixels(32).float().clamp(-1, 1), CAPTIONS[:2]) for c in (clip, half))
     assert a.dtype == b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2
     (Path(clip_words) / "merges.txt").write_text("#version: 0.2\n")
     (Path(clip_words) / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
     with pytest.raises(SystemExit, match="error: .*tokenizer: 2 tokens, but .* give"):
-        towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
+        rewards.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
 
 
 def test_rewards_by_name(tmp_path, vocab, clip_words):
     """Each name opens its network with its own preparation, and is differentiable in pictures of any size."""
     clip = save(tmp_path, clip_peer().state_dict(), "clip.safetensors")
-    head = save(tmp_path, randomize(model.RewardHead(24)).state_dict(), "head.pth")
+    head = save(tmp_path, randomize(rewards.RewardHead(24)).state_dict(), "head.pth")
     specs = {"imagereward": f"{imagereward_file(small_imagereward(vocab), tmp_path)[0]},{vocab}",
              "clipscore": f"{clip},{clip_words}", "pickscore": f"{clip},{clip_words}",
              "hpsv2": f"{clip},{clip_words}", "aesthetic": f"{head},{clip}"}
-    assert tuple(specs) == towers.REWARDS
+    assert tuple(specs) == rewards.PUBLISHED
     x, scores = torch.rand(3, 3, 41, 57) * 2 - 1, {}
     for name, paths in specs.items():
-        score = towers.open_reward(f"{name}:{paths}")
+        score = rewards.open_reward(f"{name}:{paths}")
         image = x.clone().requires_grad_()
         scores[name] = score(image, CAPTIONS)
         scores[name].sum().backward()
         assert scores[name].shape == (3,) and image.grad.abs().amax((1, 2, 3)).min() > 0
     assert (scores["pickscore"] / scores["clipscore"]).std() > 1e-4  # GELU, not quick-GELU
-    for spec in ("", "clipscore", "clipscore:a", "nothing:a,b", "hpsv2:a,"):
-        with pytest.raises(SystemExit, match="error: reward .*give NAME:PATH,PATH"):
-            towers.open_reward(spec)
+    for spec in ("clipscore:a", "nothing:a,b", "hpsv2:a,"):
+        with pytest.raises(SystemExit, match="error: reward: .*NAME:PATH,PATH"):
+            rewards.open_reward(spec)
 
 
 def test_imagereward_takes_pictures_of_any_size(tmp_path, vocab):
     """Resized as published: the long side cut, the half pixel to even."""
-    net = towers.load_imagereward(imagereward_file(small_imagereward(vocab), tmp_path)[0], vocab)
+    net = rewards.load_imagereward(imagereward_file(small_imagereward(vocab), tmp_path)[0], vocab)
     x = torch.rand(3, 3, 41, 59) * 2 - 1
     side = net.cfg.image_size
     ids, attend = net.tokenize(CAPTIONS)
     with torch.no_grad():
-        a = towers.imagereward(net, x, CAPTIONS)
-        b = blip_peer(net)(towers.prepare(x.double(), towers.Prep(side, side)), ids, attend)
+        a = rewards.imagereward(net, x, CAPTIONS)
+        b = blip_peer(net)(rewards.prepare(x.double(), rewards.Prep(side, side)), ids, attend)
     assert error(a, b) < 1e-4
-    assert towers.placed(towers.Prep(side, side), 41, 59) == (32, 46, 0, 7)
+    assert rewards.placed(rewards.Prep(side, side), 41, 59) == (32, 46, 0, 7)
 
 
 def test_blip_weights(tmp_path):
     """BLIP's model_large.pth: what ImageReward starts from, without momentum copies, decoder and queues."""
-    net = randomize(model.PreferenceReward(model.REWARD_PRESETS["test"]))
+    net = randomize(rewards.PreferenceReward(rewards.REWARD_PRESETS["test"]))
     own = {k.removeprefix("blip."): v for k, v in net.state_dict().items() if k.startswith("blip.")}
     rest = {"visual_encoder_m.cls_token": torch.ones(1), "text_decoder.cls.predictions.bias": torch.ones(2),
             "text_encoder.embeddings.position_ids": torch.arange(9)[None], "temp": torch.ones(()),
             "itm_head.weight": torch.ones(2, 2), "image_queue": torch.ones(2, 2)}
     torch.save({"model": {**own, **rest}, "epoch": 19}, tmp_path / "model_large.pth")
-    weights = towers.blip_weights(str(tmp_path / "model_large.pth"))
+    weights = rewards.blip_weights(str(tmp_path / "model_large.pth"))
     missing, unknown = net.load_state_dict(weights, strict=False)
     assert not unknown and all(k.startswith("mlp.") for k in missing)
     torch.save({"model": rest}, tmp_path / "model_large.pth")
     with pytest.raises(SystemExit, match="error: .*model_large.pth: .*give"):
-        towers.blip_weights(str(tmp_path / "model_large.pth"))
+        rewards.blip_weights(str(tmp_path / "model_large.pth"))
 
 
 def test_convert_command(tmp_path, vocab):
     path, net = imagereward_file(small_imagereward(vocab), tmp_path, "module.")
     out = str(tmp_path / "ImageReward.safetensors")
-    done = run_script(weights.__file__, "convert", path, out)
+    done = run_script(Path(sd3.__file__).with_name("__main__.py"), "convert", path, out)
     assert done.returncode == 0, done.stderr
-    assert same(towers.load_imagereward(out, vocab).state_dict(), net.state_dict())
-    bad = run_script(weights.__file__, "convert", path, path)
+    assert same(rewards.load_imagereward(out, vocab).state_dict(), net.state_dict())
+    bad = run_script(Path(sd3.__file__).with_name("__main__.py"), "convert", path, path)
     assert bad.returncode == 1 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
 
 
 def test_published_sizes():
     """Parameter counts of the published networks, built from their shapes alone."""
     with torch.device("meta"):
-        nets = {"dino_vits16": towers.Dino(14, 16, 384, 12, 6, False, 0),
-                "dino_vitb8": towers.Dino(28, 8, 768, 12, 12, False, 0),
-                "dinov2_vitb14": towers.Dino(37, 14, 768, 12, 12, True, 0),
-                "clip_b32": towers.ClipVision(7, 32, 768, 12, 12, 3072, 512, True),
-                "clip_l14": towers.ClipVision(16, 14, 1024, 24, 16, 4096, 768, True),
-                "clip_h14": towers.ClipVision(16, 14, 1280, 32, 16, 5120, 1024, False)}
+        nets = {"dino_vits16": rewards.Dino(14, 16, 384, 12, 6, False, 0),
+                "dino_vitb8": rewards.Dino(28, 8, 768, 12, 12, False, 0),
+                "dinov2_vitb14": rewards.Dino(37, 14, 768, 12, 12, True, 0),
+                "clip_b32": rewards.ClipVision(7, 32, 768, 12, 12, 3072, 512, True),
+                "clip_l14": rewards.ClipVision(16, 14, 1024, 24, 16, 4096, 768, True),
+                "clip_h14": rewards.ClipVision(16, 14, 1280, 32, 16, 5120, 1024, False)}
     sizes = {k: sum(p.numel() for p in net.parameters()) for k, net in nets.items()}
     assert sizes == {"dino_vits16": 21_665_664, "dino_vitb8": 85_807_872, "dinov2_vitb14": 86_579_712,
                      "clip_b32": 87_849_216, "clip_l14": 303_966_208, "clip_h14": 632_076_800}

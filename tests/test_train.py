@@ -3,6 +3,7 @@
 Gradient accumulation is not compared with a larger batch: noise and t' are keyed by micro-step, so
 accum 2 x batch 2 draws other numbers than accum 1 x batch 4 by design.
 """
+
 import inspect
 import json
 import math
@@ -28,17 +29,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
+import checkpoint
 import common
 import flow
 import model
+import pipeline
+import rewards
 import train_omni
 import train_pefl
 import train_reward
+from common import Verdict
 from kernels import dispatch
-from verdict import Verdict
 
 ROOT = Path(train_omni.__file__).parent
-pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals", "uncounted")
+pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
 SHARED = dict(batch_size=4, lr=1e-3, warmup=2, ema=0.9, precision="fp32", workers=0, device="cpu",
               wandb="off", log_every=1, sample_every=0, save_every=4)
@@ -48,7 +52,7 @@ PEFL = SHARED | dict(phases="5/4/2x4", disc_width=32, disc_depth=1)
 
 def shipped(folder, net, **meta):
     """A checkpoint folder such as assets/base: weights and manifest."""
-    return str(common.write_checkpoint(folder, 0, {"model": net.state_dict()}, {"arch": net.arch, **meta}))
+    return str(checkpoint.write(folder, 0, {"model": net.state_dict()}, {"arch": net.arch, **meta}))
 
 
 def random_editor(cfg):
@@ -72,7 +76,7 @@ def made(tmp_path_factory):
     tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
     for seed, name, json_text in ((1, "aesthetic", tokenizer), (2, "alignment", tokenizer), (3, "mute", "")):
         torch.manual_seed(seed)
-        net = model.PreferenceReward(model.replace(model.REWARD_PRESETS["test"], tokenizer=json_text))
+        net = rewards.PreferenceReward(model.replace(rewards.REWARD_PRESETS["test"], tokenizer=json_text))
         net.mlp.layers[-1].weight.data.mul_(0.1)  # scores far below the margin of relu(2 - r)
         out[name] = shipped(root / name, net)
     out["damaged"] = shutil.copytree(out["base"], root / "damaged")
@@ -107,7 +111,7 @@ def run(argv, ranks=1):
 
 def rows(out):
     found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in found if "grad_norm" in r or "grad/G" in r]
+    return [r for r in found if "grad_norm/editor" in r]
 
 
 def newest(out):
@@ -250,8 +254,8 @@ def test_t_prime_covers_its_range():
 def test_gradient_reaches_every_weight(made, tmp_path, monkeypatch, precision):
     """bf16: weights that autocast casts in stage 2, without gradient, must not serve stage 3 from a cache."""
     editors, seen = [], []
-    load = train_pefl.load_editor
-    monkeypatch.setattr(train_pefl, "load_editor", lambda path: editors.append(load(path)) or editors[-1])
+    own = pipeline.open_editor
+    monkeypatch.setattr(pipeline, "open_editor", lambda *a, **k: editors.append(own(*a, **k)) or editors[-1])
 
     def sums(params, world):  # of the gradients of the editor, then of the coherence model
         seen.append([None if p.grad is None else p.grad.abs().sum().item() for p in params])
@@ -259,7 +263,7 @@ def test_gradient_reaches_every_weight(made, tmp_path, monkeypatch, precision):
     monkeypatch.setattr(common, "average_gradients", sums)
     call(made, tmp_path, train_pefl, phases="5/4/2x1", precision=precision)
     of_editor, of_coherence = seen
-    names = [n for n, p in editors[0][0].named_parameters() if p.requires_grad]
+    names = [n for n, p in editors[0].net.named_parameters() if p.requires_grad]
     assert len(names) == len(of_editor)
     # the last block's text stream lends keys and values only, so its query's norm is never used (SD3)
     unused = "mmdit.joint_blocks.1.context_block.attn.ln_q.weight"
@@ -286,13 +290,13 @@ def test_each_loss_trains_its_own_model(made, tmp_path):
 
 
 def test_rewards_stay_frozen(made, tmp_path, monkeypatch):
-    nets, load = {}, train_pefl.load_reward
+    nets, load = {}, train_pefl.open_reward
 
     def keep(path, *rest, **more):
         nets[path] = load(path, *rest, **more)
         return nets[path]
 
-    monkeypatch.setattr(train_pefl, "load_reward", keep)
+    monkeypatch.setattr(train_pefl, "open_reward", keep)
     call(made, tmp_path, train_pefl, heldout_reward=made["alignment"])
     assert set(nets) == {made["aesthetic"], made["alignment"]}
     for path, net in nets.items():
@@ -313,7 +317,7 @@ def test_coherence_learns_to_separate(made, tmp_path):
 def test_coherence_learns_alone_first(made, tmp_path):
     """--disc_first: the editor stands still and needs no gradient; the coherence model learns as it would."""
     found = call(made, tmp_path / "alone", train_pefl, phases="5/4/2x6", disc_first=4, save_every=3)
-    assert [row["grad/G"] > 0 for row in found] == [False] * 4 + [True] * 2
+    assert [row["grad_norm/editor"] > 0 for row in found] == [False] * 4 + [True] * 2
     base = load_file(Path(made["base"]) / "model.safetensors")
     early = load_file(tmp_path / "alone" / "step_00000003" / "model.safetensors")
     assert all(torch.equal(early[k], v) for k, v in base.items())
@@ -380,11 +384,11 @@ def test_lora(made, tmp_path):
     arch = json.loads((newest(tmp_path) / "manifest.json").read_text())["arch"]
     for name in ("model", "ema"):
         state = load_file(newest(tmp_path) / f"{name}.safetensors")
-        common.load_state(model.build_editor(arch), state, name)
+        checkpoint.load_state(model.build_editor(arch), state, name)
         moved = {k: state[k] - base[k] for k in base if not torch.equal(state[k], base[k])}
         assert len(moved) == len(factors) // 2 and all(k.endswith("weight") for k in moved)
         assert all(torch.linalg.matrix_rank(d.double(), rtol=1e-4) <= 2 for d in moved.values())
-    editor, _ = train_pefl.load_editor(str(tmp_path))  # and can be tuned on
+    editor = pipeline.open_editor(str(tmp_path), torch.device("cpu"), ("fill",)).net  # and can be tuned on
     assert torch.equal(editor.state_dict()["mmdit.pos_embed"], base["mmdit.pos_embed"])
 
 
@@ -440,7 +444,7 @@ def test_nan_changes_nothing(made, tmp_path, monkeypatch, capsys, script):
     found = call(made, tmp_path / "nan", script, save_every=1, **steps(script, 3))
     assert "warning: step 2: non-finite" in capsys.readouterr().out
     assert not differ(tensors(tmp_path / "clean"), tensors(tmp_path / "nan"))
-    assert found[-1]["step"] == 3 and found[-1]["loss" if script is train_omni else "loss/G"] is None
+    assert found[-1]["step"] == 3 and found[-1]["loss/flow" if script is train_omni else "loss/G"] is None
 
 
 class Asked(TorchFunctionMode):

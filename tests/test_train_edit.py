@@ -22,16 +22,18 @@ from test_train import (
     two_ranks_agree,
 )
 
+import checkpoint
 import common
 import data
 import flow
-import frozen
 import model
+import pipeline
+import rewards
 import train_omni
 import train_pefl
 import train_reward
 
-pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals", "uncounted")
+pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def made(tmp_path_factory):
     tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
     for seed, name in ((1, "aesthetic"), (2, "alignment")):
         torch.manual_seed(seed)
-        net = model.PreferenceReward(model.replace(model.REWARD_PRESETS["test"], tokenizer=tokenizer))
+        net = rewards.PreferenceReward(model.replace(rewards.REWARD_PRESETS["test"], tokenizer=tokenizer))
         out[name] = shipped(root / name, net)
     return out
 
@@ -70,7 +72,7 @@ def test_edit_resumes(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(tune_base="lora", lora=2), dict(variant="concat", aspects=True),
-                                   dict(cached=True, precision="bf16")])
+                                   dict(fixed_source=True, precision="bf16")])
 def test_variants_resume(made, tmp_path, flags):
     files = OMNI_FILES | ({"lora", "lora_ema"} if "lora" in flags else set())
     resumes(made, tmp_path, train_omni, files, **edit(made, **flags))
@@ -108,7 +110,7 @@ def test_what_trains(made, tmp_path, flags, moves, stays):
 
 
 def tensors_of(folder):
-    return common.load_checkpoint(folder, "model")[0]["model"]
+    return checkpoint.load(folder, "model")[0]["model"]
 
 
 def test_condition_dropout(monkeypatch):
@@ -121,7 +123,7 @@ def test_condition_dropout(monkeypatch):
     gens = common.generators(3, 5, range(4))
     t, u = common.rand(gens), common.rand(gens)
     assert torch.equal(drawn["t"], flow.sample_t(t, cfg.t_density, cfg.t_shift)) and len(set(u.tolist())) == 4
-    assert torch.equal(drawn["noise"], common.randn(gens, (16, 2, 2))) and drawn["weight"].tolist() == [0] * 4
+    assert torch.equal(drawn["noise"], common.randn(gens, (16, 2, 2))) and drawn["weight"].tolist() == [1] * 4
     one = {k: v[2:3] if k != "step" else v for k, v in batch.items()}
     assert torch.equal(train_omni.draws(cfg, 16, 4, 0, one)["noise"][0], drawn["noise"][2])
 
@@ -131,7 +133,9 @@ def test_condition_dropout(monkeypatch):
     ids = train_omni.draws(cfg, 3, 1, 8, batch)["text"]
     assert torch.equal(ids, model.byte_ids(["", "", "c", "d"], 8))
     seen = {"source": torch.ones(4, 3, 8, 8), "mask": torch.full((4, 1, 8, 8), 0.5), "null": drawn["null"]}
-    src, region = train_omni.conditions(cfg, seen, frozen.PixelSpace())
+    with torch.device("meta"):
+        net = model.EditNet(model.PRESETS["test"])
+    src, region = train_omni.conditions(cfg, net, pipeline.PixelSpace(), seen)
     assert src.flatten(1).sum(1).tolist() == [192, 0, 0, 192]
     assert region.flatten(1).mean(1).tolist() == [0.5, 1, 1, 0.5]  # a null picture may change everywhere
 
@@ -153,40 +157,36 @@ def test_draws_of_feedback():
     assert [at(step, [0, 1])["t_prime"] for step in (4, 5, 6, 99)] == [1] * 4
     drawn, gens = at(0, [4, 5]), common.generators(3, 0, [4, 5])
     assert torch.equal(drawn["noise"], common.randn(gens, (16, 2, 2)))
-    assert torch.equal(drawn["veil"], common.randn(gens, (3, 8, 8)))
-    assert drawn["told"] == ["", "b"] and drawn["prompted"].tolist() == [0, 1] and drawn["text"] == ["a", "b"]
+    assert torch.equal(drawn["faint"], common.randn(gens, (3, 8, 8)))
+    assert drawn["c"] == ["", "b"] and drawn["has_c"].tolist() == [0, 1] and drawn["text"] == ["a", "b"]
     told = at(0, [4, 5], target_caption=["c", ""])
-    assert told["told"] == ["c", ""] and told["prompted"].tolist() == [1, 0]
+    assert told["c"] == ["c", ""] and told["has_c"].tolist() == [1, 0]
 
 
 def test_importance():
     batch = {"caption": list("abcd"), "score": torch.tensor([9.0, 8.9, float("nan"), 10.0])}
-    for flags, expected in (({}, [1, 0, 1, 1]), ({"min_score": 9.5}, [0, 0, 1, 1]),
-                            ({"weighting": "score"}, [0.9, 0.89, 1, 1]), ({"weighting": "none"}, [1] * 4)):
+    for flags, expected in (({}, [1] * 4), ({"weighting": "score"}, [0.9, 0.89, 1, 1]),
+                            ({"weighting": "none"}, [1] * 4)):
         got = train_omni.importance(train_omni.Config(stage="edit", **flags), batch)
         assert got.tolist() == pytest.approx(expected)
     assert train_omni.importance(train_omni.Config(), {"caption": list("ab")}).tolist() == [1, 1]
 
 
-def test_wrong_pairs_weigh_nothing(made, tmp_path):
-    """Eq. 6: steps that meet wrong pairs alone learn nothing; unweighted, they do."""
-    flags = edit(made, data="scenes:wrong=0.99", steps=2, save_every=2)
-    call(made, tmp_path / "weighted", train_omni, **flags)
-    call(made, tmp_path / "plain", train_omni, weighting="none", **flags)
-    still = common.load_checkpoint(tmp_path / "weighted", "model")[0]["model"]
-    assert all(torch.equal(still[k], torch.zeros_like(still[k])) for k in still if k.startswith("img_out."))
-    moved = common.load_checkpoint(tmp_path / "plain", "model")[0]["model"]
-    assert any(moved[k].abs().max() > 0 for k in moved if k.startswith("img_out."))
+@pytest.mark.parametrize("flags, least", [({}, 9.0), (dict(min_score=9.5), 9.5), (dict(weighting="none"), 0)])
+def test_pairs_without_weight_are_not_loaded(flags, least):
+    """Eq. 6: what would weigh nothing is left out and counted, and costs nothing."""
+    cfg = train_omni.Config(stage="edit", **flags)
+    source = data.open_edits("scenes:wrong=0.9", "train")
+    loader = data.make_edit_loader(source, 16, 32, workers=0, min_score=train_omni.least_score(cfg))
+    scores = torch.cat([next(loader)["score"] for _ in range(3)])
+    assert scores.min() >= least and (scores.min() < 9) == (least == 0)
+    left_out = re.search(r"left out: ([\d,]+) by score", loader.summary)
+    share = int(left_out[1].replace(",", "")) / data.DRAWN if left_out else 0
+    assert share == pytest.approx({0: 0, 9.0: 0.9, 9.5: 0.95}[least], abs=0.01)
 
 
-def test_pairs_without_weight_are_counted(made, tmp_path, capsys):
-    call(made, tmp_path / "a", train_omni, **edit(made, data="scenes:wrong=0.3", steps=1))
-    said = re.search(r"(\d+) of 1,000 pairs weigh nothing \(--weighting threshold\)",
-                     capsys.readouterr().out)
-    assert 250 < int(said[1]) < 350
-    call(made, tmp_path / "b", train_omni, **edit(made, data="scenes:wrong=0.3", steps=1, weighting="score"))
-    assert "weigh nothing" not in capsys.readouterr().out
-    refused(made, tmp_path / "c", train_omni, "1,000 of 1,000 pairs of scenes:wrong=1 score less",
+def test_nothing_left_to_learn_from(made, tmp_path):
+    refused(made, tmp_path, train_omni, "--min_score, --tasks: 9.0, .*none of the 1,000,000 pairs",
             **edit(made, data="scenes:wrong=1"))
 
 
@@ -241,18 +241,9 @@ def test_chain(made, tmp_path):
     assert all(list((tmp_path / n / "images").glob("*.png")) for n in ("edit", "pefl"))
 
 
-def test_dry_run_says_what_it_needs(made, tmp_path, capsys):
-    train_omni.main(train_omni.Config(stage="edit", init=made["base"], dry_run=True, out=str(tmp_path / "x"),
-                                      image_size=32, wandb="off", device="cpu"))
-    text = capsys.readouterr().out
-    net = model.EditNet(model.inpainting(model.PRESETS["test"]))
-    assert f"{common.n_params(net) / 1e6:.1f} M parameters" in text
-    assert re.search(r"peak of a training step: \d", text) and not (tmp_path / "x").exists()
-
-
 @pytest.mark.parametrize("text, flags", [
     ("--stage: edit: .*--init", dict(init=None)),
-    ("--variant: controlnet: .*--cached", dict(variant="controlnet", cached=True)),
+    ("--variant: controlnet: .*--fixed_source", dict(variant="controlnet", fixed_source=True)),
     ("--drop_edit: 0.5", dict(drop_edit=0.5)),
     ("--min_score: 11", dict(min_score=11.0)),
     ("--p_region: 2", dict(p_region=2.0)),
@@ -264,7 +255,7 @@ def test_dry_run_says_what_it_needs(made, tmp_path, capsys):
     ("--tasks: paint=1.0: use numbers >= 0 for swap", dict(tasks="paint=1")),
     ("wrong=2", dict(data="scenes:wrong=2")),
     ("pictures: not a set of edit pairs", dict(data="pictures")),
-    ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, cached=True)),
+    ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, fixed_source=True)),
     ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, tasks="style=1")),
 ])
 def test_bad_values(made, tmp_path, text, flags):

@@ -23,13 +23,16 @@ from test_frozen import randomize as random_vae
 from test_frozen import to_diffusers as vae_to_diffusers
 from test_model import fp64_rms, inputs
 
-import common
-import frozen
-import weights
-from frozen import VAE, VAEConfig
-from kernels.bench_models import randomize, run_twin
+import checkpoint
+import rewards
 from model import PRESETS, Editor, EditorConfig, MMDiT, inpainting
-from text_encoders import CLIP_G, CLIP_L, T5_XXL, ClipText, T5Encoder
+from pretrained import __main__ as cli
+from pretrained import files, sd3
+from pretrained import text as text_encoders
+from pretrained.files import PARTS, Stored, header_hash, is_public, open_part, open_safetensors
+from pretrained.text import CLIP_G, CLIP_L, T5_XXL, ClipText, T5Encoder
+from pretrained.vae import VAE, VAEConfig, load_vae, vae_place
+from runs.bench_models import randomize, run_twin
 
 words = texts.files  # a fixture: a folder with a small vocab.json, merges.txt and T5's tokenizer.json
 F64, TOLERANCE = torch.float64, 1e-11  # of the largest output; a correct float64 copy reaches 1e-14
@@ -38,7 +41,7 @@ SD3 = EditorConfig(depth=2, heads=2, head_dim=64, patch=2, channels=4, pos_max=1
 KINDS = {"sd3": SD3, "sd3.5": replace(SD3, depth=3, heads=4, head_dim=16, qk_norm=True, dual=2)}
 SMALL = {"clip_l": replace(CLIP_L, width=64, heads=1, layers=2),
          "clip_g": replace(CLIP_G, width=128, heads=2, layers=3, project=128)}
-PREFIX = {name: part.prefix for name, part in weights.PARTS.items()}
+PREFIX = {name: part.prefix for name, part in PARTS.items()}
 PROMPTS = ["a photo of the red cat", "", "naïve 🙂 你好 " * 30]
 both = pytest.mark.parametrize("kind", KINDS)
 
@@ -125,7 +128,7 @@ def peers(states, words):
             bos_token_id=vocab - 2, pad_token_id=0)).double()
         identity = {} if cfg.project else {"text_projection.weight": torch.eye(cfg.width)}
         out[name].load_state_dict(states[name] | identity, strict=True)
-    t5 = weights.t5_config(weights.Stored(dict(states["t5xxl"]), states["t5xxl"].get), "")
+    t5 = text_encoders.t5_config(Stored(dict(states["t5xxl"]), states["t5xxl"].get), "")
     out["t5xxl"] = transformers.T5EncoderModel(transformers.T5Config(
         vocab_size=t5.vocab, d_model=t5.width, d_kv=t5.head_dim, d_ff=t5.hidden, num_layers=t5.layers,
         num_heads=t5.heads, feed_forward_proj="gated-gelu")).double()
@@ -146,7 +149,7 @@ def folders(peers, tokenizers, tmp_path_factory):
         out[kind] = str(root / kind)
         shutil.copytree(tokenizers, root / kind)
         (root / kind / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
-        for name, part in weights.PARTS.items():
+        for name, part in PARTS.items():
             size = {"max_shard_size": "1MB"} if name in ("mmdit", "t5xxl") else {}
             peers[kind if name == "mmdit" else name].save_pretrained(root / kind / part.folder, **size)
         assert len(list((root / kind / "transformer").glob("*-of-*.safetensors"))) > 1
@@ -154,7 +157,7 @@ def folders(peers, tokenizers, tmp_path_factory):
 
 
 def mmdit_error(path, peer):
-    cfg, state = weights.load_mmdit(path, F64)
+    cfg, state = sd3.load_mmdit(path, F64)
     net = MMDiT(cfg).double()
     net.load_state_dict(state, strict=True)
     errors = []
@@ -201,8 +204,8 @@ def test_transformer_equals_diffusers(kind, states, peers, folders, tmp_path):
     files = [single(tmp_path / "a.safetensors", states, kind, ()),
              single(tmp_path / "b.safetensors", states, kind, ALL), folders[kind]]
     for path in files:
-        assert weights.is_public(path)
-        cfg, state = weights.load_mmdit(path, F64)
+        assert is_public(path)
+        cfg, state = sd3.load_mmdit(path, F64)
         assert cfg == KINDS[kind]
         assert state.keys() == states[kind].keys()
         assert all(torch.equal(state[k], v) for k, v in states[kind].items())
@@ -218,14 +221,14 @@ def test_every_value_is_read_once(kind, folders, tmp_path):
         part = {k: torch.full_like(v, len(found) + i) for i, (k, v) in enumerate(load_file(shard).items())}
         found |= part
         save_file(part, shard)
-    _, state = weights.load_mmdit(str(folder), F64)
+    _, state = sd3.load_mmdit(str(folder), F64)
     assert sum(v.numel() for v in state.values()) == sum(v.numel() for v in found.values())
     assert {x.item() for v in state.values() for x in v.unique()} == set(range(len(found)))
 
 
 def test_autoencoder_equals_diffusers(states, peers, folders, tmp_path):
     for path in (single(tmp_path / "a.safetensors", states, "sd3"), folders["sd3"]):
-        vae = weights.load_vae(path, F64)
+        vae = load_vae(path, F64)
         assert vae.cfg == VAE_CFG and not vae.training and not any(p.requires_grad for p in vae.parameters())
         assert vae_error(vae, peers["vae"]) < TOLERANCE
 
@@ -236,28 +239,29 @@ def test_scale_of_a_folder_is_its_own(folders, tmp_path):
     for scale, shift, want in ((0.5, 0.25, (0.5, 0.25)), (0.5, None, (0.5, 0.0))):
         (folder / "vae/config.json").write_text(
             json.dumps(config | {"scaling_factor": scale, "shift_factor": shift}))
-        cfg = weights.load_vae(str(folder)).cfg
+        cfg = load_vae(str(folder)).cfg
         assert (cfg.scale, cfg.shift) == want
     for scale in ("big", 0, True):
         (folder / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": scale}))
         with pytest.raises(SystemExit, match="error: .*scaling_factor"):
-            weights.load_vae(str(folder))
+            load_vae(str(folder))
 
 
 @pytest.mark.parametrize("t5", [torch.float16, torch.float8_e4m3fn])
 def test_bundled_encoders_equal_diffusers(t5, states, peers, words, tokenizers, tmp_path, capsys):
     path = single(tmp_path / "a.safetensors", states, "sd3", ALL, t5xxl=t5)
-    text = weights.load_text(path, str(tokenizers), F64)
+    text = text_encoders.load_text(path, str(tokenizers), F64)
     assert max(text_errors(text, peers, words)) < TOLERANCE
     assert {p.dtype for p in text.parameters()} == {F64} and not text.training
     assert not any(p.requires_grad for p in text.parameters())
     assert text.t5xxl.shared.weight is text.t5xxl.encoder["embed_tokens"].weight
     assert capsys.readouterr().out == ""
-    assert weights.load_text(path, str(tokenizers), t5_length=9).encode_text(["x"])[0].shape == (1, 86, 192)
+    short = text_encoders.load_text(path, str(tokenizers), t5_length=9)
+    assert short.encode_text(["x"])[0].shape == (1, 86, 192)
 
 
 def test_encoders_of_a_folder_equal_diffusers(peers, folders, words):
-    text = weights.load_text(folders["sd3"], dtype=F64)  # its own tokenizers
+    text = text_encoders.load_text(folders["sd3"], dtype=F64)  # its own tokenizers
     assert max(text_errors(text, peers, words)) < TOLERANCE
 
 
@@ -267,19 +271,19 @@ def test_encoders_on_their_own_equal_diffusers(states, peers, words, tokenizers,
         for name in ("clip_l", "clip_g", "t5xxl"):
             state = {k: v.half() for k, v in states[name].items() if k not in drop}
             save_file(state, tmp_path / f"{name}{'_fp16' if name == 't5xxl' else ''}.safetensors")
-        text = weights.load_text(str(tmp_path), str(tokenizers), F64)
+        text = text_encoders.load_text(str(tmp_path), str(tokenizers), F64)
         assert max(text_errors(text, peers, words)) < TOLERANCE
 
 
 def test_without_t5(states, peers, words, tokenizers, tmp_path, capsys):
     path = single(tmp_path / "a.safetensors", states, "sd3", ("clip_l", "clip_g"))
-    text = weights.load_text(path, str(tokenizers), F64)
+    text = text_encoders.load_text(path, str(tokenizers), F64)
     assert max(text_errors(text, peers, words, t5=False)) < TOLERANCE
     assert text_errors(text, peers, words)[0] > 0.1
     line = capsys.readouterr().out
     assert path in line and "holds no T5" in line and line.count("\n") == 1
     path = single(tmp_path / "b.safetensors", states, "sd3", ALL)
-    blind = weights.load_text(path, str(tokenizers), F64, t5=False)
+    blind = text_encoders.load_text(path, str(tokenizers), F64, t5=False)
     assert blind.t5xxl is None and blind.width == SD3.txt_dim and capsys.readouterr().out == ""
     assert all(torch.equal(a, b) for a, b in zip(blind.encode_text(PROMPTS), text.encode_text(PROMPTS)))
 
@@ -290,7 +294,7 @@ def test_a_projection_that_is_no_identity_counts(peers, words, folders, tmp_path
     state = load_file(file)
     state = {**state, "text_projection.weight": torch.randn(64, 64, dtype=F64)}
     save_file(state, file, metadata={"format": "pt"})
-    text = weights.load_text(str(folder), dtype=F64)
+    text = text_encoders.load_text(str(folder), dtype=F64)
     assert text_errors(text, peers, words)[1] > 0.1
     other = type(peers["clip_l"]).from_pretrained(folder / "text_encoder", dtype=F64)
     assert max(text_errors(text, {**peers, "clip_l": other}, words)) < TOLERANCE
@@ -298,28 +302,28 @@ def test_a_projection_that_is_no_identity_counts(peers, words, folders, tmp_path
 
 def test_only_what_is_asked_for_is_read(states, tokenizers, tmp_path, monkeypatch):
     """A mapped tensor costs read-ahead: those of the other parts are not even mapped; none is read twice."""
-    path, read, right = single(tmp_path / "a.safetensors", states, "sd3", ALL), [], weights.open_safetensors
+    path, read, right = single(tmp_path / "a.safetensors", states, "sd3", ALL), [], open_safetensors
 
     def opened(file):
         stored = right(file)
         return replace(stored, read=lambda name: read.append(name) or stored.read(name))
-    monkeypatch.setattr(weights, "open_safetensors", opened)
-    for call, name in ((weights.load_mmdit, "mmdit"), (weights.load_vae, "vae")):
+    monkeypatch.setattr(files, "open_safetensors", opened)
+    for call, name in ((sd3.load_mmdit, "mmdit"), (load_vae, "vae")):
         call(path)
         assert len(read) == len(states["sd3" if name == "mmdit" else name]) == len(set(read))
         assert all(k.startswith(PREFIX[name]) for k in read)
         read.clear()
-    weights.show(path)
+    cli.show(path)
     assert not read
-    weights.load_text(path, str(tokenizers), t5=False)
+    text_encoders.load_text(path, str(tokenizers), t5=False)
     assert sorted({k.split(".")[1] for k in read}) == ["clip_g", "clip_l"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype, states, tokenizers, tmp_path):
     path = single(tmp_path / "a.safetensors", states, "sd3", ALL)
-    _, state = weights.load_mmdit(path, dtype)
-    nets = weights.load_vae(path, dtype), weights.load_text(path, str(tokenizers), dtype)
+    _, state = sd3.load_mmdit(path, dtype)
+    nets = load_vae(path, dtype), text_encoders.load_text(path, str(tokenizers), dtype)
     assert {v.dtype for v in (*state.values(), *(p for n in nets for p in n.parameters()))} == {dtype}
     want = {k: v.to(dtype) for k, v in states["sd3"].items()}
     assert all(torch.equal(state[k], v) for k, v in want.items())
@@ -361,16 +365,16 @@ def test_the_comparisons_notice(mistake, states, peers, words, tokenizers, tmp_p
     if part == "sd3":
         assert mmdit_error(path, peers["sd3"]) > 1e-3
     elif part == "vae":
-        assert vae_error(weights.load_vae(path, F64), peers["vae"]) > 1e-3
+        assert vae_error(load_vae(path, F64), peers["vae"]) > 1e-3
     else:
-        assert max(text_errors(weights.load_text(path, str(tokenizers), F64), peers, words)) > 1e-3
+        assert max(text_errors(text_encoders.load_text(path, str(tokenizers), F64), peers, words)) > 1e-3
 
 
 def test_the_comparison_notices_a_wrong_map(peers, folders, monkeypatch):
     """A folder read without swapping the halves back."""
-    right = weights.mmdit_place
+    right = sd3.mmdit_place
     assert mmdit_error(folders["sd3"], peers["sd3"]) < TOLERANCE
-    monkeypatch.setattr(weights, "mmdit_place", lambda key, depth: replace(right(key, depth), swap=False))
+    monkeypatch.setattr(sd3, "mmdit_place", lambda key, depth: replace(right(key, depth), swap=False))
     assert mmdit_error(folders["sd3"], peers["sd3"]) > 0.1
 
 
@@ -410,13 +414,13 @@ def test_published_files(preset, parts, tmp_path, capsys):
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(raw)) + raw)
         f.truncate(8 + len(raw) + at)
-    weights.show(str(path))
-    stored, config = weights.open_part(str(path), "mmdit")
-    assert weights.editor_config(stored.headers, config, str(path)) == PRESETS[preset]
+    cli.show(str(path))
+    stored, config = open_part(str(path), "mmdit")
+    assert sd3.editor_config(stored.headers, config, str(path)) == PRESETS[preset]
     out = capsys.readouterr().out
     assert f"{preset}: 24 blocks, 24 heads of 64" in out and len(out.splitlines()) == 2 + len(parts)
     assert f"{sum(v.numel() for k, v in tensors.items() if k.startswith(PREFIX['mmdit'])):,} values" in out
-    assert len(weights.header_hash(str(path))) == 64
+    assert len(header_hash(str(path))) == 64
 
 
 def test_published_names_in_diffusers():
@@ -424,7 +428,7 @@ def test_published_names_in_diffusers():
     with torch.device("meta"):
         own = VAE(VAEConfig()).state_dict()
     theirs = vae_to_diffusers(own)
-    places = {k: weights.vae_place(k, 4) for k in own}
+    places = {k: vae_place(k, 4) for k in own}
     assert [n for p in places.values() for n in p.names] == list(theirs)
     assert all((theirs[p.names[0]].ndim != own[k].ndim) == p.flat for k, p in places.items())
 
@@ -448,7 +452,7 @@ def their_transformer(folder):
 def test_export_loads_in_diffusers(kind, inpaint, shard, peers, tmp_path):
     cfg = inpainting(KINDS[kind]) if inpaint else KINDS[kind]
     net = randomize(MMDiT(cfg)).double()
-    folder = weights.export_diffusers(cfg, net.state_dict(), str(tmp_path), shard)
+    folder = sd3.export_diffusers(cfg, net.state_dict(), str(tmp_path), shard)
     files = sorted(p.name for p in folder.iterdir())
     many = shard < 10**9
     assert any("-00001-of-" in f for f in files) == many and ("diffusion_pytorch_model.safetensors" in
@@ -459,11 +463,11 @@ def test_export_loads_in_diffusers(kind, inpaint, shard, peers, tmp_path):
     theirs, x = their_transformer(folder), inputs(cfg)
     with torch.no_grad():
         assert error(net(*x), run_twin(theirs, *x)) < TOLERANCE
-    again, state = weights.load_mmdit(str(tmp_path), F64)
-    assert weights.is_public(str(tmp_path)) and again == cfg
+    again, state = sd3.load_mmdit(str(tmp_path), F64)
+    assert is_public(str(tmp_path)) and again == cfg
     assert all(torch.equal(state[k], v) for k, v in net.state_dict().items())
     with pytest.raises(SystemExit, match="error: .*transformer: is there already"):
-        weights.export_diffusers(cfg, net.state_dict(), str(tmp_path))
+        sd3.export_diffusers(cfg, net.state_dict(), str(tmp_path))
 
 
 def test_export_refuses_what_diffusers_has_not(tmp_path):
@@ -471,7 +475,7 @@ def test_export_refuses_what_diffusers_has_not(tmp_path):
     for cfg, why in ((replace(SD3, predict="x0"), "predicts x0"), (replace(SD3, txt_bytes=64), "own text"),
                      (replace(SD3, depth=3), "missing"), (replace(SD3, txt_dim=64), "instead of")):
         with pytest.raises(SystemExit, match=f"error: .*{why}") as e:
-            weights.export_diffusers(cfg, state, str(tmp_path))
+            sd3.export_diffusers(cfg, state, str(tmp_path))
         assert "\n" not in str(e.value)
     assert not any(tmp_path.iterdir())
 
@@ -479,35 +483,35 @@ def test_export_refuses_what_diffusers_has_not(tmp_path):
 def test_export_leaves_nothing_of_a_failure(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(SystemExit, match="error: .*No space left"):
-        weights.export_diffusers(SD3, MMDiT(SD3).state_dict(), str(tmp_path))
+        sd3.export_diffusers(SD3, MMDiT(SD3).state_dict(), str(tmp_path))
     assert not any(tmp_path.iterdir())
 
 
 def command(*arguments):
-    return run_script(weights.__file__, *arguments)
+    return run_script(Path(sd3.__file__).with_name("__main__.py"), *arguments)
 
 
 def test_commands(tmp_path, capsys):
     """export takes the averaged weights; show, usage and errors are short."""
     nets = {name: randomize(Editor(SD3), seed) for seed, name in enumerate(("model", "ema"))}
-    common.write_checkpoint(tmp_path / "run/step_00000001", 1, {k: v.state_dict() for k, v in nets.items()},
+    checkpoint.write(tmp_path / "run/step_00000001", 1, {k: v.state_dict() for k, v in nets.items()},
                             {"arch": nets["ema"].arch})
     done = command("export", tmp_path / "run", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    _, state = weights.load_mmdit(str(tmp_path / "out"))
+    _, state = sd3.load_mmdit(str(tmp_path / "out"))
     assert all(torch.equal(state[k], v) for k, v in nets["ema"].mmdit.state_dict().items())
-    assert not weights.is_public(str(tmp_path / "run")) and weights.is_public(str(tmp_path / "out"))
-    weights.show(str(tmp_path / "out"))
+    assert not is_public(str(tmp_path / "run")) and is_public(str(tmp_path / "out"))
+    cli.show(str(tmp_path / "out"))
     shown = capsys.readouterr().out
     assert "float32" in shown and "of another size: 2 blocks, 2 heads of 64" in shown
     bad = command("show", tmp_path / "run")
     assert bad.returncode == 1 and re.fullmatch(r"error: [^\n]+\n", bad.stderr)
-    assert "usage: python weights.py show PATH" in command("show").stderr
+    assert "usage: python -m pretrained show PATH" in command("show").stderr
     path = tmp_path / "other.safetensors"
     save_file({"a.b": torch.ones(3), "a.c": torch.ones(2, dtype=torch.int8), "d": torch.ones(1)}, path)
-    weights.show(str(path))
+    cli.show(str(path))
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("a "))
     assert "2 tensors, 5 values: float32 0.000 GB, int8" in line
 
@@ -515,9 +519,9 @@ def test_commands(tmp_path, capsys):
 def test_export_wants_an_editor(tmp_path):
     editor = Editor(PRESETS["test"])
     for arch, why in ((editor.arch, "predicts x0"), ({"kind": "reward"}, "holds a 'reward'")):
-        common.write_checkpoint(tmp_path / why, 1, {"model": editor.state_dict()}, {"arch": arch})
+        checkpoint.write(tmp_path / why, 1, {"model": editor.state_dict()}, {"arch": arch})
         with pytest.raises(SystemExit, match=f"error: .*{why}"):
-            weights.export(str(tmp_path / why), str(tmp_path / "out"))
+            cli.export(str(tmp_path / why), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -576,7 +580,7 @@ CHANGES = {  # what is done to the tensors of a whole file, what the line says
 def test_a_changed_file(change, states, tmp_path):
     path = single(tmp_path / "a.safetensors", states, "sd3")
     resaved(path, CHANGES[change][0])
-    assert path in one_line(weights.load_mmdit, path, why=CHANGES[change][1])
+    assert path in one_line(sd3.load_mmdit, path, why=CHANGES[change][1])
 
 
 def test_files_that_cannot_be_read(states, tmp_path, capsys):
@@ -589,15 +593,15 @@ def test_files_that_cannot_be_read(states, tmp_path, capsys):
     for name, raw in cases.items():
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(raw)
-        for call in (weights.load_mmdit, weights.load_vae, weights.header_hash, weights.show):
+        for call in (sd3.load_mmdit, load_vae, header_hash, cli.show):
             assert str(path) in one_line(call, str(path), why="cannot be read")
-    one_line(weights.load_mmdit, str(tmp_path / "absent.safetensors"), why="cannot be read")
-    one_line(weights.load_mmdit, str(tmp_path / "absent"), why="neither a .safetensors file nor a folder")
+    one_line(sd3.load_mmdit, str(tmp_path / "absent.safetensors"), why="cannot be read")
+    one_line(sd3.load_mmdit, str(tmp_path / "absent"), why="neither a .safetensors file nor a folder")
     for name in ("bomb", "bomb.ckpt", "bomb.pt"):  # never a pickle, not even a good one
         shutil.copy(tmp_path / "bomb", tmp_path / "copy")
         os.replace(tmp_path / "copy", tmp_path / name)
-        one_line(weights.load_mmdit, str(tmp_path / name), why="neither a .safetensors file nor a folder")
-    one_line(weights.load_vae, single(tmp_path / "b.safetensors", states, "sd3", ()), why="no autoencoder")
+        one_line(sd3.load_mmdit, str(tmp_path / name), why="neither a .safetensors file nor a folder")
+    one_line(load_vae, single(tmp_path / "b.safetensors", states, "sd3", ()), why="no autoencoder")
     assert "executed" not in capsys.readouterr().out
 
 
@@ -610,18 +614,18 @@ def test_every_kind_of_flipped_bit_in_the_header_is_found(states, tmp_path):
     for bit in [*range(64), *rng.sample(range(64, 8 * size), 600)]:
         whole[bit // 8] ^= 1 << bit % 8
         path.write_bytes(whole)
-        one_line(weights.load_mmdit, str(path))
+        one_line(sd3.load_mmdit, str(path))
         whole[bit // 8] ^= 1 << bit % 8
     whole[-1] ^= 0x80  # the sign of a value
     path.write_bytes(whole)
-    assert weights.load_mmdit(str(path))[0] == SD3
+    assert sd3.load_mmdit(str(path))[0] == SD3
 
 
 def test_values_too_large_for_the_dtype(states, tmp_path):
     path = single(tmp_path / "a.safetensors", states, "sd3", mmdit=torch.float32)
     resaved(path, lambda s: s[MM + "pos_embed"].fill_(1e5))
-    one_line(weights.load_mmdit, path, torch.float16, why="'pos_embed' has values too large for .*float16")
-    assert weights.load_mmdit(path, torch.bfloat16)[1]["pos_embed"].max() > 9e4
+    one_line(sd3.load_mmdit, path, torch.float16, why="'pos_embed' has values too large for .*float16")
+    assert sd3.load_mmdit(path, torch.bfloat16)[1]["pos_embed"].max() > 9e4
 
 
 def test_folders_that_lack_something(folders, tmp_path):
@@ -632,31 +636,32 @@ def test_folders_that_lack_something(folders, tmp_path):
     gone = [s.name for s in shards[1::2]]
     for name in gone:
         (half / "text_encoder_3" / name).unlink()
-    line = one_line(weights.load_text, str(half), why=f"{len(gone)} of {len(shards)} shards are missing")
+    why = f"{len(gone)} of {len(shards)} shards are missing"
+    line = one_line(text_encoders.load_text, str(half), why=why)
     assert gone[0] in line and shards[0].name not in line
-    assert weights.load_text(str(half), t5=False).t5xxl is None
+    assert text_encoders.load_text(str(half), t5=False).t5xxl is None
     index = "diffusion_pytorch_model.safetensors.index.json"
     for text, why in (("{", "cannot be read"), ("[]", "no table"), ("{}", "no table of shards"),
                       ('{"weight_map": {"a": "../x"}}', "no table of shards"),
                       ('{"weight_map": {"a": 3}}', "no table of shards")):
         (half / "transformer" / index).write_text(text)
-        assert index in one_line(weights.load_mmdit, str(half), why=why)
+        assert index in one_line(sd3.load_mmdit, str(half), why=why)
     swapped = copy("swapped") / "transformer"
     a, b, *_ = sorted(swapped.glob("*-of-*"))
     shutil.copy(a, b)  # the same shard twice
-    one_line(weights.load_mmdit, str(swapped.parent), why=f"{b.name}: .* not in both")
+    one_line(sd3.load_mmdit, str(swapped.parent), why=f"{b.name}: .* not in both")
     for name in ("vae", "transformer", "text_encoder", "text_encoder_2"):
         bare = copy(f"no_{name}")
         shutil.rmtree(bare / name)
-        call = {"vae": weights.load_vae, "transformer": weights.load_mmdit}.get(name, weights.load_text)
+        call = {"vae": load_vae, "transformer": sd3.load_mmdit}.get(name, text_encoders.load_text)
         one_line(call, str(bare), why="holds no|is missing")
     for file in (tmp_path / "no_vae/transformer").glob("*.safetensors*"):
         file.unlink()
-    one_line(weights.load_mmdit, str(tmp_path / "no_vae"), why="has neither diffusion_pytorch_model.safe")
+    one_line(sd3.load_mmdit, str(tmp_path / "no_vae"), why="has neither diffusion_pytorch_model.safe")
     (tmp_path / "nothing").mkdir()
-    for call in (weights.load_mmdit, weights.load_vae, weights.header_hash, weights.show):
+    for call in (sd3.load_mmdit, load_vae, header_hash, cli.show):
         one_line(call, str(tmp_path / "nothing"))
-    assert not weights.is_public(str(tmp_path / "nothing"))
+    assert not is_public(str(tmp_path / "nothing"))
 
 
 def test_half_precision_copies_in_a_folder(folders, states, tmp_path):
@@ -666,14 +671,14 @@ def test_half_precision_copies_in_a_folder(folders, states, tmp_path):
     index.rename(index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json"))
     whole = folder / "text_encoder_2/model.safetensors"
     whole.rename(whole.with_name("model.fp16.safetensors"))
-    _, state = weights.load_mmdit(str(folder), F64)
+    _, state = sd3.load_mmdit(str(folder), F64)
     assert all(torch.equal(state[k], v) for k, v in states["sd3"].items())
-    assert weights.load_text(str(folder)).clip_g.cfg.layers == 3
+    assert text_encoders.load_text(str(folder)).clip_g.cfg.layers == 3
 
 
 def test_tokenizers_that_do_not_match(states, tokenizers, tmp_path):
     path = single(tmp_path / "a.safetensors", states, "sd3", ALL)
-    one_line(weights.load_text, path, why="holds no tokenizer/.*: name a folder of tokenizers")
+    one_line(text_encoders.load_text, path, why="holds no tokenizer/.*: name a folder of tokenizers")
     other = shutil.copytree(tokenizers, tmp_path / "other")
     vocab = json.loads((other / "tokenizer_2/vocab.json").read_text())
     del vocab["z</w>"]
@@ -681,21 +686,21 @@ def test_tokenizers_that_do_not_match(states, tokenizers, tmp_path):
         (other / "tokenizer_2/vocab.json").write_text(json.dumps(table))
         merges = other / "tokenizer_2/merges.txt"
         merges.write_text("#version: 0.2\n")
-        one_line(weights.load_text, path, str(other), why=r"tokenizer_2: \d+ tokens, but .* embeds")
+        one_line(text_encoders.load_text, path, str(other), why=r"tokenizer_2: \d+ tokens, but .* embeds")
     shutil.rmtree(other / "tokenizer_2")
-    one_line(weights.load_text, path, str(other), why="tokenizer_2/vocab.json: no such file")
+    one_line(text_encoders.load_text, path, str(other), why="tokenizer_2/vocab.json: no such file")
     shutil.copytree(tokenizers / "tokenizer", other / "tokenizer_2")
     reader = texts.Tokenizer.from_file(str(other / "tokenizer_3/tokenizer.json"))
     reader.add_tokens([f"token{i}" for i in range(200)])
     reader.save(str(other / "tokenizer_3/tokenizer.json"))
-    one_line(weights.load_text, path, str(other), why=r"tokenizer_3: \d+ tokens, but .* embeds")
+    one_line(text_encoders.load_text, path, str(other), why=r"tokenizer_3: \d+ tokens, but .* embeds")
     (other / "tokenizer_3/tokenizer.json").unlink()
-    one_line(weights.load_text, path, str(other), why="no such tokenizer.json")
+    one_line(text_encoders.load_text, path, str(other), why="no such tokenizer.json")
 
 
 def test_encoders_that_do_not_fit(states, tokenizers, tmp_path):
     path = single(tmp_path / "a.safetensors", states, "sd3", ("vae",))
-    one_line(weights.load_text, path, str(tokenizers), why="holds no clip_l: give")
+    one_line(text_encoders.load_text, path, str(tokenizers), why="holds no clip_l: give")
     parts = ("clip_l", "clip_g", "t5xxl")
     for name, key, change, why in (
             ("clip_g", "text_projection.weight", None, "no text_projection.weight"),
@@ -706,29 +711,29 @@ def test_encoders_that_do_not_fit(states, tokenizers, tmp_path):
         state = {k: v for k, v in states[name].items() if k != key}
         state |= {key: change(states[name][key])} if change else {}
         path = single(tmp_path / "a.safetensors", {**states, name: state}, "sd3", parts)
-        one_line(weights.load_text, path, str(tokenizers), why=why)
+        one_line(text_encoders.load_text, path, str(tokenizers), why=why)
     narrow = {k: v[..., :128].clone() if v.ndim == 2 and v.shape[1] == 192 else v[:128].clone() if
               v.shape[0] == 192 else v for k, v in states["t5xxl"].items()}
     path = single(tmp_path / "a.safetensors", {**states, "t5xxl": narrow}, "sd3", parts)
-    one_line(weights.load_text, path, str(tokenizers), why="192 wide together, more than T5's 128")
+    one_line(text_encoders.load_text, path, str(tokenizers), why="192 wide together, more than T5's 128")
 
 
 def test_vgg16(tmp_path, capsys):
     """torchvision's file with its classifier, pickled or not; a bomb; a tensor less."""
-    net = frozen.VGG16()
+    net = rewards.VGG16()
     state = {**net.state_dict(), "features.24.weight": torch.ones(1), "classifier.0.bias": torch.ones(2)}
     torch.save(state, tmp_path / "vgg.pth")
-    weights.convert(str(tmp_path / "vgg.pth"), str(tmp_path / "vgg.safetensors"))
+    cli.convert(str(tmp_path / "vgg.pth"), str(tmp_path / "vgg.safetensors"))
     x = torch.rand(1, 3, 16, 16)
     for name in ("vgg.pth", "vgg.safetensors"):
-        ours = frozen.load_vgg16(str(tmp_path / name))
+        ours = rewards.load_vgg16(str(tmp_path / name))
         assert all(torch.equal(a, b) for a, b in zip(ours(x), net(x))) and not ours.training
     torch.save({"x": Bomb()}, tmp_path / "bomb.pth")
     torch.save({k: v for k, v in state.items() if k != "features.5.bias"}, tmp_path / "less.pth")
-    one_line(frozen.load_vgg16, str(tmp_path / "bomb.pth"), why="--vgg: .*bomb.pth: cannot be read")
-    one_line(frozen.load_vgg16, str(tmp_path / "less.pth"), why="--vgg: .*missing .features.5.bias")
+    one_line(rewards.load_vgg16, str(tmp_path / "bomb.pth"), why="--vgg: .*bomb.pth: cannot be read")
+    one_line(rewards.load_vgg16, str(tmp_path / "less.pth"), why="--vgg: .*missing .features.5.bias")
     assert "executed" not in capsys.readouterr().out
-    one_line(weights.convert, str(tmp_path / "vgg.pth"), str(tmp_path / "no/x.safetensors"), why="be written")
+    one_line(cli.convert, str(tmp_path / "vgg.pth"), str(tmp_path / "no/x.safetensors"), why="be written")
     assert (tmp_path / "vgg.safetensors").stat().st_mode & 0o777 == 0o644
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -739,7 +744,8 @@ def test_vgg16(tmp_path, capsys):
 
 MEASURE = """
 import re, sys, threading, time
-import torch, weights
+import torch
+from pretrained.sd3 import load_mmdit
 from model import MMDiT
 from safetensors.torch import load_file
 
@@ -769,8 +775,8 @@ def plainly():
     return net
 
 path = sys.argv[1]
-small = weights.load_mmdit(sys.argv[2])  # threads and allocators are warm
-ours, (cfg, state) = peak(lambda: weights.load_mmdit(path))
+small = load_mmdit(sys.argv[2])  # threads and allocators are warm
+ours, (cfg, state) = peak(lambda: load_mmdit(path))
 size = sum(v.nbytes for v in state.values())
 del state
 theirs, net = peak(plainly)
@@ -786,7 +792,7 @@ def test_loading_holds_one_copy(states, tmp_path):
     large = single(tmp_path / "large.safetensors", {"x": net.state_dict()}, "x", ())
     small = single(tmp_path / "small.safetensors", states, "sd3", ())
     done = subprocess.run([sys.executable, "-c", MEASURE, large, small], capture_output=True, text=True,
-                          cwd=Path(weights.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          cwd=Path(sd3.__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     size, ours, theirs = map(int, done.stdout.split())
     assert size > 60e6 and 0.95 * size < ours < 1.15 * size < 1.8 * size < theirs
@@ -794,15 +800,15 @@ def test_loading_holds_one_copy(states, tmp_path):
 
 def test_fingerprints(states, folders, tmp_path):
     path = single(tmp_path / "a.safetensors", states, "sd3")
-    seen = [weights.header_hash(p) for p in (path, folders["sd3"], folders["sd3.5"])]
+    seen = [header_hash(p) for p in (path, folders["sd3"], folders["sd3.5"])]
     shutil.copy(path, tmp_path / "copy.safetensors")
-    assert weights.header_hash(str(tmp_path / "copy.safetensors")) == seen[0]
+    assert header_hash(str(tmp_path / "copy.safetensors")) == seen[0]
     resaved(path, lambda s: s[MM + "final_layer.linear.bias"].add_(0.5))  # one small tensor
-    seen.append(weights.header_hash(path))
-    seen.append(weights.header_hash(single(path, states, "sd3", mmdit=torch.bfloat16)))
+    seen.append(header_hash(path))
+    seen.append(header_hash(single(path, states, "sd3", mmdit=torch.bfloat16)))
     folder = shutil.copytree(folders["sd3"], tmp_path / "x")
-    assert weights.header_hash(str(folder)) == seen[1]
+    assert header_hash(str(folder)) == seen[1]
     for file in ("vae/config.json", "tokenizer/merges.txt"):
         (folder / file).write_text((folder / file).read_text() + "\n")
-        seen.append(weights.header_hash(str(folder)))
+        seen.append(header_hash(str(folder)))
     assert len(set(seen)) == len(seen) == 7

@@ -1,7 +1,7 @@
 """Text features and latents on disk: made once, so that training need not encode anything.
 
-    python cache.py --base sd3_medium --data omniedit:DIR --edits True --image_size 512 --out CACHE
-    torchrun --nproc_per_node=8 cache.py ...     # the ranks share out the shards
+    python make_cache.py --base sd3_medium --data omniedit:DIR --edits True --image_size 512 --out CACHE
+    torchrun --nproc_per_node=8 make_cache.py ...     # the ranks share out the shards
 
 The same command goes on after any kind of stop, and makes damaged shards anew. In CACHE:
 
@@ -22,11 +22,9 @@ Train scripts read it through `open_cache`. Every entry has a CRC-32, which is c
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,16 +37,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import checkpoint
 import common
-import data
-import weights
-from edits import PRESETS
+import log
+import masks
+from data import bucket, fit, fit_pair, open_edits, open_source, shapes
 from kernels import dispatch
-from order import bucket, shapes, size_of
-from pictures import MAX_BAD, MAX_CAPTION, BadFile, clean_caption, printable, too_many
+from pretrained import text as text_encoders
+from pretrained.files import header_hash
+from pretrained.vae import load_vae
+from readers.cached import CLIP_TOKENS, differences, fingerprint, key_of, latent_crc, text_crc
+from readers.edits import PRESETS
+from readers.files import MAX_BAD, MAX_CAPTION, BadFile, clean_caption, printable, size_of, too_many
+from readers.pictures import CAPTION_COLUMNS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CLIP_TOKENS = 77
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Config:
     edits: bool = False  # the data are edit pairs
     split: Literal["train", "heldout", "all"] = "train"  # of the data; each split has a cache of its own
     limit: int = 0  # procedural data only: cache the first so many
-    text: str | None = None  # text encoders that are not in --base: a file or folder (see weights.load_text)
+    text: str | None = None  # text encoders that are not in --base: a file or folder (pretrained/text.py)
     tokenizers: str | None = None  # folder of the tokenizers, where they do not come with the text encoders
     t5: bool = True  # False: zeros in place of T5's tokens, which are not stored
     t5_length: int = 77  # T5's tokens: part of what the model is trained on
@@ -83,7 +86,7 @@ def main(cfg: Config) -> None:
         signal.signal(s, signal.SIG_DFL)  # what is on disk is all the state there is: nothing to save
 
     # 1) what there is to do: the same lists on every rank
-    source = (data.open_edits if cfg.edits else data.open_source)(cfg.data, cfg.split)
+    source = (open_edits if cfg.edits else open_source)(cfg.data, cfg.split)
     n = items_of(cfg, source)
     out, plan = Path(cfg.out), make_plan(cfg, source, n)
     captions = all_captions(source, n, cfg.edits)
@@ -92,7 +95,7 @@ def main(cfg: Config) -> None:
     texts, parts = shards("text", len(captions), cfg.text_shard), shards("latents", n, cfg.shard)
     every = {**texts, **(parts if cfg.latents else {})}
     mine = list(every)[dist.rank::dist.world]
-    bar = common.progress(len(mine), 0, "verify", dist)
+    bar = log.progress(len(mine), 0, "verify", dist)
     missing = []
     for name in mine:
         missing += [] if verified(out / name) else [name]
@@ -107,16 +110,16 @@ def main(cfg: Config) -> None:
     if todo:
         # the encoders compute in it too, but not where torch would emulate 16 bits
         computes = DTYPES[cfg.dtype] if dispatch.has_bf16(dist.device) else torch.float32
-        text = weights.load_text(cfg.text or cfg.base, cfg.tokenizers, computes, dist.device, cfg.t5,
+        text = text_encoders.load_text(cfg.text or cfg.base, cfg.tokenizers, computes, dist.device, cfg.t5,
                                  cfg.t5_length)
         if cfg.t5 and text.t5xxl is None:
             raise SystemExit(f"error: {cfg.text or cfg.base}: holds no T5: name encoders with --text, or say "
                              "--t5 False for zeros in its place")
-    vae = weights.load_vae(cfg.base, torch.float32, "cpu") if cfg.latents else None
+    vae = load_vae(cfg.base, torch.float32, "cpu") if cfg.latents else None
     if vae and cfg.stride % vae.stride:
         raise SystemExit(f"error: --stride: {cfg.stride}: use a multiple of the VAE's, {vae.stride}")
     room(cfg, out, every, texts, text, vae)
-    bar = common.progress(sum(len(texts[name]) for name in todo), 0, "text", dist)
+    bar = log.progress(sum(len(texts[name]) for name in todo), 0, "text", dist)
     for name in todo:
         shard = [captions[k] for k in texts[name]]
         write(out / name, text_shard(text, shard, DTYPES[cfg.dtype], cfg.text_batch, bar))
@@ -130,23 +133,17 @@ def main(cfg: Config) -> None:
     if todo:
         make_latents(cfg, source, {name: parts[name] for name in todo}, vae.to(dist.device), dist)
     finish(out, plan, every, captions, dist.rank)
-    common.print0(common.peak_memory())
+    common.print0(log.peak_memory())
     common.cleanup()
 
 
 def check(cfg: Config) -> None:
     """Refuse values that cannot work, before anything is opened."""
-    def refuse(flag, text):
-        raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
-
-    for flag in ("image_size", "stride", "t5_length", "text_batch", "batch_size", "text_shard", "shard"):
-        if getattr(cfg, flag) < 1:
-            refuse(flag, "must be at least 1")
-    for flag in ("limit", "workers"):
-        if getattr(cfg, flag) < 0:
-            refuse(flag, "must not be negative")
+    common.check_bounds(
+        cfg, not_negative=("limit", "workers"),
+        at_least_1=("image_size", "stride", "t5_length", "text_batch", "batch_size", "text_shard", "shard"))
     if cfg.image_size % cfg.stride:
-        refuse("image_size", f"use a multiple of --stride, {cfg.stride}")
+        common.refuse(cfg, "image_size", f"use a multiple of --stride, {cfg.stride}")
 
 
 def items_of(cfg: Config, source) -> int:
@@ -178,7 +175,7 @@ def wordings(source, n: int):
         return
     if hasattr(source, "groups"):
         preset = getattr(source, "preset", None)
-        names = PRESETS[preset].instruction if preset else data.CAPTION_COLUMNS
+        names = PRESETS[preset].instruction if preset else CAPTION_COLUMNS
         cells = source.groups.light(lambda there: [next((c for c in names if c in there), None)])
         rows = iter(source.rows.tolist())
         row = next(rows, None)
@@ -204,62 +201,19 @@ def wordings(source, n: int):
 
 def all_captions(source, n: int, edits: bool) -> list[str]:
     """The distinct texts, cleaned as the loaders do, in the order of their keys."""
-    found = {""} if edits else {"", data.ERASE_PROMPT}
+    found = {""} if edits else {"", masks.ERASE_PROMPT}
     for texts in wordings(source, n):
         found.update(clean_caption(text)[0] for text in texts)
     return sorted(found, key=key_of)
-
-
-def key_of(caption: str) -> int:
-    """int64 by which a text is found; the whole of it goes into its entry's CRC, so a clash is noticed."""
-    return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "little", signed=True)
-
-
-def fingerprint(source, n: int) -> str:
-    """Hash over what the source names: files, their sizes, rows, captions; not over what pictures show."""
-    digest = hashlib.sha256()
-
-    def add(*values):
-        digest.update(json.dumps(values, default=str).encode("utf-8", "surrogatepass") + b"\n")
-
-    def size(file):
-        try:
-            return os.path.getsize(file)
-        except OSError:
-            return -1
-
-    add(type(source).__name__, n)
-    if hasattr(source, "groups"):
-        for file in source.groups.files:
-            add(os.path.basename(file), size(file))
-        add([(start, group) for _, start, group, _ in source.groups.groups])
-        digest.update(np.asarray(source.rows, np.int64).tobytes())
-    elif hasattr(source, "wordings"):  # packed: its index has a CRC of every item
-        digest.update(source.rows.tobytes())
-    elif size_of(source, 0) is None:
-        add(source.name, source.seed, getattr(source, "wrong", None))
-    elif hasattr(source, "root") and hasattr(source, "caption"):
-        for row in source.rows:
-            add(row, size(os.path.join(source.root, row.file)))
-            if row.caption is None:
-                add(size(os.path.join(source.root, os.path.splitext(row.file)[0] + ".txt")))
-    else:
-        for i in range(n):
-            try:
-                *pictures, captions, _, _ = source._row(i)
-                add(captions, *((os.path.basename(p[0]), size(p[0])) for p in pictures if p))
-            except BadFile:
-                add(i, "bad")
-    return digest.hexdigest()
 
 
 def make_plan(cfg: Config, source, n: int) -> dict:
     """All that decides what the shards hold, as it is kept in plan.json and asked for by `open_cache`."""
     flags = ("base", "data", "split", "edits", "t5", "t5_length", "dtype", "latents", "text_shard")
     made = {key: getattr(cfg, key) for key in flags}
-    made |= {"weights": weights.header_hash(cfg.base), "source": source.name, "items": n}
+    made |= {"weights": header_hash(cfg.base), "source": source.name, "items": n}
     if cfg.text:
-        made |= {"text": cfg.text, "text_hash": weights.header_hash(cfg.text)}
+        made |= {"text": cfg.text, "text_hash": header_hash(cfg.text)}
     if cfg.tokenizers:
         made |= {"tokenizers": cfg.tokenizers, "tokenizers_hash": tokenizers_hash(cfg.tokenizers)}
     if cfg.latents:
@@ -278,7 +232,7 @@ def tokenizers_hash(folder: str) -> str:
         raise SystemExit(f"error: --tokenizers: {folder}: holds no tokenizer/, tokenizer_2/, tokenizer_3/: "
                          "name the folder that does")
     for file in files:
-        digest.update(f"{file.relative_to(folder)} {common.sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder)} {checkpoint.sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -300,22 +254,6 @@ def keep_plan(out: Path, plan: dict, rank: int) -> None:
     else:
         raise SystemExit(f"error: {out}: holds a cache of {changed or 'other texts'}: give another --out, or "
                          "delete the folder")
-
-
-HASHED = {"source": "fingerprint", "base": "weights", "text": "text_hash",
-          "tokenizers": "tokenizers_hash"}  # a path may move
-
-
-def differences(made: dict, asked: dict) -> str:
-    """What differs, in words."""
-    told = []
-    for key in dict.fromkeys((*made, *asked)):
-        by = HASHED.get(key, key)
-        if key in ("data", *HASHED.values()) or made.get(by) == asked.get(by):
-            continue
-        has, wants = made.get(key), asked.get(key)
-        told.append(f"{key} {has} with other contents" if has == wants else f"{key} {has}, not {wants}")
-    return "; ".join(told)
 
 
 def shards(kind: str, n: int, size: int) -> dict[str, range]:
@@ -372,17 +310,6 @@ def text_shard(text, captions: list[str], dtype: torch.dtype, batch: int, bar) -
     return out | {"crc": torch.tensor(sums), "width": torch.tensor(txt.shape[-1])}
 
 
-def text_crc(caption: str, row: dict[str, Tensor]) -> int:
-    return crc(caption.encode(), row["clip"], row["pooled"], *([row["t5"]] if "t5" in row else []))
-
-
-def crc(start: bytes, *tensors: Tensor) -> int:
-    value = zlib.crc32(start)
-    for t in tensors:
-        value = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), value)
-    return value
-
-
 class Pictures(torch.utils.data.Dataset):
     """Item -> dict(size, shape, record, image, perhaps source and mask), or record["bad"]: what is wrong."""
 
@@ -402,10 +329,10 @@ class Pictures(torch.utils.data.Dataset):
             told = {"captions": texts}
             if cfg.edits:
                 told["target_caption"] = (item.get("target_caption") or "")[:4 * MAX_CAPTION + 1]
-                pictures = data.fit_pair(item["source"], item["image"], item["mask"], h, w)
+                pictures = fit_pair(item["source"], item["image"], item["mask"], h, w)
                 pictures = dict(zip(("source", "image", "mask"), pictures))
             else:
-                pictures = {"image": data.fit(item["image"], h, w)[0]}
+                pictures = {"image": fit(item["image"], h, w)[0]}
             pictures = {k: torch.tensor(v) for k, v in pictures.items() if v is not None}
             return dict(i=i, size=size, shape=(h, w), record=told, **pictures)
         except BadFile as e:
@@ -419,7 +346,7 @@ def make_latents(cfg: Config, source, todo: dict[str, range], vae, dist) -> None
     loader = iter(torch.utils.data.DataLoader(
         Pictures(cfg, source), batch_size=None, sampler=order, num_workers=cfg.workers,
         prefetch_factor=4 if cfg.workers else None, collate_fn=dict, generator=torch.Generator()))
-    bar = common.progress(len(order), 0, "latents", dist)
+    bar = log.progress(len(order), 0, "latents", dist)
     bad = read = 0
     for name, indices in todo.items():
         rows, waiting = {}, {}
@@ -494,10 +421,6 @@ def latent_shard(rows: list[dict]) -> dict[str, Tensor]:
                   "record": torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)}
 
 
-def latent_crc(i: int, record: bytes, at, size, *tensors: Tensor) -> int:
-    return crc(np.array([i, *at, *size], np.int64).tobytes() + record, *tensors)
-
-
 ####################################################################################################
 # Files
 ####################################################################################################
@@ -509,9 +432,9 @@ def put(path: Path, save, end: str = ".tmp") -> None:
     try:
         save(tmp)
         tmp.chmod(0o644)  # safetensors makes it 0600
-        common.fsync(tmp)
+        checkpoint.fsync(tmp)
         tmp.rename(path)
-        common.fsync(path.parent)
+        checkpoint.fsync(path.parent)
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
         tmp.unlink(missing_ok=True)
         raise SystemExit(f"error: {path}: cannot be written ({printable(str(e))[:120]}): free some space, "
@@ -526,7 +449,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """A shard, then the file that says it is whole."""
     path.with_suffix(".json").unlink(missing_ok=True)  # of a damaged shard
     put(path, lambda tmp: save_file(tensors, tmp))
-    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": common.sha256(path)})
+    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)})
 
 
 def verified(path: Path) -> bool:
@@ -536,7 +459,7 @@ def verified(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     try:
-        if path.stat().st_size == told["bytes"] and common.sha256(path) == told["sha256"]:
+        if path.stat().st_size == told["bytes"] and checkpoint.sha256(path) == told["sha256"]:
             return True
     except (OSError, KeyError, TypeError):
         pass
@@ -560,174 +483,11 @@ def finish(out: Path, plan: dict, every: dict, captions: list[str], rank: int) -
         bad = sum(int((p["at"][:, 0] == 0).sum()) for p in parts)
     put(out / "index.safetensors", lambda tmp: save_file(index, tmp), f".{rank}.tmp")
     files["index.safetensors"] = {"bytes": (out / "index.safetensors").stat().st_size,
-                                  "sha256": common.sha256(out / "index.safetensors")}
+                                  "sha256": checkpoint.sha256(out / "index.safetensors")}
     write_json(out / "manifest.json", plan | {"bad": bad, "files": files}, rank)
     size = sum(f["bytes"] for f in files.values()) / 2**30
     print(f"{out}: {len(captions):,} texts, {plan['made']['items']:,} items, {bad:,} skipped, {size:.3f} GiB",
           flush=True)
-
-
-####################################################################################################
-# Reading
-####################################################################################################
-
-
-def command(made: dict) -> str:
-    """The command that made, or repairs, a cache, but for --out."""
-    fields = Config.__dataclass_fields__
-    return "python cache.py " + " ".join(f"--{k} {v}" for k, v in made.items()
-                                         if k in fields and v != fields[k].default)
-
-
-def open_cache(path: str, source=None, base: str | None = None, **asked) -> "Cache":
-    """A finished cache, checked against what training asks for -> Cache. SystemExit with what differs.
-
-    source: the opened data source it must be of; base: the weights; asked: any of image_size, aspects,
-    stride, t5_length, dtype, edits, split, latents. Sizes of files are checked here, contents when read.
-    """
-    root = Path(path)
-    try:
-        manifest = json.loads((root / "manifest.json").read_bytes())
-        made, files = manifest["made"], manifest["files"]
-    except FileNotFoundError:
-        raise SystemExit(f"error: {path}: no manifest.json: no cache, or not a finished one: run "
-                         "cache.py with this --out until it ends") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f"error: {path}/manifest.json: damaged ({printable(str(e))[:80]}): run cache.py "
-                         "with this --out again") from None
-    again = f"run again: {command(made)} --out {path}"
-    for name, told in files.items():
-        try:
-            size = (root / name).stat().st_size
-        except OSError:
-            size = None
-        if size != told["bytes"]:
-            what = "missing" if size is None else f"{size} bytes instead of {told['bytes']}"
-            raise SystemExit(f"error: {path}/{name}: {what}: {again}")
-    if common.sha256(root / "index.safetensors") != files["index.safetensors"]["sha256"]:
-        raise SystemExit(f"error: {path}/index.safetensors: SHA-256 differs from the manifest's: {again}")
-    if base is not None:
-        asked |= {"base": base, "weights": weights.header_hash(base)}
-    if source is not None:
-        asked |= {"source": source.name, "fingerprint": fingerprint(source, made.get("limit", len(source)))}
-    if told := differences({k: made.get(k) for k in asked}, asked):
-        raise SystemExit(f"error: {path}: a cache of {told}: give the same flags, or make another cache")
-    return Cache(path, manifest)
-
-
-class Cache:
-    """Text features by caption, and latents in place of a source's pictures; shards are mapped, not read."""
-
-    def __init__(self, path: str, manifest: dict):
-        self.path, self.made, self.open = str(path), manifest["made"], {}
-        index = load_file(Path(path) / "index.safetensors")
-        self.keys = index["keys"].numpy()
-        self.sizes = index["sizes"].numpy() if "sizes" in index else None
-
-    def __getstate__(self):
-        return self.__dict__ | {"open": {}}  # a worker maps its own
-
-    def shard(self, kind: str, k: int) -> dict[str, Tensor]:
-        name = f"{kind}_{k:05d}.safetensors"
-        if name not in self.open:
-            try:
-                self.open[name] = load_file(Path(self.path) / name)
-            except (OSError, SafetensorError) as e:
-                raise self.damaged(name, printable(str(e))[:80]) from None
-        return self.open[name]
-
-    def damaged(self, name: str, what: str) -> BadFile:
-        return BadFile(f"{self.path}/{name}", f"damaged ({what})",
-                       f"run again: {command(self.made)} --out {self.path}")
-
-    def _text(self, caption: str) -> tuple[Tensor, ...]:
-        key, made = key_of(caption), self.made
-        place = int(np.searchsorted(self.keys, key))
-        if place == len(self.keys) or self.keys[place] != key:
-            raise SystemExit(f"error: {self.path}: has no text features of {caption[:200]!r}: cache the data "
-                             f"and split that it comes from; this one was made by: {command(made)}")
-        k, i = divmod(place, made["text_shard"])
-        shard = self.shard("text", k)
-        row = {key: shard[key][i] for key in ("clip", "pooled", "t5") if key in shard}
-        if text_crc(caption, row) != shard["crc"][i]:
-            raise self.damaged(f"text_{k:05d}.safetensors", f"the entry of {caption[:80]!r}")
-        return tuple(row.values())
-
-    def text(self, captions: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """[B] captions -> txt [B, 77 + T, D], vec [B, Dv] as SD3Text.encode_text gave them, in --dtype.
-
-        SystemExit naming a caption that was not cached. The target captions of edits are not."""
-        width, t5_length = int(self.shard("text", 0)["width"]), self.made["t5_length"]
-        rows = [self._text(c) for c in captions]
-        txt = rows[0][0].new_zeros(len(rows), CLIP_TOKENS + t5_length, width)
-        for out, (clip, _, *t5) in zip(txt, rows):
-            out[:CLIP_TOKENS, :clip.shape[-1]] = clip
-            if t5:
-                out[CLIP_TOKENS:] = t5[0]
-        vec = torch.stack([row[1] for row in rows])
-        return txt.to(device), vec.to(device)
-
-    def null(self, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Features of "" for guidance: txt [n, 77 + T, D], vec [n, Dv], one row expanded."""
-        return tuple(t.expand(n, *t.shape[1:]) for t in self.text([""], device))
-
-    def source(self, source) -> "Latents":
-        """The data source with latents in place of its pictures, for the loaders of data.py."""
-        if not self.made["latents"]:
-            raise SystemExit(f"error: {self.path}: holds text only: make a cache with --latents True")
-        return Latents(self, source)
-
-
-class Latents:
-    """A source of pictures or edit pairs whose .load gives float32 latents, [C, h, w] for pictures and [h, w]
-    for masks. Everything else is the source's, so the loaders keep their order; bad pictures stay bad."""
-
-    latents = True
-
-    def __init__(self, cache: Cache, source):
-        self.cache, self.inner, self.drawn = cache, source, size_of(source, 0) is None
-        self.name, self.sizes = source.name, cache.sizes
-
-    def __getattr__(self, name):
-        if name in ("runs", "window", "tasks", "task", "task_of", "score", "scores", "bad_lines", "missing"):
-            return getattr(self.inner, name)
-        raise AttributeError(name)
-
-    def __len__(self):
-        return self.cache.made["items"]
-
-    def size(self, i):
-        if not self.drawn and not self.sizes[i].any():
-            self.load(i, 0, 0)  # says what is wrong with it
-        return None if self.drawn else tuple(self.sizes[i].tolist())
-
-    def load(self, i, h, w):
-        cache, (k, n) = self.cache, divmod(i, self.cache.made["shard"])
-        shard = cache.shard("latents", k)
-        raw = shard["record"][int(shard["end"][n - 1]) if n else 0:int(shard["end"][n])].numpy().tobytes()
-        *shape, row = at = shard["at"][n].tolist()
-        try:
-            record = json.loads(raw)
-            names = [] if "bad" in record else ["image", "source"] if cache.made["edits"] else ["image"]
-            names += ["mask"] * bool(record.get("mask"))
-            parts = {name: shard[f"{shape[0]}x{shape[1]}.{name}"][row] for name in names}
-            good = latent_crc(i, raw, at, shard["size"][n].tolist(), *parts.values()) == shard["crc"][n]
-        except (ValueError, TypeError, AttributeError, LookupError):
-            good = False
-        if not good:
-            raise cache.damaged(f"latents_{k:05d}.safetensors", f"the entry of item {i}")
-        if "bad" in record:
-            raise BadFile(*record["bad"].removeprefix("error: ").split(": ", 2))
-        if [h, w] != shape:
-            raise BadFile(f"{cache.path} item {i}", f"cached at {shape[1]}x{shape[0]}, asked for {w}x{h}",
-                          "give the loader the cache's image_size, aspects and stride")
-        item = {name: part.float().numpy() for name, part in parts.items()}
-        texts = record["captions"]
-        item |= dict(caption=texts[0], captions=texts)
-        if cache.made["edits"]:
-            item |= dict(mask=item.get("mask"), target_caption=record["target_caption"], task=self.task(i),
-                         score=self.score(i))
-        return item
 
 
 if __name__ == "__main__":

@@ -1,26 +1,59 @@
 """Preferences as the paper's come about: several generations of the base, ranked; here by the known truth.
 
-`python evaluate.py prefs` writes them. Aesthetic pairs are the true picture, the best and the worst of k
-generations, and degraded copies; alignment pairs are true and false captions (ByteEdit Sec. 3.1, 3.2).
+    python make_prefs.py --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8
+
+Aesthetic pairs are the true picture, the best and the worst of k generations, and degraded copies; alignment
+pairs are true and false captions (ByteEdit Sec. 3.1, 3.2). train_reward.py reads what is written.
 """
 
 import json
-from collections.abc import Callable
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from PIL import Image
 from torch import Tensor
 
 import common
 import data
+import flow
+import log
 import masks
-import scene_text
-import scenes
-from judge import gradient, to_float, to_uint8
-from pictures import BadFile, clean_caption, too_many
+import pipeline
+from log import open_out, provenance, write_json
+from readers.files import BadFile, clean_caption, too_many
+from scenes import dataset
+from scenes import text as scene_text
+from scenes.draw import Scene, pick, rng_for
+from scenes.judge import gradient, to_float, to_uint8
+
+
+@dataclass
+class Config:
+    ckpt: str = "assets/base"  # the base, whose generations are ranked
+    out: str = "out/prefs"  # folder for pictures, aesthetic.json, alignment.jsonl, results.json
+    data: str = "scenes"  # scenes, scenes:hard, a folder of captioned pictures or a .parquet
+    n: int = 500  # prompts
+    offset: int = 0  # first picture
+    captions: int = 0  # further true pictures for alignment pairs alone
+    k: int = 4  # pictures for each prompt, of which the best and the worst are kept
+    steps: str = "20"  # of sampling, for each of the k in turn, with commas
+    guidance: float = 1.0  # classifier-free guidance; 1 = off
+    solver: Literal["euler", "heun"] = "euler"  # of the sampler
+    margin: float = 0.25  # best and worst are a pair if the worst's error is larger by this fraction
+    mismatched: float = 0.67  # share of false captions that are another scene's; the rest: one fact
+    batch_size: int = 64  # pictures sampled together
+    seed: int = 0  # of masks, prompts, noise and false captions
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
+    device: str = "auto"  # auto, cpu, cuda
+
 
 PROMPT_FREE = 0.25  # share of aesthetic preferences without a prompt: the editor outpaints without one
 
@@ -95,40 +128,39 @@ def clear(near: float, far: float, margin: float) -> bool:
     return far > near and far >= (1 + margin) * near
 
 
-def false_captions(s: scenes.Scene, seed: int, index: int, image: str, kinds: list[str]) -> list[dict]:
+def false_captions(s: Scene, seed: int, index: int, image: str, kinds: list[str]) -> list[dict]:
     """Alignment pairs {image, better, worse, kind} of one picture: a true caption against the same sentence
     wrong in a fact of the kind, or against another scene's ("scene"), as mismatched pairs of the web are
     (ByteEdit Sec. 3.2)."""
     rows = []
     for draw, ask in enumerate(kinds):
         say = (seed, index % 2**32, 14 + draw)
-        better = scene_text.caption(s, scenes.rng_for(*say))
-        worse, kind = scene_text.false_caption(s, scenes.rng_for(*say), ask)
+        better = scene_text.caption(s, rng_for(*say))
+        worse, kind = scene_text.false_caption(s, rng_for(*say), ask)
         rows.append({"image": image, "better": better, "worse": worse, "kind": kind})
     return rows
 
 
 def draw_kinds(seed: int, index: int, mismatched: float, n: int = 3) -> list[str]:
     """What n false captions of scene `index` are wrong in: "scene" by chance `mismatched`, else a fact."""
-    rng, facts = scenes.rng_for(seed, index, 10), [k for k in scene_text.FALSE_KINDS if k != "scene"]
-    return ["scene" if u < mismatched else scenes.pick(facts, v) for u, v in rng.random((n, 2))]
+    rng, facts = rng_for(seed, index, 10), [k for k in scene_text.FALSE_KINDS if k != "scene"]
+    return ["scene" if u < mismatched else pick(facts, v) for u, v in rng.random((n, 2))]
 
 
-def make_prefs(cfg, out: Path, source, size: int, steps: list[int], seed: int,
-               paint: Callable[[Tensor, Tensor, list[str], Tensor, int], Tensor]) -> dict:
+def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
     """Writes OUT/images/*.png, OUT/aesthetic.json (ImageReward's items: truth, best and worst of k; a
     picture and its degraded copy) and OUT/alignment.jsonl ({image, better, worse, kind}: true and false
     caption).
 
-    cfg: evaluate.Config, of which data, n, offset, captions, k, batch_size, margin and mismatched are used.
-    source: data.open_source(cfg.data). paint(pictures [B, 3, size, size], masks [B, 1, size, size], prompts,
-    noise, steps) -> what the base puts there, [B, 3, size, size]. steps: of the k generations, in turn.
-    -> counts for results.json. BadFile when too many pictures cannot be read.
+    source: data.open_source(cfg.data). pipe: the base, which fills the holes. -> counts for results.json.
+    BadFile when too many pictures cannot be read.
     """
+    size, seed, steps = pipe.size, cfg.seed, common.numbers(cfg.steps, "steps", 1)
+    bf16 = cfg.precision == "bf16"
     (out / "images").mkdir(exist_ok=True)
-    drawn = isinstance(source, scenes.Scenes)  # false captions of a scene are wrong in a known fact
+    drawn = isinstance(source, dataset.Scenes)  # false captions of a scene are wrong in a known fact
     items, captions, wins, bad, read = [], [], 0, 0, 0
-    bar = common.progress(cfg.n, desc="preferences")
+    bar = log.progress(cfg.n, desc="preferences")
     for start in range(cfg.offset, cfg.offset + cfg.n, cfg.batch_size):
         indices, loaded = [], []
         for i in range(start, min(start + cfg.batch_size, cfg.offset + cfg.n)):
@@ -157,8 +189,11 @@ def make_prefs(cfg, out: Path, source, size: int, steps: list[int], seed: int,
         # 1) k pictures of the base for every prompt, with their own noise and number of steps
         made = []
         for k in range(cfg.k):
-            noise = common.randn(common.generators(seed, k, indices, stream=7), truth.shape[1:])
-            raw = paint(truth, mask, prompts, noise, steps[k % len(steps)])
+            gens = common.generators(seed, k, indices, stream=7)
+            noise = common.randn(gens, (pipe.space.channels, *[size // pipe.space.stride] * 2))
+            ts = flow.timesteps(steps[k % len(steps)], pipe.shift)
+            raw = pipeline.sample(pipe.net, pipe.space, prompts, mask, truth, noise, ts, cfg.guidance,
+                                  solver=cfg.solver, bf16=bf16).float().cpu()
             made.append(to_float(to_uint8(raw * mask + truth * (1 - mask))))
         distance = torch.stack([truth_distance(x, truth, mask) for x in made])               # [k, B]
         made = torch.stack(made)
@@ -208,3 +243,38 @@ def make_prefs(cfg, out: Path, source, size: int, steps: list[int], seed: int,
         print(f"best and worst differ by {100 * cfg.margin:.0f}% for {100 * wins / (read - bad):.0f}% of "
               f"{read - bad} prompts; {bad} picture(s) skipped")
     return {"items": len(items), "captions": len(captions), "skipped": bad, "clear": wins}
+
+
+def main(cfg: Config) -> None:
+    started = time.time()
+    common.check_bounds(cfg, at_least_1=("batch_size",), not_negative=("n", "captions", "offset", "margin"),
+                        share=("mismatched",))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit("error: torchrun: several processes would make the same: start one, without it")
+    common.numbers(cfg.steps, "steps", 1)
+    if cfg.k < 2:
+        common.refuse(cfg, "k", "ranking needs at least 2 pictures")
+    dist = common.setup(cfg.device)
+    cfg = replace(cfg, precision=common.PRECISION[common.use_bf16(cfg.precision, dist)])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
+    source = data.open_source(cfg.data, "train")
+    wanted = cfg.n + cfg.captions
+    if not 1 <= wanted <= len(source) - cfg.offset:
+        raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)}, with --captions and --offset")
+    pipe = pipeline.open_editor(cfg.ckpt, dist.device, ("fill",))
+    pipe.net.to(dist.device).eval().requires_grad_(False)
+    try:
+        out = open_out(cfg.out)
+        counts = make_prefs(cfg, out, source, pipe)
+        write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})
+    except OSError as e:  # what is read is read by data.py and checkpoint.py, which say so
+        raise SystemExit(f"error: --out: {cfg.out}: cannot write {e.filename or 'there'} ({e.strerror or e}"
+                         "): free some space or choose another folder") from None
+
+
+if __name__ == "__main__":
+    try:
+        common.refuse_old_flags()
+        main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: what was written is not whole") from None

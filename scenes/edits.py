@@ -1,36 +1,18 @@
-"""Edit pairs of scenes (see scenes.py): the seven edits of OmniEdit Table 2, known exactly.
-
-    python scene_edits.py sheet --out edits.png --n 28                 # source | target | region mask
-    python scene_edits.py sheet --out wrong.png --n 28 --wrong 1       # pairs as a bad generator makes them
-    python scene_edits.py chain --out turns.png --n 6                  # several edits of one scene in turn
+"""Edits of scenes: the seven of OmniEdit Table 2, known exactly, and pairs that are wrong in known ways.
 
 An edit takes a scene and a generator and gives the scene after it and an instruction that is true of
-exactly the one object it names. `EditScenes` is the edit source (see edits.py for what that is). With
-wrong > 0 it also holds pairs that do not show what they say, with the score a judge would give them: what
-importance weighting (OmniEdit Sec. 3.2) is for. All wording, shares and scores are ours, papers are
-silent.
+exactly the one object it names. A wrong pair does not show what it says, and has the score that a judge would
+give it: what importance weighting (OmniEdit Sec. 3.2) is for. All wording, shares and scores are ours, papers
+are silent. scenes/dataset.py makes a source of them.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from masks import dilate
-from scene_text import (
-    BACKGROUND_WORDS,
-    ENVIRONMENT_WORDS,
-    MATERIAL_WORDS,
-    SIZE_WORDS,
-    STYLE_WORDS,
-    article,
-    caption,
-    place_of,
-    place_words,
-    plainly_off,
-)
-from scenes import (
+from scenes.draw import (
     CLASH,
     ENVIRONMENTS,
     LEVELS,
@@ -38,15 +20,22 @@ from scenes import (
     STYLES,
     Object,
     Scene,
-    Scenes,
-    contact_sheet,
-    draw,
     footprint,
     free_place,
     gap,
     instances,
     pick,
-    rng_for,
+)
+from scenes.text import (
+    BACKGROUND_WORDS,
+    ENVIRONMENT_WORDS,
+    MATERIAL_WORDS,
+    SIZE_WORDS,
+    STYLE_WORDS,
+    article,
+    place_of,
+    place_words,
+    plainly_off,
 )
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -465,182 +454,3 @@ def _damage(b, changed, harm, rng):
             return np.where(area, bad, b)
     noise = rng.random((h, w, 3), np.float32) * 2 - 1
     return np.where(area, np.clip(b + (25 + 95 * harm) * noise + 0.5, 0, 255).astype(np.uint8), b)
-
-
-# ---- the edit source -----------------------------------------------------------------------------
-
-
-def _uniforms(seed, i):
-    """Three arrays of uniform draws in [0, 1) that depend on (seed, i) alone, i an int or an array of them:
-    what must be known of a pair without making its generator (splitmix64, exact on every machine)."""
-    x = np.atleast_1d(np.asarray(i, np.uint64)) * np.uint64(4) + np.uint64(seed << 40)
-    out = []
-    for _ in range(3):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        z = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        out.append(((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53)
-    return out
-
-
-class EditScenes:
-    """Edit source over the scenes of a split: pair i is scene i with an edit of task i % 7. wrong: the
-    share of pairs, drawn by index, that are wrong in one of the ways of WRONG and scored below 9; right
-    pairs then score 9 to 10, and 10 when wrong is 0. The pairs that stay right are the same for every
-    share. The held-out split has right pairs only. SystemExit on an unknown split or level, or a share
-    outside 0..1."""
-
-    tasks = list(TASKS)
-
-    def __init__(self, split="train", wrong=0.0, level="easy"):
-        if not 0 <= wrong <= 1:
-            raise SystemExit(f"error: scenes: wrong={wrong}: use a share from 0 to 1")
-        self.scenes, self.wrong = Scenes(split, level), wrong if split == "train" else 0.0
-        self.seed, self.name = self.scenes.seed, self.scenes.name
-
-    def __len__(self):
-        return len(self.scenes)
-
-    def size(self, i):
-        """None: pairs are drawn at any size."""
-        return None
-
-    def task(self, i):
-        return TASKS[i % len(TASKS)]
-
-    def score(self, i):
-        """0 to 10, what a judge would give the pair."""
-        return float(self._score(*_uniforms(self.seed, i))[0])
-
-    def kind(self, i):
-        """How pair i is wrong, a key of WRONG, or None if it is right."""
-        is_wrong, kind, _ = (float(u[0]) for u in _uniforms(self.seed, i))
-        return pick(tuple(WRONG), kind) if is_wrong < self.wrong else None
-
-    def _score(self, is_wrong, kind, good):
-        low, high = np.array(list(WRONG.values())).T[:, (kind * len(WRONG)).astype(int)]
-        right = 9 + good if self.wrong else np.full_like(good, 10)
-        return np.where(is_wrong < self.wrong, low + (high - low) * good, right)
-
-    @cached_property
-    def task_of(self):
-        """Places in .tasks of all pairs, int8 [n]."""
-        return (np.arange(len(self)) % len(TASKS)).astype(np.int8)
-
-    @cached_property
-    def scores(self):
-        """Scores of all pairs, float32 [n]."""
-        parts = (np.arange(k, min(k + 2**18, len(self))) for k in range(0, len(self), 2**18))
-        return np.concatenate([self._score(*_uniforms(self.seed, i)).astype(np.float32) for i in parts])
-
-    def edit(self, i):
-        """(scene, Edit) of pair i: what is asked, whether or not the pair shows it. Large objects leave no
-        room for one more: a scene to which one is added then keeps its first object, in a corner and of the
-        smallest size, or, every second time, none."""
-        before = self.scenes.scene(i)
-        edit = EDITS[self.task(i)](before, rng_for(self.seed, i, 4))
-        if crowded(edit) and i // len(TASKS) % 2:
-            before = replace(before, objects=(_aside(before.objects[0], _level(before).sizes[0]),))
-            edit = EDITS[self.task(i)](before, rng_for(self.seed, i, 4))
-        if crowded(edit):
-            before = replace(before, objects=())
-            edit = EDITS[self.task(i)](before, rng_for(self.seed, i, 4))
-        return before, edit
-
-    def load(self, i, h, w):
-        """dict(image, the target, and source uint8 [h, w, 3]; caption, the instruction; target_caption, a
-        true one of what is asked for; mask float32 [h, w], 1 = may change, soft values included; task;
-        score), fixed for (split, i, h, w) and the share."""
-        got = self.load_exact(i, h, w)
-        keys = ("image", "source", "caption", "target_caption", "mask", "task", "score")
-        return {key: got[key] for key in keys}
-
-    def load_exact(self, i, h, w):
-        """What load gives and what only scenes know: before and after (the scene, and what the instruction
-        asks for), truth (uint8 [h, w, 3], the picture of `after`; the image of a right pair), changed
-        (bool [h, w], the pixels in which source and truth differ), kind (see WRONG; None: right)."""
-        before, edit = self.edit(i)
-        source, truth, kind = draw(before, h, w), draw(edit.target, h, w), self.kind(i)
-        changed = (source != truth).any(-1)
-        # in a tiny picture an edit may change nothing that shows
-        area = changed if changed.any() else edit_mask(edit, before, h, w) > 0
-        whole = edit.task in ("environment", "style")
-        mask = np.ones((h, w), np.float32) if whole else region_mask(area, rng_for(self.seed, i, 5))
-        image = truth if kind is None else self._spoil(kind, i, before, edit, source, truth, area)
-        return dict(image=image, source=source, caption=edit.instruction, mask=mask, task=edit.task,
-                    target_caption=caption(edit.target, rng_for(self.seed, i, 8)), score=self.score(i),
-                    before=before, after=edit.target, truth=truth, changed=changed, kind=kind)  # fmt: skip
-
-    def _spoil(self, kind, i, before, edit, source, truth, area):
-        """The target of a wrong pair, uint8 [h, w, 3]: the higher its score, the nearer to the truth."""
-        good, rng = float(_uniforms(self.seed, i)[2][0]), rng_for(self.seed, i, 6)
-        if kind == "half-done":
-            if edit.task == "swap" and rng.random() < 0.5:
-                return draw(_fewer(edit, before, rng, 1 if good > 0.5 else 2), *area.shape)
-            return _partly(source, truth, area, 0.2 + 0.4 * good, rng)
-        if kind == "wrong object":
-            return draw(_another(edit, before, rng), *area.shape)
-        if kind == "over-edited":
-            return draw(_more(edit, rng, slight=good > 0.4), *area.shape)
-        return _damage(truth, area, 1 - good, rng)
-
-
-# ---- contact sheets ------------------------------------------------------------------------------
-
-
-def write_sheet(out: str, n: int = 28, size: int = 64, split: str = "train", wrong: float = 0.0,
-                level: str = "easy"):
-    """Source | target with task and score | region mask of the first pairs.
-
-    Args:
-        out: picture file to write
-        n: how many pairs
-        size: width and height in pixels
-        split: train or heldout
-        wrong: share of wrong pairs, named under the mask; train only
-        level: easy or hard, see LEVELS of scenes.py
-    """
-    source, rows = EditScenes(split, wrong, level), []
-    for i in range(n):
-        got = source.load_exact(i, size, size)
-        mask = np.repeat((got["mask"] * 255).astype(np.uint8)[..., None], 3, -1)
-        rows.append([(got["source"], got["caption"]), (got["image"], f"{got['task']}, {got['score']:.1f}"),
-                     (mask, got["kind"] or "")])  # fmt: skip
-    _save(rows, 2, out)
-
-
-def write_chain(out: str, n: int = 6, size: int = 64, split: str = "train", turns: int = 5,
-                level: str = "easy"):
-    """The first scenes, each edited several times in turn.
-
-    Args:
-        out: picture file to write
-        n: how many scenes
-        size: width and height in pixels
-        split: train or heldout
-        turns: how many edits
-        level: easy or hard, see LEVELS of scenes.py
-    """
-    source, rows = EditScenes(split, level=level), []
-    for i in range(n):
-        before = source.scenes.scene(i)
-        later = chain(before, rng_for(source.seed, i, 7), turns)
-        rows.append([(draw(s, size, size), text) for text, s in [("", before), *later]])
-    _save(rows, 1, out)
-
-
-def _save(rows, columns, out):
-    if not rows:
-        raise SystemExit("error: scene_edits.py: --n: use 1 or more")
-    try:
-        contact_sheet(rows, columns, 128, 6).save(out)
-    except (OSError, ValueError) as e:  # PIL: unknown file extension is a ValueError
-        say = f"{out}: {e}: choose a writable place and a name that ends in .png"
-        raise SystemExit(f"error: scene_edits.py: {say}") from None
-    print(f"wrote {out}")
-
-
-if __name__ == "__main__":
-    import tyro
-
-    tyro.extras.subcommand_cli_from_dict({"sheet": write_sheet, "chain": write_chain})

@@ -1,9 +1,9 @@
-"""The judge: a parser network that reads a scene's attributes back from a picture, and the statistics.
+"""The judge: a parser network that reads a scene's attributes back from a picture.
 
 A scene's description is known, so the judge needs no human. It is never a reward: training on it would end
-its use. What it is asked: evaluate.py (of holes that were filled), judge_edits.py (of edits by instruction).
+its use. What it is asked: judge_holes.py (of filled holes), judge_edits.py (of edits by instruction).
 
-    1. Statistics     2. Pictures     3. Parser: network, training, accuracy
+    1. Pictures     2. Parser: network, training, accuracy
 """
 
 import math
@@ -15,75 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoint
 import common
+import log
 import model
-import scenes
+from scenes import dataset, draw
 
 ####################################################################################################
-# 1. Statistics
-####################################################################################################
-
-
-def bootstrap(*groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
-    """Mean and 95% percentile interval of values [N] over resampled scenes (not-a-number: not asked of this
-    scene) -> {"mean", "low", "high", "n"}. Of several groups: the mean of their means, each resampled on its
-    own, whatever their sizes (a group without values does not count)."""
-    groups = [np.asarray(g, np.float64) for g in groups]
-    groups = [g for g in (g[~np.isnan(g)] for g in groups) if len(g)]
-    if not groups:
-        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
-    rng = np.random.default_rng(seed)
-    means = np.mean([g[rng.integers(0, len(g), (draws, len(g)))].mean(1) for g in groups], 0)
-    low, high = np.percentile(means, (2.5, 97.5))
-    mean = float(np.mean([g.mean() for g in groups]))
-    return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, groups))}
-
-
-def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] -> mean [D], covariance [D, D], in float64."""
-    x = np.asarray(x, np.float64)
-    return x.mean(0), np.cov(x, rowvar=False)
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
-    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
-    equal N only."""
-    (ma, ca), (mb, cb) = moments(a), moments(b)
-    # not numpy's eigh: its threads spin, which takes minutes where other jobs run
-    ca, cb = torch.from_numpy(ca), torch.from_numpy(cb)
-    w, v = torch.linalg.eigh(ca)
-    root = (v * w.clamp(min=0).sqrt()) @ v.T
-    # tr (C_a C_b)^(1/2) = sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
-    return max(float(((ma - mb) ** 2).sum()) + (ca.trace() + cb.trace() - 2 * cross).item(), 0.0)
-
-
-def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 0) -> dict:
-    """Frechet distance of paired features [S, N, D] (S noise seeds), interval = 1.96 bootstrap standard
-    deviations. Not the percentiles: a resample repeats scenes, which shifts the distance itself upwards."""
-    S, N, D = a.shape
-    rng = np.random.default_rng(seed)
-    value = frechet(a.reshape(-1, D), b.reshape(-1, D))
-    resampled = []
-    for _ in range(draws):
-        i = rng.integers(0, N, N)
-        resampled.append(frechet(a[:, i].reshape(-1, D), b[:, i].reshape(-1, D)))
-    half = 1.96 * float(np.std(resampled))
-    return {"mean": value, "low": max(value - half, 0.0), "high": value + half, "n": N}
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of a fair coin; ties are left out."""
-    n, k = wins + losses, min(wins, losses)
-    if n == 0:
-        return 1.0
-    logs = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
-    return min(1.0, 2 * sum(math.exp(x - n * math.log(2)) for x in logs))
-
-
-####################################################################################################
-# 2. Pictures: floats are [-1, 1], errors in [0, 1] units
+# 1. Pictures: floats are [-1, 1], errors in [0, 1] units
 ####################################################################################################
 
 
@@ -110,13 +49,13 @@ def gradient(x: Tensor) -> Tensor:
 
 
 ####################################################################################################
-# 3. Parser: what does the picture show? Trained on clean renders of train scenes, never a reward
+# 2. Parser: what does the picture show? Trained on clean renders of train scenes, never a reward
 ####################################################################################################
 
 SIDE = 64  # pixels of what the network sees, crops and whole pictures alike
 CONTEXT = 1.35  # half side of an object's crop in radii
-PICTURE_HEADS = {"background": scenes.BACKGROUNDS, "environment": scenes.ENVIRONMENTS, "style": scenes.STYLES}
-OBJECT_HEADS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS), "material": scenes.MATERIALS,
+PICTURE_HEADS = {"background": draw.BACKGROUNDS, "environment": draw.ENVIRONMENTS, "style": draw.STYLES}
+OBJECT_HEADS = {"shape": draw.SHAPES, "colour": tuple(draw.COLOURS), "material": draw.MATERIALS,
                 "object": ("no", "yes", "part")}  # part: the box misses the object by more than half a radius
 
 
@@ -179,11 +118,11 @@ def object_box(x: float, y: float, radius: float, h: int, w: int) -> tuple[float
     return x - rx, y - ry, x + rx, y + ry
 
 
-def picture_labels(s: scenes.Scene) -> list[int]:
+def picture_labels(s: draw.Scene) -> list[int]:
     return [v.index(getattr(s, k)) for k, v in PICTURE_HEADS.items()]
 
 
-def object_labels(o: scenes.Object) -> list[int]:
+def object_labels(o: draw.Object) -> list[int]:
     return [v.index(getattr(o, k)) for k, v in OBJECT_HEADS.items() if k != "object"] + [1]
 
 
@@ -204,7 +143,7 @@ class ParserBatches(torch.utils.data.Dataset):
     turn.
     """
 
-    def __init__(self, sources: list[scenes.Scenes], start: int, batch_size: int, steps: int,
+    def __init__(self, sources: list[dataset.Scenes], start: int, batch_size: int, steps: int,
                  sizes: list[tuple[int, int]], jitter: bool):
         self.sources, self.start, self.batch_size, self.steps = sources, start, batch_size, steps
         self.sizes, self.jitter = sizes, jitter
@@ -218,23 +157,23 @@ class ParserBatches(torch.utils.data.Dataset):
         for j in range(self.batch_size):
             index = self.start + step * self.batch_size + j
             source = self.sources[j % len(self.sources)]
-            s, rng = source.scene(index), scenes.rng_for(source.seed, index, 11)
-            images.append(scenes.draw(s, h, w))
+            s, rng = source.scene(index), draw.rng_for(source.seed, index, 11)
+            images.append(draw.draw(s, h, w))
             pictures.append(picture_labels(s))
-            places = [(o.x, o.y, scenes.RADIUS[o.size], object_labels(o)) for o in s.objects]
+            places = [(o.x, o.y, draw.RADIUS[o.size], object_labels(o)) for o in s.objects]
             for _ in range(8):
-                sizes = scenes.LEVELS[s.level].sizes
-                x, y, r = *rng.uniform(0.1, 0.9, 2), scenes.RADIUS[sizes[rng.integers(len(sizes))]]
+                sizes = draw.LEVELS[s.level].sizes
+                x, y, r = *rng.uniform(0.1, 0.9, 2), draw.RADIUS[sizes[rng.integers(len(sizes))]]
                 # as near to objects as scenes puts them to each other: what erasing leaves behind
-                if all(math.hypot(x - o.x, y - o.y) > scenes.RADIUS[o.size] + 0.7 * r for o in s.objects):
+                if all(math.hypot(x - o.x, y - o.y) > draw.RADIUS[o.size] + 0.7 * r for o in s.objects):
                     places.append((x, y, r, [-100, -100, -100, 0]))  # -100: cross_entropy's ignore_index
                     break
             for o in s.objects:
-                r, short = scenes.RADIUS[o.size], min(h, w)
+                r, short = draw.RADIUS[o.size], min(h, w)
                 off, angle = r * rng.uniform(0.6, 1.4), rng.uniform(0, 2 * math.pi)
                 x, y = o.x + off * math.cos(angle) * short / w, o.y + off * math.sin(angle) * short / h
                 others = [p for p in s.objects if p != o]
-                if all(math.hypot(x - p.x, y - p.y) > 0.6 * scenes.RADIUS[p.size] for p in others):
+                if all(math.hypot(x - p.x, y - p.y) > 0.6 * draw.RADIUS[p.size] for p in others):
                     places.append((x, y, r, [-100, -100, -100, 2]))
             for x, y, r, labels in places:
                 if self.jitter:
@@ -259,10 +198,10 @@ def train_parser(steps: int, batch_size: int, lr: float, device: torch.device, b
     net = Parser().to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.param_groups(net, 0.05), lr=lr, betas=(0.9, 0.99))
     turns = [turn for h, w in sizes for turn in ((h, w), (h, w), (h, w), (h // 2, w // 2))]
-    levels = [scenes.Scenes("train", level) for level in scenes.LEVELS]
+    levels = [dataset.Scenes("train", level) for level in draw.LEVELS]
     batches = ParserBatches(levels, 0, batch_size, steps, turns, jitter=True)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, worker_init_fn=one_thread)
-    bar = common.progress(steps, desc="parser")
+    bar = log.progress(steps, desc="parser")
     for step, batch in enumerate(loader):
         images, pictures, which, boxes, objects = (x.to(device) for x in batch)
         for group in opt.param_groups:
@@ -288,7 +227,7 @@ def parser_accuracy(net: Parser, size: tuple[int, int], n: int, device: torch.de
                     level: str = "easy") -> dict[str, np.ndarray]:
     """Right or wrong (1, 0) of every head on clean held-out renders of size (h, w); NaN: a box without an
     object."""
-    source = scenes.Scenes("heldout", level)
+    source = dataset.Scenes("heldout", level)
     start = len(source) - 20_000  # far from the scenes that checkpoints are judged on
     right = {k: [] for k in (*PICTURE_HEADS, *OBJECT_HEADS)}
     batches = ParserBatches([source], start, 100, n // 100, [size], jitter=False)
@@ -305,12 +244,12 @@ def load_parser(path: str, device: torch.device) -> Parser:
     """The judge from its folder; SystemExit when it is missing, damaged, of another kind or other labels."""
     if not Path(path).is_dir():
         raise SystemExit(f"error: --parser: {path}: no such folder: train the judge: `python"
-                         f" evaluate.py parser --out {path} --steps 6000`")
-    weights, manifest = common.load_checkpoint(path, ("model",))
+                         f" evaluate.py parser --out {path} --train_steps 6000`")
+    weights, manifest = checkpoint.load(path, ("model",))
     net = Parser()
     if manifest.get("arch") != net.arch:
         kind = manifest.get("arch", {}).get("kind")
-        raise SystemExit(f"error: --parser: {path}: holds a {kind!r}, or other labels than scenes.py: train"
-                         " the judge: `python evaluate.py parser --out FOLDER --steps 6000`")
-    common.load_state(net, {k: v.float() for k, v in weights["model"].items()}, path)
+        raise SystemExit(f"error: --parser: {path}: holds a {kind!r}, or other labels than scenes/draw.py: "
+                         "train the judge: `python evaluate.py parser --out FOLDER --train_steps 6000`")
+    checkpoint.load_state(net, {k: v.float() for k, v in weights["model"].items()}, path)
     return net.to(device).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Pictures or edit pairs that pack.py drew or decoded ahead: raw pixels, read through memory maps.
+"""Pictures or edit pairs that make_pack.py drew or decoded ahead: raw pixels, read through memory maps.
 
 In a packed folder, for each part (train, heldout):
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pictures import BadFile, EmptyPart, printable
+from readers.files import BadFile, EmptyPart, printable
 
 PARTS = ("train", "heldout")
 # at, bytes: where an item is in its .bin. labels: bytes of a label, 0: no map. mask: 0: none, 1: zeros and
@@ -25,7 +25,7 @@ PARTS = ("train", "heldout")
 INDEX = np.dtype([("at", "<i8"), ("bytes", "<i8"), ("crc", "<u4"), ("h", "<i4"), ("w", "<i4"),
                   ("labels", "u1"), ("mask", "u1"), ("texts", "<i4"), ("task", "i1"), ("score", "<f4")])
 LABELS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<i4")}
-AGAIN = "give the same `pack.py` command again, which makes anew what is damaged"
+AGAIN = "give the same `make_pack.py` command again, which makes anew what is damaged"
 
 
 def is_packed(path):
@@ -37,7 +37,7 @@ def manifest(root):
     BadFile if there is none yet, or it is damaged."""
     path = Path(root) / "packed.json"
     if not path.is_file():
-        raise BadFile(root, "packing was not finished", "give the same `pack.py` command again")
+        raise BadFile(root, "packing was not finished", "give the same `make_pack.py` command again")
     try:
         found = json.loads(path.read_bytes())
         found["plan"]["edits"], found["tasks"], [found["shards"][part].items() for part in PARTS]
@@ -62,7 +62,7 @@ def read_index(path):
 
 
 class Packed:
-    """Source of packed pictures or pairs, with all that sources of its kind have (data.py, edits.py).
+    """Source of packed pictures or pairs, with all that sources of its kind have (pictures.py, edits.py).
 
     edits: which of the two is asked for. split: train, heldout or all. An item is what the source that was
     packed gives for it, at the size at which it was packed, whatever size is asked for."""

@@ -5,27 +5,20 @@ environment (weather, time of day) and a style. What scenes are made of is a lev
 two large objects of few kinds, which a small model learns in hours on a CPU and a person reads at a glance
 at 64x64; "hard", up to four small objects of every kind there is. From a scene follow, exactly: the picture
 at any size, the instance label map, what lies under an object (draw the scene without it), true and false
-captions (scene_text.py) and the seven edits of OmniEdit Table 2 with their targets and masks
-(scene_edits.py).
-
-    python scenes.py --sheet sheet.png --n 64 --size 64
-    python scenes.py --export data/scenes --n 1000 --size 64 --split heldout --level hard
+captions (scenes/text.py) and the seven edits of OmniEdit Table 2 with their targets and masks
+(scenes/edits.py). `python -m scenes` makes pages and folders of them.
 
 Everything is a function of (seed, index). No global random state is used, and nothing drawn for one object
 depends on another, so removing an object leaves every other pixel bit for bit the same. The drawings are
 ours, no paper describes them.
 """
 
-import json
 import math
-import textwrap
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 RADIUS = {"small": 0.135, "medium": 0.18, "large": 0.24, "huge": 0.30, "giant": 0.36}  # of the short side
 SIZES = tuple(RADIUS)
@@ -171,7 +164,7 @@ def _grid(h, w, pitch):
 
 def _grid_for(style, h, w):
     if h < 8 or w < 8:
-        raise SystemExit(f"error: scenes.py: picture size {h}x{w}: use at least 8x8 pixels")
+        raise SystemExit(f"error: scenes: picture size {h}x{w}: use at least 8x8 pixels")
     return _grid(h, w, max(2, round(min(h, w) / 28)) if style == "pixel" else 1)
 
 
@@ -710,141 +703,3 @@ def footprint(objects, style, h, w):
         touched[:, 1:] |= touched[:, :-1].copy()
         touched[:, :-1] |= touched[:, 1:].copy()
     return _enlarge(touched, g)
-
-
-# ---- a dataset like any other --------------------------------------------------------------------
-
-SPLITS = {"train": (1, 10_000_000), "heldout": (2, 100_000)}  # seed, number of scenes
-
-
-def parse_spec(spec):
-    """"scenes", "scenes:hard", "scenes:wrong=0.5", "scenes:hard,wrong=0.5" -> (level, share of wrong pairs or
-    None); None if it is no spec of scenes at all. SystemExit on an unknown level, an impossible share, or
-    anything said twice."""
-    kind, colon, rest = spec.partition(":")
-    if kind != "scenes":
-        return None
-    level = wrong = None
-    for part in rest.split(",") if colon else ():
-        key, equals, value = part.partition("=")
-        if part in LEVELS and level is None:
-            level = part
-        elif key == "wrong" and equals and wrong is None:
-            try:
-                wrong = float(value)
-            except ValueError:
-                wrong = -1.0
-            if not 0 <= wrong <= 1:
-                raise SystemExit(f"error: {spec}: wrong={value}: use a share from 0 to 1")
-        else:
-            raise SystemExit(f"error: {spec}: {part!r}: the levels of scenes are {', '.join(LEVELS)} "
-                             "(scenes:hard); edit pairs also take wrong=SHARE")
-    return level or "easy", wrong
-
-
-class Scenes:
-    """Source of captioned pictures (see data.py). split: train or heldout, which share no seed; level: a key
-    of LEVELS. SystemExit on others."""
-
-    def __init__(self, split="train", level="easy"):
-        if split not in SPLITS:
-            raise SystemExit(f"error: scenes.py: split {split!r}: use one of {', '.join(SPLITS)}")
-        if level not in LEVELS:
-            raise SystemExit(f"error: scenes.py: level {level!r}: use one of {', '.join(LEVELS)}")
-        self.seed, self.length = SPLITS[split]
-        self.level, self.name = level, "scenes" if level == "easy" else f"scenes:{level}"
-
-    def __len__(self):
-        return self.length
-
-    def size(self, i):
-        """None: a scene is drawn at any size."""
-        return None
-
-    def scene(self, i):
-        if not 0 <= i < self.length:
-            raise IndexError(f"scene {i} of {self.length}")
-        return scene(self.seed, i, self.level)
-
-    def load(self, i, h, w):
-        """dict(image uint8 [h, w, 3], caption str, segments uint8 [h, w]), fixed for (split, i, h, w)."""
-        from scene_text import caption  # here: it needs this module's names
-
-        s = self.scene(i)
-        image, segments = _render(s, h, w)
-        return {"image": image, "caption": caption(s, rng_for(self.seed, i, 3)), "segments": segments}
-
-
-def contact_sheet(rows, columns, cell, lines):
-    """A page of captioned pictures, a PIL image. rows: lists of (uint8 [h, w, 3], text), every list a row of
-    pictures; `columns` rows stand side by side. cell: a picture's longer side in pixels; lines: of text."""
-    margin, line = 12, 11
-    wide = max(map(len, rows)) * (cell + margin) + margin
-    high = cell + line * lines + margin
-    size = columns * wide, -(-len(rows) // columns) * high + margin
-    page = Image.new("RGB", size, "lightgray")
-    pen = ImageDraw.Draw(page)
-    for n, row in enumerate(rows):
-        for k, (image, text) in enumerate(row):
-            x, y = n % columns * wide + margin + k * (cell + margin), margin + n // columns * high
-            scale = cell / max(image.shape[:2])
-            size = round(image.shape[1] * scale), round(image.shape[0] * scale)
-            page.paste(Image.fromarray(image).resize(size, Image.Resampling.NEAREST), (x, y))
-            text = "\n".join(textwrap.wrap(text, max(8, cell // 6)))
-            pen.text((x, y + cell + 2), text, fill=(40, 40, 40), spacing=1)
-    return page
-
-
-def sheet(source, n, size, columns=8):
-    """Contact sheet of the first n scenes with their captions, a PIL image."""
-    loaded = (source.load(i, size, size) for i in range(n))
-    rows = [[(got["image"], got["caption"])] for got in loaded]
-    return contact_sheet(rows, columns, size * max(1, 160 // size), 7)
-
-
-def export(source, folder, n, size):
-    """Write the first n scenes as an image folder: NAME.png, NAME.seg.png (8-bit label map) and
-    metadata.jsonl."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "metadata.jsonl", "w") as f:
-        for i in range(n):
-            got, name = source.load(i, size, size), f"{i:06d}"
-            Image.fromarray(got["image"]).save(folder / f"{name}.png")
-            Image.fromarray(got["segments"]).save(folder / f"{name}.seg.png")
-            row = {"file_name": f"{name}.png", "text": got["caption"], "segments": f"{name}.seg.png"}
-            f.write(json.dumps(row) + "\n")
-
-
-@dataclass
-class Config:
-    sheet: str = ""  # write a contact sheet to this picture file
-    export: str = ""  # write an image folder here
-    n: int = 64  # how many scenes
-    size: int = 64  # width and height in pixels
-    split: str = "train"  # train or heldout
-    level: str = "easy"  # easy or hard, see LEVELS
-
-
-def main(cfg):
-    source = Scenes(cfg.split, cfg.level)
-    if not (cfg.sheet or cfg.export):
-        raise SystemExit("error: scenes.py: nothing to do: give --sheet FILE.png or --export FOLDER")
-    if not 0 < cfg.n <= len(source):
-        raise SystemExit(f"error: scenes.py: --n {cfg.n}: use 1 to {len(source)}")
-    try:
-        if cfg.sheet:
-            sheet(source, cfg.n, cfg.size).save(cfg.sheet)
-            print(f"wrote {cfg.sheet}: {cfg.n} scenes at {cfg.size}x{cfg.size}")
-        if cfg.export:
-            export(source, cfg.export, cfg.n, cfg.size)
-            print(f"wrote {cfg.export}: {cfg.n} pictures, label maps, metadata.jsonl")
-    except (OSError, ValueError) as e:  # PIL: unknown file extension is a ValueError
-        say = f"{cfg.export or cfg.sheet}: {e}: choose a writable place; a sheet ends in .png"
-        raise SystemExit(f"error: scenes.py: {say}") from None
-
-
-if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config))

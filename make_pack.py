@@ -1,8 +1,8 @@
 """Draw or decode a source once, into a folder that packed.py describes and reads.
 
-    python pack.py scenes --out DIR --limit 1000000 --image_size 64     # then train with --data DIR
-    python pack.py scenes:wrong=0.5 --out DIR --limit 200000
-    python pack.py omniedit:SET --out DIR --image_size 512 --aspects True
+    python make_pack.py scenes --out DIR --limit 1000000 --image_size 64     # then train with --data DIR
+    python make_pack.py scenes:wrong=0.5 --out DIR --limit 200000
+    python make_pack.py omniedit:SET --out DIR --image_size 512 --aspects True
 """
 
 import json
@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 import data
-from order import bucket, size_of
-from packed import INDEX, LABELS, PARTS, read_index
-from pictures import BadFile, printable, too_many
+from data import bucket
+from readers.files import BadFile, printable, size_of, too_many
+from readers.packed import INDEX, LABELS, PARTS, read_index
 
 
 def pack(spec: str, /, out: str, limit: int = 0, image_size: int = 64, aspects: bool = False,

@@ -1,10 +1,10 @@
 """Speed of a training step, side by side with a public implementation of the same network.
 
-    python kernels/bench_models.py                       # both cases, forward + backward, eager
-    python kernels/bench_models.py --case tiny --adamw --compile
-    python kernels/bench_models.py --forward             # forward alone, as in sampling
-    python kernels/bench_models.py --editnet             # EditNet, its variants over their base, a ControlNet
-    python kernels/bench_models.py --frozen              # the autoencoder and the text encoders
+    python runs/bench_models.py                       # both cases, forward + backward, eager
+    python runs/bench_models.py --case tiny --adamw --compile
+    python runs/bench_models.py --forward             # forward alone, as in sampling
+    python runs/bench_models.py --editnet             # EditNet, its variants over their base, a ControlNet
+    python runs/bench_models.py --frozen              # the autoencoder and the text encoders
 
 One process holds both networks with the same weights and runs them in turn, so that a busy machine slows
 both alike; what counts is the ratio within each pair of steps. Needs `diffusers` and, for --frozen,
@@ -24,17 +24,17 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # `python kernels/bench_models.py` puts kernels/ on the path
+sys.path.insert(0, str(ROOT))  # `python runs/bench_models.py` puts runs/ on the path
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from frozen import VAE, VAEConfig  # noqa: E402
 from kernels.bench import machine, quantiles, write  # noqa: E402
 from kernels.dispatch import has_bf16  # noqa: E402
 from model import PRESETS, EditNet, Editor, EditorConfig, MMDiT  # noqa: E402
-from text_encoders import CLIP_G, CLIP_L, T5_XXL, ClipText, T5Config, T5Encoder  # noqa: E402
-from weights import to_diffusers, vae_place  # noqa: E402
+from pretrained.sd3 import to_diffusers  # noqa: E402
+from pretrained.text import CLIP_G, CLIP_L, T5_XXL, ClipText, T5Config, T5Encoder  # noqa: E402
+from pretrained.vae import VAE, VAEConfig, vae_place  # noqa: E402
 
 ####################################################################################################
 # diffusers' SD3Transformer2DModel with our weights (also what tests/test_model.py compares with)

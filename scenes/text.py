@@ -1,4 +1,4 @@
-"""Captions of scenes, true and false: words for every fact of a description (see scenes.py), nothing more.
+"""Captions of scenes, true and false: words for every fact of a description (draw.py), nothing more.
 
 A caption is made in two steps, facts and then words, so that a sentence that differs from a true one in a
 single fact can be said in the same words. Everything random comes from the generator given.
@@ -6,7 +6,7 @@ single fact can be said in the same words. Everything random comes from the gene
 
 from dataclasses import dataclass, replace
 
-from scenes import ENVIRONMENTS, LEVELS, MATERIALS, STYLES, pick, scene
+from scenes.draw import ENVIRONMENTS, LEVELS, MATERIALS, STYLES, pick, scene
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 SIZE_WORDS = {"small": ("small", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big"),

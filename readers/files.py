@@ -329,3 +329,19 @@ def picture_cell(value, file, name):
     if not isinstance(value, bytes | str) or not value:
         raise BadFile(name, "no picture in it", "remove the row")
     return inside(os.path.dirname(file) or ".", value) if isinstance(value, str) else value
+
+
+#### 2. order ################################################################################################
+def mix(z):
+    """Bits of uint64 [n] scrambled (splitmix64); arithmetic wraps."""
+    z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def size_of(source, i):
+    """source.size(i), or square where the file is bad: it is met again, named and counted while loading."""
+    try:
+        return source.size(i)
+    except BadFile:
+        return 1, 1

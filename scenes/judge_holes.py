@@ -11,17 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
 import masks
-import scene_text
-import scenes
-from judge import (
+from scenes import dataset, draw
+from scenes import text as scene_text
+from scenes.judge import (
     OBJECT_HEADS,
     PICTURE_HEADS,
     Parser,
-    bootstrap,
     crops,
-    frechet_interval,
     gradient,
     masked_mean,
     object_box,
@@ -54,7 +51,7 @@ class Cases:
     objects: Tensor  # [M, 4] labels of OBJECT_HEADS, -100 = not asked
 
 
-def named(o: scenes.Object, caption: str) -> list[int]:
+def named(o: draw.Object, caption: str) -> list[int]:
     """Labels of an object; the material counts only where the caption names it."""
     labels = object_labels(o)
     if not any(word in caption for word in scene_text.MATERIAL_WORDS[o.material]):
@@ -62,7 +59,7 @@ def named(o: scenes.Object, caption: str) -> list[int]:
     return labels
 
 
-def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) -> Cases:
+def make_cases(task: str, indices: list[int], size: int, source: dataset.Scenes) -> Cases:
     """outpaint: data.py's outward mask; judged are the objects of which half or more lies in the hole, not
     all: where a wholly hidden one goes, nobody says. edit: the largest instance, dilated by 8% of the side
     (ByteEdit Sec. 4.1); the caption is the scene's, so that this object must come back. erase: all that the
@@ -76,7 +73,7 @@ def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) 
         area = [int((labels == k).sum()) for k in range(1, len(s.objects) + 1)]
         biggest = int(np.argmax(area)) + 1
         if task == "outpaint":
-            rng = np.random.Generator(np.random.PCG64(scenes.rng_for(source.seed, index, 12).integers(2**32)))
+            rng = np.random.Generator(np.random.PCG64(draw.rng_for(source.seed, index, 12).integers(2**32)))
             mask = masks.make_mask("outward", size, size, rng) > 0
             judged = [k for k, n in enumerate(area, 1) if n and 0.5 <= mask[labels == k].mean() < 1]
         elif task == "edit":
@@ -84,24 +81,24 @@ def make_cases(task: str, indices: list[int], size: int, source: scenes.Scenes) 
             judged = [biggest]
         elif task == "erase":
             without = replace(s, objects=s.objects[:biggest - 1] + s.objects[biggest:])
-            truth = scenes.draw(without, size, size)
+            truth = draw.draw(without, size, size)
             mask = masks.dilate((truth != image).any(-1) | (labels == biggest), max(1, round(size / 64)))
-            caption = data.ERASE_PROMPT
+            caption = masks.ERASE_PROMPT
         else:
             raise ValueError(f"task {task!r}")
         if task == "erase":
             o = s.objects[biggest - 1]
             which.append(j)
-            boxes.append(object_box(o.x, o.y, scenes.RADIUS[o.size], size, size))
+            boxes.append(object_box(o.x, o.y, draw.RADIUS[o.size], size, size))
             objects.append([-100, -100, -100, 0])
             certain = mask
         else:
             for k in judged:
                 o = s.objects[k - 1]
                 which.append(j)
-                boxes.append(object_box(o.x, o.y, scenes.RADIUS[o.size], size, size))
+                boxes.append(object_box(o.x, o.y, draw.RADIUS[o.size], size, size))
                 objects.append(named(o, caption))
-            bare = scenes.draw(replace(s, objects=()), size, size)
+            bare = draw.draw(replace(s, objects=()), size, size)
             certain = mask & (bare == image).all(-1)
         rows.append((image, mask, truth, certain, caption, picture_labels(s)))
     image, mask, truth, certain, caption, pictures = zip(*rows)
@@ -193,16 +190,3 @@ def frechet_features(x: Tensor, c: Cases, net: Parser) -> tuple[np.ndarray, np.n
         boxes.append((xs[0] / w, ys[0] / h, (xs[-1] + 1) / w, (ys[-1] + 1) / h))
     hole = crops(x.to(device), torch.arange(len(x), device=device), torch.tensor(boxes, device=device))
     return net.features(x.to(device)).cpu().numpy(), net.features(hole).cpu().numpy()
-
-
-def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dict]:
-    """pictures uint8 [S, N, H, W, 3] -> metrics [S, N], and {metric: mean and interval} with the Frechet
-    distances."""
-    per_seed = [judge(to_float(p), c, net) for p in pictures]
-    scores = {k: np.stack([m[k] for m in per_seed]) for k in per_seed[0]}
-    summary = {k: bootstrap(v.mean(0)) for k, v in scores.items()}  # not-a-number depends on the scene alone
-    of_truth = frechet_features(c.truth, c, net)
-    of_result = zip(*(frechet_features(paste(to_float(p), c), c, net) for p in pictures))
-    for name, a, b in zip(("frechet", "frechet_hole"), of_result, of_truth):
-        summary[name] = frechet_interval(np.stack(a), np.broadcast_to(b, (len(a), *b.shape)))
-    return scores, summary

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import scenes
-from judge import (
+from scenes import dataset, draw
+from scenes.dataset import EditScenes
+from scenes.edits import edit_mask
+from scenes.judge import (
     OBJECT_HEADS,
     PICTURE_HEADS,
     Parser,
@@ -31,8 +33,7 @@ from judge import (
     picture_labels,
     to_float,
 )
-from scene_edits import EditScenes, edit_mask
-from scene_text import ENVIRONMENT_WORDS, MATERIAL_WORDS, STYLE_WORDS, place_of
+from scenes.text import ENVIRONMENT_WORDS, MATERIAL_WORDS, STYLE_WORDS, place_of
 
 ####################################################################################################
 # 1. Cases
@@ -72,7 +73,7 @@ def edit_cases(task: str, indices: list[int], h: int, w: int, source: EditScenes
         before, edit = source.edit(index)
         if edit.task != task:
             raise ValueError(f"pair {index} is of task {edit.task}, not {task}")
-        image, truth = scenes.draw(before, h, w), scenes.draw(edit.target, h, w)
+        image, truth = draw.draw(before, h, w), draw.draw(edit.target, h, w)
         region = (edit_mask(edit, before, h, w) > 0) | (image != truth).any(-1)
         k = None if edit.ids is None else edit.ids[0] - 1
         places = []  # (object whose place and size are meant, labels, role)
@@ -88,7 +89,7 @@ def edit_cases(task: str, indices: list[int], h: int, w: int, source: EditScenes
         places += [(o, nothing, KEPT) for o in free_places(source.seed, index, before, edit.target, avoid)]
         for o, labels, role in places:
             which.append(j)
-            boxes.append(object_box(o.x, o.y, scenes.RADIUS[o.size], h, w))
+            boxes.append(object_box(o.x, o.y, draw.RADIUS[o.size], h, w))
             objects.append(labels)
             roles.append(role)
         resized = task == "attribute" and before.objects[k].size != edit.target.objects[k].size
@@ -100,29 +101,29 @@ def edit_cases(task: str, indices: list[int], h: int, w: int, source: EditScenes
                      torch.tensor(roles))
 
 
-def as_good(new: scenes.Object, others: tuple[scenes.Object, ...], h: int, w: int) -> list[scenes.Object]:
+def as_good(new: draw.Object, others: tuple[draw.Object, ...], h: int, w: int) -> list[draw.Object]:
     """`new` at the other free places of its part (ninth) of the picture, 0.35 radii apart: the parser reads
     boxes that are off by 0.2."""
-    r, found = scenes.RADIUS[new.size], []
+    r, found = draw.RADIUS[new.size], []
     dx, dy = 0.35 * r * min(h, w) / w, 0.35 * r * min(h, w) / h
     for x in np.arange(r, 1 - r + 1e-6, dx):
         for y in np.arange(r, 1 - r + 1e-6, dy):
             o = replace(new, x=float(x), y=float(y))
-            if place_of(o) == place_of(new) and scenes.gap(o.x, o.y, r, others) > -0.3 * r:
+            if place_of(o) == place_of(new) and draw.gap(o.x, o.y, r, others) > -0.3 * r:
                 found.append(o)
     return found
 
 
-def free_places(seed: int, index: int, before: scenes.Scene, after: scenes.Scene,
-                avoid: tuple | None) -> list[scenes.Object]:
+def free_places(seed: int, index: int, before: draw.Scene, after: draw.Scene,
+                avoid: tuple | None) -> list[draw.Object]:
     """Up to four places without an object in either scene, and not in the part `avoid` of the picture: what
     stands there after an edit is one too many."""
-    rng, found = scenes.rng_for(seed, index, 9), []
+    rng, found = draw.rng_for(seed, index, 9), []
     known = (*before.objects, *after.objects)
     for x, y, u in rng.random((24, 3)).tolist():
-        size = scenes.pick(scenes.LEVELS[before.level].sizes, u)
-        o = scenes.Object("", "", "", size, 0.1 + 0.8 * x, 0.1 + 0.8 * y)
-        free = scenes.gap(o.x, o.y, 0.7 * scenes.RADIUS[size], known) > 0
+        size = draw.pick(draw.LEVELS[before.level].sizes, u)
+        o = draw.Object("", "", "", size, 0.1 + 0.8 * x, 0.1 + 0.8 * y)
+        free = draw.gap(o.x, o.y, 0.7 * draw.RADIUS[size], known) > 0
         if free and place_of(o) != avoid and len(found) < 4:
             found.append(o)
     return found
@@ -265,7 +266,7 @@ class Prompts:
     fine: Tensor  # [Q, 4] the same, closer to each other
 
 
-def prompts(indices: list[int], size: int, source: scenes.Scenes) -> Prompts:
+def prompts(indices: list[int], size: int, source: dataset.Scenes) -> Prompts:
     """Captions of scenes `indices`. The shape and colour of an object count, its material where it is named,
     its size, place and number do not."""
     images, captions, pictures, which, objects = [], [], [], [], []
@@ -293,7 +294,7 @@ def prompts(indices: list[int], size: int, source: scenes.Scenes) -> Prompts:
 def places(size: int, level: str, apart: float) -> Tensor:
     """Boxes [P, 4] that cover a square picture: each object size of the level, so many radii apart."""
     found = []
-    for r in (scenes.RADIUS[name] for name in scenes.LEVELS[level].sizes):
+    for r in (draw.RADIUS[name] for name in draw.LEVELS[level].sizes):
         steps = np.linspace(r, 1 - r, 1 + math.ceil((1 - 2 * r) / (apart * r))).tolist()
         found += [object_box(x, y, r, size, size) for x in steps for y in steps]
     return torch.tensor(found)

@@ -1,10 +1,9 @@
-"""Public image towers and the rewards built on them, loaded from the files they are published in.
+"""Whatever looks at a picture and answers with a number: the three rewards, VGG's features, published scores.
 
-    1. Pictures: each network's own resizing, cropping and normalising
-    2. DINO and DINOv2
-    3. CLIP, from transformers', OpenAI's or open_clip's names
-    4. ImageReward as a PreferenceReward
-    5. Rewards and judges, one function each, and by name
+    1. Networks: PreferenceReward (aesthetic, alignment), CoherenceReward        2. VGG16
+    3. Pictures: each published network's own resizing, cropping and normalising
+    4. DINO and DINOv2     5. CLIP, from transformers', OpenAI's or open_clip's names
+    6. ImageReward as a PreferenceReward     7. Scores, one function each     8. opening a reward by name
 
 Pictures are float [B, 3, H, W] in [-1, 1], as everywhere; every score is [B] and differentiable in them.
 Sizes are read from the weights. What weights cannot tell (quick-GELU or GELU, which resizing) is an argument.
@@ -13,7 +12,7 @@ Sizes are read from the weights. What weights cannot tell (quick-GELU or GELU, w
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,16 +25,326 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from frozen import IMAGENET_MEAN, IMAGENET_STD
+import checkpoint
 from kernels import joint_attention
-from model import CLIP_MEAN, CLIP_STD, PreferenceReward, RewardConfig, RewardHead, SelfBlock, ViT
-from text_encoders import ClipLayer, ClipText, ClipTextConfig, clip_tokenizer, tokenize
-from weights import Device, count, fill, read_weights, shape_of
+from model import PatchEmbed, SelfBlock, config_from, unpatchify
+from pretrained.files import Device, count, fill, read_weights, shape_of
+from pretrained.text import ClipLayer, ClipText, ClipTextConfig, clip_tokenizer, tokenize
+
+####################################################################################################
+# 1. Networks
+####################################################################################################
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """PreferenceReward at any size; the default is ImageReward's (446 M parameters)."""
+
+    image_size: int = 224  # pictures are resized to this square before they are scored
+    patch: int = 16
+    vit_width: int = 1024
+    vit_depth: int = 24
+    vit_heads: int = 16
+    txt_width: int = 768
+    txt_depth: int = 12
+    txt_heads: int = 12
+    txt_hidden: int = 3072
+    vocab: int = 30524
+    txt_len: int = 35
+    positions: int = 512
+    tokenizer: str = ""  # JSON of the `tokenizers` library, kept with the weights
+
+
+@dataclass(frozen=True)
+class CoherenceConfig:
+    """CoherenceReward: a ViT that scores every pixel (ByteEdit Sec. 3.2; sizes ours, paper silent)."""
+
+    pos_side: int = 8  # tokens per side of the learned position table; resized to other sizes
+    patch: int = 4
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+
+
+REWARD_PRESETS: dict[str, RewardConfig] = {
+    "test": RewardConfig(32, 8, 32, 2, 2, 32, 2, 2, 64, 512, 40, 64),
+    "tiny": RewardConfig(64, 8, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
+    "tiny-p16": RewardConfig(64, 16, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
+    "imagereward": RewardConfig(),
+}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ViT(nn.Module):
+    """Vision transformer under the names that BLIP, ImageReward and DINO share. All tokens, [CLS] first."""
+
+    def __init__(self, side: int, patch: int, width: int, depth: int, heads: int, channels: int = 3):
+        super().__init__()
+        self.patch_embed = PatchEmbed(patch, channels, width)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, side * side + 1, width))
+        self.blocks = nn.ModuleList(SelfBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W], normalised -> [B, 1 + hw, D]; the position table is resized to h x w (bicubic)."""
+        p = self.patch_embed.proj.kernel_size[0]
+        h, w = x.shape[-2] // p, x.shape[-1] // p
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        pos = self.pos_embed[:, 1:]
+        if (h, w) != (side, side):
+            pos = F.interpolate(rearrange(pos, "1 (h w) d -> 1 d h w", h=side), (h, w), mode="bicubic")
+            pos = rearrange(pos, "1 d h w -> 1 (h w) d")
+        x = self.patch_embed(x) + pos
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls.to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class BertSelf(nn.Module):
+    """Query, key, value of BERT (separate Linears); keys and values may come from another width."""
+
+    def __init__(self, width: int, heads: int, kv_width: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(kv_width, width)
+        self.value = nn.Linear(kv_width, width)
+
+    def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+        qkv = self.query(x), self.key(kv), self.value(kv)
+        q, k, v = (rearrange(y, "b l (h k) -> b h l k", h=self.heads) for y in qkv)
+        return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b h l k -> b l (h k)")
+
+
+class BertOutput(nn.Module):
+    """Dense, then LayerNorm of the residual sum (post-norm, eps 1e-12)."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.dense = nn.Linear(hidden, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+def bert_attention(width: int, heads: int, kv_width: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"self": BertSelf(width, heads, kv_width), "output": BertOutput(width, width)})
+
+
+class MedLayer(nn.Module):
+    """Self-attention -> cross-attention to the picture -> feed-forward (BLIP's MED in multimodal mode)."""
+
+    def __init__(self, cfg: RewardConfig):
+        super().__init__()
+        D, H = cfg.txt_width, cfg.txt_heads
+        self.attention = bert_attention(D, H, D)
+        self.crossattention = bert_attention(D, H, cfg.vit_width)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, cfg.txt_hidden)})
+        self.output = BertOutput(cfg.txt_hidden, D)
+
+    def forward(self, x: Tensor, img: Tensor, bias: Tensor) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, x, bias), x)
+        x = self.crossattention["output"](self.crossattention["self"](x, img, None), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class MedText(nn.Module):
+    """BERT with cross-attention in every layer; no token types, no pooler."""
+
+    def __init__(self, cfg: RewardConfig):
+        super().__init__()
+        D = cfg.txt_width
+        self.embeddings = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(cfg.vocab, D),
+            "position_embeddings": nn.Embedding(cfg.positions, D),
+            "LayerNorm": nn.LayerNorm(D, eps=1e-12)})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(MedLayer(cfg) for _ in range(cfg.txt_depth))})
+
+    def forward(self, ids: Tensor, attend: Tensor, img: Tensor) -> Tensor:
+        """ids, attend [B, L] (attend 0 = padding), img [B, N, vit_width] -> [B, L, D]."""
+        e = self.embeddings
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x = e["LayerNorm"](e["word_embeddings"](ids) + e["position_embeddings"](places))
+        bias = torch.zeros_like(attend, dtype=x.dtype).masked_fill(attend == 0, -10000.0)[:, None, None]
+        for layer in self.encoder["layer"]:
+            x = layer(x, img, bias)
+        return x
+
+
+class RewardHead(nn.Module):
+    """ImageReward's head on [CLS]: five Linears without activations between them, dropout in training."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
+            nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
+
+    def init_weights(self, original: bool) -> None:
+        """`original`: ImageReward's Normal(0, 1 / (in + 1)). It shrinks [CLS] to 1e-9 and its gradient below
+        Adam's eps: the known plateau at loss 0.6931. Ours: Normal(0, 1 / sqrt(in)), which keeps the scale."""
+        for m in self.layers:
+            if isinstance(m, nn.Linear):
+                fan = self.layers[0].in_features + 1 if original else m.in_features**0.5
+                nn.init.normal_(m.weight, std=1 / fan)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class PreferenceReward(nn.Module):
+    """R(c, x): the aesthetic and the alignment reward (ByteEdit Sec. 3.1, 3.2), built as ImageReward is."""
+
+    def __init__(self, cfg: RewardConfig, original_init: bool = False):
+        super().__init__()
+        self.cfg = cfg
+        self.blip = nn.ModuleDict({
+            "visual_encoder": ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth,
+                                  cfg.vit_heads),
+            "text_encoder": MedText(cfg)})
+        self.mlp = RewardHead(cfg.txt_width)
+        for m in self.blip.modules():
+            if isinstance(m, nn.Linear | nn.Embedding):
+                std = 0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5
+                nn.init.normal_(m.weight, std=std)
+        self.mlp.init_weights(original_init)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+        self.tokenizer = Tokenizer.from_str(cfg.tokenizer) if cfg.tokenizer else None
+        if self.tokenizer:
+            self.tokenizer.encode_special_tokens = True  # a typed "[PAD]" is text
+        self.score_mean, self.score_std = 0.0, 1.0  # of held-out scores, from the manifest
+
+    @property
+    def arch(self) -> dict:
+        return {"kind": "reward", **asdict(self.cfg)}
+
+    def tokenize(self, captions: list[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """[B] captions -> ids, attend [B, L], attend 0 on padding; L is the batch's longest, <= txt_len."""
+        rows = self.tokenizer.encode_batch(captions)
+        both = torch.tensor([[r.ids for r in rows], [r.attention_mask for r in rows]])
+        return tuple(both.to(device, non_blocking=True))
+
+    def image_features(self, image: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W] in [-1, 1] -> [the image tower's tokens [B, N, D]], in place of VGG's maps."""
+        return [self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)]
+
+    def forward(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
+        """image [B, 3, H, W] in [-1, 1], ids and attend [B, L] -> raw score [B] (no normalisation).
+
+        The short side is resized to `image_size` and the centre cropped (ImageReward), differentiably.
+        """
+        S = self.cfg.image_size
+        h, w = image.shape[-2:]
+        if (h, w) != (S, S):
+            size = (S, max(S, round(w * S / h))) if h <= w else (max(S, round(h * S / w)), S)
+            image = F.interpolate(image.float(), size, mode="bicubic", antialias=True)
+            top, left = (size[0] - S) // 2, (size[1] - S) // 2
+            image = image[..., top:top + S, left:left + S]
+        img = self.blip["visual_encoder"](((image + 1) / 2 - self.mean) / self.std)
+        txt = self.blip["text_encoder"](ids, attend, img)
+        with torch.autocast(image.device.type, enabled=False):  # bf16 scores tie
+            return self.mlp(txt[:, 0].to(self.mlp.layers[0].weight.dtype))[:, 0]
+
+    def normalised(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
+        """The score [B] in standard deviations of the held-out ones, as ImageReward's: -log sigmoid of a raw
+        score of 10 has no gradient left."""
+        return (self(image, ids, attend) - self.score_mean) / self.score_std
+
+
+def build_reward(arch: dict, what: str = "the checkpoint") -> PreferenceReward:
+    """PreferenceReward from the `arch` of a manifest; SystemExit that names `what` when it is none."""
+    return PreferenceReward(config_from(RewardConfig, arch, "reward", what))
+
+
+class CoherenceReward(nn.Module):
+    """R_gamma(x): a score for every pixel, > 0 = looks real (ByteEdit Eq. 6). Also the discriminator."""
+
+    def __init__(self, cfg: CoherenceConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.vit = ViT(cfg.pos_side, cfg.patch, cfg.width, cfg.depth, cfg.heads)
+        self.head = nn.Sequential(
+            nn.Linear(cfg.width, cfg.width), nn.GELU(), nn.Linear(cfg.width, cfg.patch**2))
+
+    @property
+    def arch(self) -> dict:
+        return {"kind": "coherence", **asdict(self.cfg)}
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> logits [B, 1, H, W]."""
+        p = self.cfg.patch
+        tokens = self.head(self.vit(image)[:, 1:])
+        return unpatchify(tokens.float(), image.shape[-2] // p, image.shape[-1] // p, p)
+
+
+def build_coherence(arch: dict, what: str = "the checkpoint") -> CoherenceReward:
+    """CoherenceReward from a manifest's `coherence_arch`; SystemExit that names `what` when it is none."""
+    return CoherenceReward(config_from(CoherenceConfig, arch, "coherence", what))
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+####################################################################################################
+# 2. Perceptual features
+####################################################################################################
+
+
+class VGG16(nn.Module):
+    """VGG16's convolutions (Simonyan & Zisserman 2015) up to relu4_3, under torchvision's names `features.N`.
+
+    Features after relu1_2, relu2_2, relu3_3 and relu4_3, the layers of Johnson et al. 2016: ByteEdit's Eq. 3
+    names none.
+    """
+
+    CONVS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256),
+             14: (256, 256), 17: (256, 512), 19: (512, 512), 21: (512, 512)}
+    POOLS, TAPS = (4, 9, 16), (3, 8, 15, 22)
+
+    def __init__(self):
+        super().__init__()
+        convs = {str(i): nn.Conv2d(a, b, 3, padding=1) for i, (a, b) in self.CONVS.items()}
+        self.features = nn.ModuleDict(convs)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W] in [-1, 1], sides at least 8 -> four maps [B, C_i, H_i, W_i]."""
+        x, maps = ((image + 1) / 2 - self.mean) / self.std, []
+        for i in range(self.TAPS[-1] + 1):
+            if i in self.CONVS:
+                x = self.features[str(i)](x)
+            elif i in self.POOLS:
+                x = F.max_pool2d(x, 2)
+            else:
+                x = F.relu(x)
+                if i in self.TAPS:
+                    maps.append(x)
+        return maps
+
+
+def load_vgg16(path: str) -> VGG16:
+    """VGG16 from torchvision's vgg16-397923af.pth or a safetensors copy of it, without the classifier."""
+    weights = read_weights(path, "--vgg: ")
+    with torch.device("meta"):
+        net = VGG16()
+    net.mean, net.std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    weights = {k: v for k, v in weights.items() if k in net.state_dict()}
+    return fill(net, weights, f"--vgg: {path}", "torchvision's VGG16", torch.float32, "cpu")
+
 
 Picture = Tensor | list[Image.Image]  # [B, 3, H, W] in [-1, 1], differentiable; or PIL pictures of any sizes
 
 ####################################################################################################
-# 1. Pictures
+# 3. Pictures
 ####################################################################################################
 
 
@@ -116,7 +425,7 @@ def prepared(picture: Picture, prep: Prep, device: torch.device) -> Tensor:
 
 
 ####################################################################################################
-# 2. DINO and DINOv2
+# 4. DINO and DINOv2
 ####################################################################################################
 
 
@@ -190,7 +499,7 @@ def load_dino(path: str, heads: int | None = None, dtype: torch.dtype = torch.fl
 
 
 ####################################################################################################
-# 3. CLIP (Radford et al. 2021), under transformers' names; its text tower is in text_encoders.py
+# 5. CLIP (Radford et al. 2021), under transformers' names; its text tower is in pretrained/text.py
 ####################################################################################################
 
 
@@ -330,7 +639,7 @@ def load_clip(path: str, tokenizer: str | None, quick_gelu: bool, prep: Prep = C
 
 
 ####################################################################################################
-# 4. ImageReward (Xu et al. 2023): BLIP and a linear head, under the names of ImageReward.pt
+# 6. ImageReward (Xu et al. 2023): BLIP and a linear head, under the names of ImageReward.pt
 ####################################################################################################
 
 IMAGEREWARD_MEAN, IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072  # of its test set's scores
@@ -416,7 +725,7 @@ def blip_weights(path: str) -> dict[str, Tensor]:
 
 
 ####################################################################################################
-# 5. Rewards and judges: all [B]
+# 7. Scores: all [B]
 ####################################################################################################
 
 
@@ -488,20 +797,31 @@ def load_aesthetic_head(path: str, dtype: torch.dtype = torch.float32, device: D
     return fill(head, weights, path, "the aesthetic predictor", dtype, device)
 
 
-REWARDS = ("imagereward", "clipscore", "pickscore", "hpsv2", "aesthetic")
+####################################################################################################
+# 8. Opening
+####################################################################################################
+
+PUBLISHED = ("imagereward", "clipscore", "pickscore", "hpsv2", "aesthetic")
 
 
-def open_reward(spec: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Callable:
-    """NAME:PATH,PATH -> score(picture, captions) -> [B], frozen and differentiable in the picture.
+def open_reward(spec: str, device: Device = "cpu", what: str = "reward",
+                dtype: torch.dtype = torch.float32) -> PreferenceReward | Callable:
+    """A frozen reward: a folder of train_reward.py -> the network, in evaluation mode; or a published one,
+    NAME:PATH,PATH -> score(picture, captions) -> [B], differentiable in the picture.
 
     imagereward:ImageReward.pt,vocab.txt     clipscore:CLIP,TOKENIZER (OpenAI's; the raw cosine)
     pickscore:PICKSCORE,TOKENIZER            hpsv2:HPS_v2.1_compressed.pt,TOKENIZER
     aesthetic:sac+logos+ava1-l14-linearMSE.pth,CLIP (OpenAI's ViT-L/14; captions are not read)
+
+    what: the flag that errors name.
     """
-    name, _, rest = spec.partition(":")
+    name, colon, rest = spec.partition(":")
+    if not colon or Path(spec).exists():
+        return _trained(spec, f"{what}: {spec}").to(device)
     paths = rest.split(",")
-    if name not in REWARDS or len(paths) != 2 or not all(paths):
-        raise SystemExit(f"error: reward {spec!r}: give NAME:PATH,PATH with a name of {', '.join(REWARDS)}")
+    if name not in PUBLISHED or len(paths) != 2 or not all(paths):
+        raise SystemExit(f"error: {what}: {spec!r}: give a folder, or NAME:PATH,PATH with a name of "
+                         f"{', '.join(PUBLISHED)}")
     to = {"dtype": dtype, "device": device}
     if name == "imagereward":
         return partial(imagereward, load_imagereward(*paths, **to))
@@ -513,3 +833,62 @@ def open_reward(spec: str, dtype: torch.dtype = torch.float32, device: Device = 
     if name == "pickscore":
         return partial(pickscore, load_clip(*paths, quick_gelu=False, prep=PICKSCORE_PREP, **to))
     return partial(hpsv2, load_clip(*paths, quick_gelu=False, prep=HPS_PREP, **to))
+
+
+def _trained(path: str, what: str) -> PreferenceReward:
+    tensors, manifest = checkpoint.load(path, ("model",))
+    net = build_reward(manifest.get("arch", {}), what)
+    if net.tokenizer is None:
+        raise SystemExit(f"error: {what}: holds no tokenizer: use a folder that train_reward.py wrote")
+    checkpoint.load_state(net, tensors["model"], path)
+    scores = manifest.get("meta", {}).get("val") or {}
+    net.score_mean, net.score_std = scores.get("score_mean", 0.0), max(scores.get("score_std", 1.0), 1e-3)
+    return net.eval().requires_grad_(False)
+
+
+def score_of(reward: PreferenceReward | Callable) -> Callable:
+    """A reward as a function of pictures [B, 3, H, W] in [-1, 1] and B captions -> [B]."""
+    if not isinstance(reward, PreferenceReward):
+        return reward
+    return lambda image, captions: reward.normalised(image, *reward.tokenize(captions, image.device))
+
+
+def open_coherence(init: str | None, image_size: int, patch: int, width: int, depth: int,
+                   what: str) -> CoherenceReward:
+    """R_gamma: fresh, from a PeFL run's coherence model, or on a trained reward's image tower with a fresh
+    head, which both bring their own sizes. The paper's backbone is a ViT, of unknown origin; a tower that
+    knows pictures already learns to tell generated pixels several times faster than a fresh one (LOG.md)."""
+    if not init:
+        heads = max(1, width // 32)
+        return CoherenceReward(CoherenceConfig(image_size // patch, patch, width, depth, heads))
+    tensors, manifest = checkpoint.load(init, ("coherence", "model"))
+    if arch := manifest["meta"].get("coherence_arch"):
+        disc = build_coherence(arch, f"{what}: {init}")
+        checkpoint.load_state(disc, tensors["coherence"], init)
+        return disc
+    r = build_reward(manifest["arch"], f"{what}: {init}").cfg
+    disc = CoherenceReward(CoherenceConfig(
+        r.image_size // r.patch, r.patch, r.vit_width, r.vit_depth, r.vit_heads))
+    tower = "blip.visual_encoder."
+    checkpoint.load_state(disc.vit, {k.removeprefix(tower): v for k, v in tensors["model"].items()
+                                     if k.startswith(tower)}, init)
+    return disc
+
+
+def open_features(vgg: str | None, rewards: dict, device: Device) -> tuple[Callable, str]:
+    """V of ByteEdit's Eq. 3, picture -> maps, and its name: VGG16 where its weights are given, else a
+    reward's frozen image tower."""
+    if vgg:
+        return load_vgg16(vgg).to(device), f"VGG16 ({vgg})"
+    for name in ("aesthetic", "alignment"):
+        if isinstance(rewards.get(name), PreferenceReward):
+            return rewards[name].image_features, f"the {name} reward's image tower (no --vgg given)"
+    return (lambda image: []), "nothing (neither --vgg nor a reward of ours given)"
+
+
+def feature_l1(features: Callable, x: Tensor, x0: Tensor) -> Tensor:
+    """|| V(x) - V(x0') ||_1, the mean over each map's elements, then over maps (ByteEdit Eq. 3)."""
+    with torch.no_grad():
+        real = features(x)
+    gaps = [(a - b).abs().mean() for a, b in zip(real, features(x0))]
+    return torch.stack(gaps).mean() if gaps else x0.new_zeros(())

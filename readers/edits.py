@@ -11,6 +11,7 @@ An edit source has len(), .name, .tasks (names it can hold), .task(i) -> str or 
 0..10 or None without decoding, .size(i) -> (h, w) of the source picture, or None if it draws at any size, and
 .load(i, h, w) -> dict(image uint8 [h', w', 3], the target; source, of its size; caption, the instruction;
 captions, all its wordings; mask float32 [h', w'], 1 = may change, or None; task; score). Raises BadFile.
+A source that draws says in .wrong which share of its pairs is scored low.
 Optional: .task_of int8 [n] (places in .tasks, -1 none) and .scores float32 [n] (NaN none), .runs and .window.
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pictures import (
+from readers.files import (
     HELDOUT,
     BadFile,
     EmptyPart,

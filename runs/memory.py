@@ -1,6 +1,10 @@
 """What a training step needs in memory, before a weight is built: the step runs on tensors without data.
 
+    python runs/memory.py omni --stage edit --init sd3.safetensors --image_size 1024 ...  # train_omni's flags
+    python runs/memory.py pefl --base out/sd3_inpaint --aesthetic ... --ranks 8             # sharded over 8
+
     1. Live: bytes of live tensors, op by op; FLOP    2. Rank: what one rank holds    3. the scripts' steps
+    4. the command
 
 Nothing here is a formula of the architecture: the networks' own forward and backward passes run on fake
 tensors (torch._subclasses), so that kernels, autocast's casts, checkpointing, the VAE's decoder and rewards
@@ -8,14 +12,20 @@ count as they are. Counted: weights, the optimiser's state, the average, gradien
 temporary that autograd or an operation makes as a tensor of its own. Not counted: workspace inside an
 operation (cuDNN, oneDNN), the allocator's rounding, CUDA's context (0.5 to 1 GiB a GPU), NCCL's buffers, data
 workers, text encoders, and the sample sheets, which run without gradients. On a machine without a GPU a step
-is counted as the CPU runs it.
+is counted as the CPU runs it. The steps are written out here a second time: a fork that changes what a step
+computes changes them too, or believes what the scripts measure and print after two steps.
 """
+
+import argparse
 import contextlib
 import copy
+import sys
 import weakref
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,9 +33,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-import flow
-import model
-import sharded
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+import flow  # noqa: E402
+import model  # noqa: E402
+import pipeline  # noqa: E402
+import train_omni  # noqa: E402
+import train_pefl  # noqa: E402
+from pretrained.vae import VAE  # noqa: E402
+from rewards import PreferenceReward, load_vgg16, open_coherence, open_reward  # noqa: E402
 
 ########################################## 1. live bytes #####################################################
 
@@ -74,7 +90,7 @@ class Live(TorchDispatchMode):
 class Rank:
     """One rank's share of a run without data: `hold` modules, run a step in `stepping`, read `report`.
 
-    device: that of the run. ranks: over which sharded.shard splits the blocks, 0 if it is not used.
+    device: that of the run. ranks: over which common.shard splits the blocks, 0 if it is not used.
     """
 
     def __init__(self, device, bf16, ranks=0):
@@ -90,7 +106,7 @@ class Rank:
         that train are what their units gather; each is let go when it has its gradient, as FSDP2 does.
         """
         trains = average is not None
-        split = {id(p) for m in sharded.blocks(module) for p in m.parameters() if p.requires_grad} \
+        split = {id(p) for m in common.blocks(module) for p in m.parameters() if p.requires_grad} \
             if trains and average and self.ranks else set()
         memo = {}
         with self.mode:
@@ -117,7 +133,7 @@ class Rank:
             self.book(f"average of {name}", 4 * n * average)
             self.rows[f"gradients of {name}"] = 4 * n
         if split:
-            units = [sum(p.numel() for p in m.parameters() if id(p) in split) for m in sharded.blocks(module)]
+            units = [sum(p.numel() for p in m.parameters() if id(p) in split) for m in common.blocks(module)]
             self.rows["gathered blocks"] = self.booked = sum(units) * (2 if self.bf16 else 4)
             self.unit = (6 if self.bf16 else 8) * max(units)  # one's gradients, and in fp32 to be reduced
         return fake
@@ -125,7 +141,7 @@ class Rank:
     def hold_reward(self, name, reward):
         """The same for a reward: a PreferenceReward, or a function that holds modules. -> a function of
         pictures and captions."""
-        if isinstance(reward, model.PreferenceReward):
+        if isinstance(reward, PreferenceReward):
             net = self.hold(name, reward)
             return lambda image, captions: net.normalised(image, *net.tokenize(captions, image.device))
         cells = [c.cell_contents for c in getattr(reward, "__closure__", None) or ()]
@@ -183,7 +199,7 @@ class Rank:
 def omni(editor, latents, device, bf16, ranks=0, words=154):
     """A step of train_omni.py -> Rank.
 
-    editor: as it will train (what is frozen, low-rank updates, checkpointing), before sharded.shard; on the
+    editor: as it will train (what is frozen, low-rank updates, checkpointing), before common.shard; on the
     meta device nothing is built. latents: [B, C, h, w] of a micro-batch. words: text tokens from outside.
     """
     rank = Rank(device, bf16, ranks)
@@ -224,7 +240,7 @@ def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, wor
     """A step of train_pefl.py -> Rank. editor, ranks, words: as for `omni`; it is held twice, tuned and as
     it was.
 
-    space: frozen.PixelSpace or VAE. rewards: name -> what load_reward gives. vgg: frozen.VGG16 or None: then
+    space: pipeline.PixelSpace or VAE. rewards: name -> what open_reward gives. vgg: VGG16 or None: then
     the first reward of ours gives features, if there is one. pictures: [B, 3, H, W]. recompute:
     --checkpointing, which concerns rewards and coherence model; editor and VAE know their own.
     """
@@ -289,3 +305,59 @@ def pefl_step(net, space, scores, disc, features, pictures, device, bf16, words=
             logits = disc(x + torch.randn_like(x)), disc(seen.detach())
         (F.softplus(-logits[0]) + F.softplus(logits[1])).mean().backward()
     return sum(losses).detach()
+
+
+########################################## 4. the command ####################################################
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("script", choices=["omni", "pefl"], help="whose step; its own flags follow")
+    parser.add_argument("--ranks", type=int, default=0, help="over how many --fsdp shards; 0: not sharded")
+    own, flags = parser.parse_known_args()
+    script = {"omni": train_omni, "pefl": train_pefl}[own.script]
+    cfg = tyro.cli(script.Config, args=flags, prog=f"memory.py {own.script}",
+                   config=(tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections))
+    script.check(cfg)
+    dist = common.setup(cfg.device)
+    count = (count_omni if own.script == "omni" else count_pefl)(cfg, dist, own.ranks)
+    print(count.report())
+
+
+def count_omni(cfg: train_omni.Config, dist: common.Dist, ranks: int = 0) -> Rank:
+    """Nothing is built and of public weights only the headers are read."""
+    with torch.device("meta"):
+        editor, known = train_omni.build(cfg, "meta")
+        stride = 1 if editor.cfg.txt_bytes else VAE().stride
+    base = editor.base if cfg.stage == "edit" else editor
+    base.mmdit.checkpoint = cfg.checkpointing
+    words, side = pipeline.text_tokens(editor, known), cfg.image_size // stride
+    trained = common.n_params(editor, True) / 1e6
+    print(f"{cfg.stage}: {common.n_params(editor) / 1e6:.1f} M parameters, {trained:.1f} M trained")
+    img = (side // editor.cfg.patch) ** 2
+    branch = ""
+    if cfg.stage == "edit" and editor.variant != "concat":
+        source = f" + {img} source" * (editor.variant == "editnet")
+        branch = f", branch {img} image{source} + {words} text"
+    print(f"tokens a block: base {img} image + {words} text{branch}")
+    latents = cfg.batch_size, editor.cfg.channels, side, side
+    return omni(editor, latents, dist.device, common.use_bf16(cfg.precision, dist), ranks, words)
+
+
+def count_pefl(cfg: train_pefl.Config, dist: common.Dist, ranks: int = 0) -> Rank:
+    pipe = pipeline.open_editor(cfg.base, torch.device("cpu"), ("fill", "follow"), "--base", sd3=cfg.sd3,
+                                tokenizers=cfg.tokenizers, cache=cfg.cache, mask_input=True)
+    train_pefl.prepare_editor(cfg, pipe)
+    paths = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "held-out": cfg.heldout_reward}
+    opened = {name: open_reward(path, what=f"--{name}") for name, path in paths.items() if path}
+    vgg = load_vgg16(cfg.vgg) if cfg.vgg else None
+    size, patch = cfg.image_size or pipe.size or 64, pipe.net.cfg.patch * pipe.space.stride
+    disc = open_coherence(cfg.disc_init, size, cfg.disc_patch or max(patch, 4), cfg.disc_width,
+                          cfg.disc_depth, "--disc_init")
+    bf16 = common.use_bf16(cfg.precision, dist)
+    return pefl(pipe.net, pipe.space, opened, disc, vgg, (cfg.batch_size, 3, size, size), dist.device, bf16,
+                ranks, pipeline.text_tokens(pipe.net, pipe.stack), bool(cfg.checkpointing))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ Nothing here masks padding: SD3 attends to it everywhere, so the number of token
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+import common
 from kernels import rms_norm
+from pretrained.files import Device, Stored, count, fetch, fill, open_part, setting, shape_of
 
 ####################################################################################################
 # 1. Tokenizers
@@ -302,8 +304,6 @@ class SD3Text(nn.Module):
     t5_length, width: of the zeros, where T5 is missing.
     """
 
-    PREFIXES = {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}
-
     def __init__(self, clip_l: ClipText, clip_g: ClipText, t5xxl: T5Encoder | None,
                  tokenizers: tuple[Tokenizer, Tokenizer, Tokenizer | None], t5_length: int = 77,
                  width: int = 4096):
@@ -322,3 +322,109 @@ class SD3Text(nn.Module):
         else:
             t5 = self.t5xxl(tokenize(self.tokenizers[2], captions, device))
         return sd3_conditioning(clip_l, clip_g, t5)
+
+
+def load_text(path: str, tokenizers: str | None = None, dtype: torch.dtype = torch.float32,
+              device: Device = "cpu", t5: bool = True, t5_length: int = 77) -> SD3Text:
+    """SD3's text encoders, frozen, from a file that bundles them, a diffusers folder, or a folder that holds
+    clip_l.safetensors, clip_g.safetensors and t5xxl_*.safetensors.
+
+    tokenizers: a folder with tokenizer/, tokenizer_2/ and tokenizer_3/; None: `path` itself. t5: False leaves
+    it out (9.5 GB in 16 bits); then, as when there is none, its t5_length tokens are zeros, as wide as the
+    transformer's text input where `path` has the transformer. fp16 and fp8 values are widened to `dtype`.
+    """
+    folder = Path(tokenizers or path)
+    if not (folder / "tokenizer").is_dir():
+        raise SystemExit(f"error: {folder}: holds no tokenizer/, tokenizer_2/ and tokenizer_3/: name a "
+                         "folder of tokenizers that does, as diffusers' folders of SD3 do")
+    clips, readers = [], []
+    for name, quick, sub, pad in (("clip_l", True, "tokenizer", None), ("clip_g", False, "tokenizer_2", 0)):
+        stored, config = open_part(path, name)
+        cfg = clip_config(stored, config, quick, path, name)
+        reader = clip_tokenizer(str(folder / sub), pad, cfg.length)
+        check_tokens(reader.get_vocab_size(), cfg.vocab, 0, folder / sub, path)
+        clips.append((replace(cfg, eos=reader.token_to_id(CLIP_EOS)), stored, name))
+        readers.append(reader)
+    stored, reader = open_part(path, "t5xxl")[0] if t5 else None, None
+    if stored and stored.headers:
+        t5_cfg = t5_config(stored, path)
+        width = t5_cfg.width
+        reader = t5_tokenizer(str(folder / "tokenizer_3"), t5_length)
+        check_tokens(reader.get_vocab_size(), t5_cfg.vocab, 127, folder / "tokenizer_3", path)
+    else:
+        text_in = open_part(path, "mmdit")[0].headers.get("context_embedder.weight")
+        width = T5Config.width if text_in is None else text_in.shape[-1]
+        if t5:
+            common.print0(f"{path}: holds no T5, its {t5_length} tokens will be zeros")
+    if (clip := sum(cfg.width for cfg, *_ in clips)) > width:
+        raise SystemExit(f"error: {path}: the CLIPs are {clip} wide together, more than T5's {width}: these "
+                         "encoders are not of one SD3")
+    with torch.device("meta"):
+        nets = [ClipText(cfg) for cfg, *_ in clips]
+        encoder = T5Encoder(t5_cfg) if reader else None
+    for net, (_, held, name) in zip(nets, clips):
+        fill(net, held.headers, path, name, dtype, device, read=held.read)
+    if encoder:
+        own = {k: v for k, v in encoder.state_dict().items() if k not in T5_TABLES or k in stored.headers}
+        state = fetch(own, stored.headers, path, "t5xxl", dtype, device, read=stored.read)
+        table = next(state[k] for k in T5_TABLES if k in state)
+        encoder.load_state_dict({**state, **dict.fromkeys(T5_TABLES, table)}, assign=True)
+    return SD3Text(*nets, encoder, (*readers, reader), t5_length, width).eval().requires_grad_(False)
+
+
+def check_tokens(size: int, rows: int, spare: int, tokenizer: Path, path: str) -> None:
+    """spare: rows of padding that the embedding may have (T5's: to a multiple of 128)."""
+    if not rows - spare <= size <= rows:
+        raise SystemExit(f"error: {tokenizer}: {size} tokens, but {path} embeds {rows}: give the tokenizers "
+                         "of this model")
+
+
+def clip_config(stored: Stored, config: dict, quick_gelu: bool, path: str, name: str) -> ClipTextConfig:
+    """Sizes of a text tower from its shapes; heads of 64 unless its config.json says else.
+
+    An identity as projection (CLIP-L's in diffusers' folders) is none, and is taken out of the headers.
+    CLIP-G must have one.
+    """
+    if not (weights := stored.headers):
+        raise SystemExit(f"error: {path}: holds no {name}: give a file that bundles the text encoders, a "
+                         "diffusers folder, or a folder with clip_l.safetensors, clip_g.safetensors")
+    weights.pop("text_model.embeddings.position_ids", None)  # a buffer that older files carry
+    rows, D = shape_of(weights, "text_model.embeddings.token_embedding.weight", path, name, 2)
+    length = shape_of(weights, "text_model.embeddings.position_embedding.weight", path, name, 2)[0]
+    matrix = "text_projection.weight"
+    if matrix not in weights and name == "clip_g":
+        raise SystemExit(f"error: {path}: clip_g has no {matrix}: give the published weights")
+    if matrix in weights and torch.equal(stored.read(matrix).float(), torch.eye(D)):
+        del weights[matrix]
+    project = shape_of(weights, matrix, path, name, 2)[0] if matrix in weights else 0
+    heads = int(setting(config, "num_attention_heads", D // 64, path))
+    act = config.get("hidden_act", "quick_gelu" if quick_gelu else "gelu")
+    if act not in ("quick_gelu", "gelu") or heads < 1 or D % heads:
+        raise SystemExit(f"error: {path}: {name} has {heads} heads, width {D} and activation {act!r}: it is "
+                         "none of SD3's encoders")
+    return ClipTextConfig(D, heads, count(weights, "text_model.encoder.layers."), act == "quick_gelu",
+                          project, rows, length)
+
+
+T5_TABLES = ("shared.weight", "encoder.embed_tokens.weight")  # one embedding: files have either name or both
+
+
+def t5_config(stored: Stored, path: str) -> T5Config:
+    """Sizes of a T5 encoder from its shapes. A second copy of the embedding is taken out of the headers."""
+    weights = stored.headers
+    held = [k for k in T5_TABLES if k in weights]
+    if len(held) == 2:
+        a, b = (stored.read(k).flatten().view(torch.uint8) for k in held)  # torch does not compare fp8
+        if not torch.equal(a, b):
+            raise SystemExit(f"error: {path}: T5's {' and '.join(held)} differ: the file is damaged, copy it "
+                             "again")
+        del weights[held.pop()]
+    block, what = "encoder.block.0.layer.", "T5 encoder"
+    rows, width = shape_of(weights, held[0] if held else T5_TABLES[0], path, what, 2)
+    heads = shape_of(weights, block + "0.SelfAttention.relative_attention_bias.weight", path, what, 2)[1]
+    inner = shape_of(weights, block + "0.SelfAttention.q.weight", path, what, 2)[0]
+    hidden = shape_of(weights, block + "1.DenseReluDense.wi_0.weight", path, what, 2)[0]
+    if inner % heads:
+        raise SystemExit(f"error: {path}: {heads} heads in {inner} features: this is no {what}; give its "
+                         "published weights")
+    return T5Config(width, heads, inner // heads, count(weights, "encoder.block."), hidden, rows)

@@ -1,0 +1,534 @@
+"""Checkpoints: save, resume and load, of runs on one device or sharded over many.
+
+    OUT/step_00001000/    {model,ema,optimizer,...}.safetensors and manifest.json
+
+The manifest is written last, with the SHA-256 of every file and of itself: a checkpoint is a folder that
+verifies, anything else is debris. Nothing is pickled. The files are the same for any number of ranks, sharded
+or not, so a run may go on with another number of them, and with or without --fsdp.
+
+    state = {"model": net, "ema": ema, "optimizer": opt}
+    if found := checkpoint.resume(cfg.out, state, net.arch):
+        step = found["step"]
+    ...
+    saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
+"""
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as td
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+import model
+from common import (
+    EMA,
+    EMA_COUNT,
+    PRECISION,
+    Dist,
+    check_fit,
+    gathered,
+    git_revision,
+    is_sharded,
+    local,
+    one_line,
+    print0,
+)
+
+_STEP = re.compile(r"step_(\d+)(\.old)?")  # .old: set aside while its replacement takes its name
+_FILE = re.compile(r"[\w.-]+\.safetensors|dcp/(\.metadata|[\w-]+\.distcp)")  # dcp/: of sharded runs of old
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+         torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+         torch.bool: "BOOL"}  # safetensors' own
+
+
+class _Flaw(Exception):
+    """What is wrong with a checkpoint folder: "FILE: PROBLEM"."""
+
+
+########################################## 1. what is kept ###################################################
+
+
+def tensors_of(state):
+    """file -> {key: tensor, sharded or not}, from file -> module, EMA, optimiser or such a dict.
+
+    Samplers know nothing of low-rank updates: with these, "model" and "ema" are merged into plain weights,
+    and "lora" and "lora_ema" hold the factors, and whatever else trains, to resume from.
+    """
+    out = {name: optimizer_tensors(x, _owner(state, name)) if isinstance(x, torch.optim.Optimizer)
+           else x if isinstance(x, dict) else x.state_dict() for name, x in state.items()}
+    net, ema = state.get("model"), state.get("ema")
+    if _has_lora(net):
+        names = {n for n, p in net.named_parameters() if p.requires_grad}
+        out["lora"] = {k: v for k, v in out["model"].items() if k in names}
+        out["lora_ema"] = {k: v for k, v in out["ema"].items() if k in names or k == EMA_COUNT}
+        out["model"] = model.merged_state(net)
+        with ema.swapped():
+            out["ema"] = model.merged_state(net)
+    return out
+
+
+def _has_lora(net):
+    return isinstance(net, torch.nn.Module) and any(".parametrizations." in n for n, _ in
+                                                    net.named_parameters())
+
+
+def _owner(state, name):
+    """The module whose parameters an optimiser moves: "model" for "optimizer", X for "X_optimizer"."""
+    return state[name.removesuffix("optimizer").removesuffix("_") or "model"]
+
+
+def _names(opt, net):
+    """Parameter -> name, in the order of the optimiser's groups."""
+    known = {id(p): n for n, p in net.named_parameters()}
+    return {p: known[id(p)] for g in opt.param_groups for p in g["params"]}
+
+
+def optimizer_tensors(opt, net):
+    """The optimiser's state: "PARAMETER.KEY" -> tensor. Learning rates are not state."""
+    flat = {}
+    for p, name in _names(opt, net).items():
+        for key, value in opt.state.get(p, {}).items():
+            if value is not None:  # SGD's empty momentum
+                value = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+                flat[f"{name}.{key}"] = value
+    return flat
+
+
+def load_optimizer_tensors(opt, net, tensors):
+    """Restore what `optimizer_tensors` gave, exactly. SystemExit if it belongs to other parameters."""
+    params = list(_names(opt, net))
+    place, state = {name: i for i, name in enumerate(_names(opt, net).values())}, {}
+    for entry, value in tensors.items():
+        name, key = entry.rsplit(".", 1)
+        i = int(name) if name.isdigit() else place.get(name, -1)  # checkpoints of old counted parameters
+        if not 0 <= i < len(params) or value.dim() and value.shape != params[i].shape:
+            raise SystemExit(f"error: optimizer state: {entry} {list(value.shape)}: is of other parameters: "
+                             "resume with the checkpoint's architecture, or start in a new folder")
+        state.setdefault(i, {})[key] = value.clone()  # load_state_dict would alias it
+    opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+
+
+########################################## 2. saving #########################################################
+
+
+def check_writable(out_dir):
+    """SystemExit if no file can be made in `out_dir`, which is created; a full disk is not noticed here."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as e:
+        raise SystemExit(f"error: --out: {out_dir}: cannot be written ({e.strerror}): give another folder "
+                         "or correct its permissions") from None
+
+
+def save(out_dir, step, state, meta, keep=2, dist=Dist()):
+    """Write OUT/step_STEP, then delete all but the `keep` newest (0: none). All ranks call it, rank 0 writes.
+
+    state: as for `tensors_of`. meta: JSON-able; its arch, config, precision and samples become entries of the
+    manifest itself, the rest stands under "meta". Returns the folder on every rank, or None after one printed
+    line when the disk is full or failing: training goes on, and the caller counts failures in a row.
+    """
+    folder, tensors = Path(out_dir) / f"step_{step:08d}", tensors_of(state)
+    for pause in (1, 2, None):
+        flaw, full = "", False
+        try:
+            write(folder, step, tensors, meta, dist)
+            if keep and dist.rank == 0:
+                prune(folder, step, keep)
+        except (OSError, SafetensorError) as e:
+            full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            flaw = one_line(e)
+        flaw, full = _from_first_rank((flaw, full), dist)
+        if not flaw:
+            return folder
+        if pause is None or full:
+            print0(f"warning: checkpoint {folder} not saved ({flaw}); training goes on")
+            return None
+        time.sleep(pause)
+
+
+def write(folder, step, tensors, meta, dist=Dist()):
+    """Write one checkpoint folder, assets/ too: .tmp folder, fsync, rename. Errors leave nothing behind.
+
+    tensors: file -> {key: tensor}. Sharded ones are gathered one at a time, so that rank 0 holds no more than
+    one of them whole; all ranks call it. What fails on rank 0 is raised at the end, for the other ranks must
+    not wait for it amid the gathering.
+    """
+    folder, files, error = Path(folder), {}, None
+    tmp = folder.with_name(folder.name + ".tmp")
+
+    def first(act, *args):
+        nonlocal error
+        if dist.rank == 0 and error is None:
+            try:
+                return act(*args)
+            except OSError as e:
+                error = e
+
+    try:
+        first(begin, tmp, sum(t.nbytes for group in tensors.values() for t in group.values()))
+        for name, group in tensors.items():
+            path = tmp / f"{name}.safetensors"
+            order = sorted(group, key=lambda k: (-group[k].element_size(), k))  # wide first: all are aligned
+            with contextlib.ExitStack() as stack:
+                file = first(open, path, "wb")
+                if file:
+                    stack.callback(first, file.close)
+                    first(file.write, _header(group, order))
+                for _, value in gathered({k: group[k] for k in order}):
+                    first(lambda v: file.write(v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()),
+                          value)
+            files[path.name] = first(_signed, path)
+        first(finish, folder, tmp, step, files, meta, dist.world)
+        if error:
+            raise error
+    except BaseException:
+        if dist.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    return folder
+
+
+def begin(tmp, size):
+    """Make the empty temporary folder for `size` bytes of tensors. OSError if the disk has no room."""
+    tmp.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tmp, ignore_errors=True)
+    need, free = 1.1 * size + 2**16, shutil.disk_usage(tmp.parent).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f"needs {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
+    tmp.mkdir()
+
+
+def _header(group, order):
+    """Length and JSON table with which a safetensors file of these keys begins."""
+    table, end = {}, 0
+    for key in order:
+        t = group[key]
+        table[key] = {"dtype": NAMES[t.dtype], "shape": list(t.shape),
+                      "data_offsets": [end, end + t.numel() * t.element_size()]}
+        end = table[key]["data_offsets"][1]
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _signed(path):
+    """The manifest's entry of a file that was written, which is on the disk from here on."""
+    fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def finish(folder, tmp, step, files, meta, world):
+    """Add the manifest to the temporary folder, whose files (name -> bytes, sha256) are on the disk, then
+    give it its name."""
+    old = folder.with_name(folder.name + ".old")
+    lifted = {k: meta[k] for k in ("arch", "config", "precision", "samples") if k in meta}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    rest = {k: v for k, v in meta.items() if k not in lifted}
+    manifest = {"format": 1, "step": step, **lifted, "files": files, "torch": torch.__version__,
+                "world": world, "git": git_revision(), "time": now, "meta": rest}
+    manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read, for the hash
+    manifest["sha256"] = _manifest_hash(manifest)
+    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    fsync(tmp / "manifest.json")
+    fsync(tmp)
+    if folder.exists():  # a resumed run passes this step again
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    tmp.rename(folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def count_lost(out, saved, lost, last):
+    """Checkpoints running that `save` could not write (it returned None): 0 if `saved`, else one
+    more than `lost`. SystemExit at the third, or when there is no later one to hope for (`last`)."""
+    lost = 0 if saved else lost + 1
+    if lost and (last or lost == 3):
+        raise SystemExit(f"error: {out}: {lost} checkpoint(s) running were not saved: free some space, then "
+                         "the same command resumes")
+    return lost
+
+
+def fsync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _manifest_hash(manifest):
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _step_folders(out_dir):
+    """[(step, folder)], newest first."""
+    found = [(m, p) for p in Path(out_dir).glob("step_*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    return sorted([(int(m[1]), p) for m, p in found], key=lambda f: (f[0], f[1].suffix == ""), reverse=True)
+
+
+def prune(newest, step, keep):
+    """Delete all but the `keep` newest checkpoints up to `newest`, that of `step`."""
+    # A folder of a later step did not verify when this run resumed before it: it is left alone until it is
+    # overwritten, and never counts among the kept.
+    earlier = [p for s, p in _step_folders(newest.parent) if s <= step]
+    for p in earlier[keep:] + list(newest.parent.glob("step_*.tmp")):
+        shutil.rmtree(p, ignore_errors=True)
+
+
+def _from_first_rank(value, dist):
+    """Rank 0's value on every rank."""
+    if dist.world == 1:
+        return value
+    box = [value]
+    td.broadcast_object_list(box, device=dist.device if dist.device.type == "cuda" else None)
+    return box[0]
+
+
+########################################## 3. reading ########################################################
+
+
+def _verify(folder, names=None):
+    """(files of those names, manifest) of one folder, every byte checked; raises _Flaw."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        files = {k: (v["bytes"], v["sha256"]) for k, v in manifest["files"].items()}
+        if manifest["sha256"] != _manifest_hash(manifest) or not all(_FILE.fullmatch(k) for k in files):
+            raise _Flaw("manifest.json: was changed after it was written")
+    except OSError:
+        raise _Flaw("manifest.json: cannot be read (a save that was cut off, or no checkpoint)") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _Flaw("manifest.json: damaged") from None
+    if names is not None:
+        names = (names,) if isinstance(names, str) else names
+        files = {k: v for k, v in files.items() if k.removesuffix(".safetensors") in names}
+        if not files:
+            raise _Flaw(f"manifest.json: lists no file named {' or '.join(names)}")
+    for file, (size, digest) in files.items():
+        try:
+            if (found := (folder / file).stat().st_size) != size:
+                raise _Flaw(f"{file}: {found} bytes instead of {size}")
+            if sha256(folder / file) != digest:
+                raise _Flaw(f"{file}: SHA-256 differs from the manifest's, the file is damaged")
+        except OSError as e:
+            raise _Flaw(f"{file}: cannot be read ({e.strerror})") from None
+    return list(files), manifest
+
+
+def _read(folder, names=None):
+    """(tensors, manifest) of one folder, every byte checked; raises _Flaw."""
+    files, manifest = _verify(folder, names)
+    tensors = {}
+    for file in (f for f in files if f.endswith(".safetensors")):
+        try:
+            tensors[file.removesuffix(".safetensors")] = load_file(folder / file)
+        except (OSError, SafetensorError) as e:
+            raise _Flaw(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    if shared := manifest["meta"].get("shared"):
+        _add_shared(tensors, folder, **shared)
+    return tensors, manifest
+
+
+def _add_shared(tensors, folder, path, prefix, sha256):
+    """Weights that a shipped folder leaves in another one (an EditNet's base): `path`, relative to it, must
+    hold the model.safetensors of that hash; its keys are added below `prefix`."""
+    weights, manifest = _read(folder / path, "model")
+    if manifest["files"]["model.safetensors"]["sha256"] != sha256:
+        raise _Flaw(f"manifest.json: shares the weights of {path}, which holds other ones now")
+    for group in tensors.values():
+        group |= {prefix + k: v for k, v in weights["model"].items()}
+
+
+def _newest(out_dir, names=None, read=_read):
+    """(folder, *read(folder, names)) of the newest step that verifies; None without any step."""
+    flaws = []
+    for _, folder in _step_folders(out_dir):
+        try:
+            found = folder, *read(folder, names)
+        except _Flaw as e:
+            flaws.append(f"{folder.name}/{e}")
+            print0(f"warning: {folder}/{e}; FALLING BACK to the checkpoint before it")
+            continue
+        if flaws:
+            print0(f"warning: using {folder} instead of {len(flaws)} newer, damaged checkpoint(s)")
+        return found
+    if flaws:
+        raise SystemExit(f"error: {out_dir}: none of {len(flaws)} checkpoints verifies ({flaws[0]}): restore "
+                         "one, or move them away to start from scratch")
+
+
+def load(path, names=None):
+    """({file: {key: CPU Tensor}}, manifest) of a step or shipped folder, or of a run's newest good step.
+
+    names: files to read, those of them that exist, e.g. ("ema", "model"); None = all. SystemExit naming the
+    file for any flaw of a folder that was named; a run folder falls back to an earlier step, loudly.
+    """
+    path = Path(path)
+    names = (names,) if isinstance(names, str) else names
+    if not path.is_dir():
+        raise SystemExit(f"error: {path}: no such folder: give a run folder, a step_* in it or a shipped one")
+    if (path / "manifest.json").exists() or _STEP.fullmatch(path.name):
+        try:
+            return _read(path, names)
+        except _Flaw as e:
+            raise SystemExit(f"error: {path}/{e}: use another checkpoint or copy this one again") from None
+    found = _newest(path, names)
+    if found is None:
+        raise SystemExit(f"error: {path}: holds neither manifest.json nor step_* folders: give a folder "
+                         "that a train script wrote")
+    return found[1:]
+
+
+def latest(out_dir):
+    """Folder and manifest of a run's newest checkpoint that verifies; None if nothing was saved.
+
+    All ranks call it, and agree. SystemExit if there are checkpoints and none verifies: starting from scratch
+    is for the user to decide.
+    """
+    found = _on_first_rank(lambda: _newest(out_dir, read=_verify))
+    if found is None:
+        return None
+    folder, files, manifest = found
+    if any(file.startswith("dcp/") for file in files):
+        raise SystemExit(f"error: {out_dir}: {folder.name}: an earlier version saved its optimiser in a form "
+                         "that is no longer read: begin anew from its weights, in another --out")
+    return folder, manifest
+
+
+def resume(out_dir, state, arch=None):
+    """Load the newest checkpoint of a run that verifies into `state` (as for `save`, without plain dicts) ->
+    its manifest; None if nothing was saved. All ranks call it; each reads its own rows of what is sharded.
+
+    arch: of the model, refused if the checkpoint holds another.
+    """
+    found = latest(out_dir)
+    if found is None:
+        return None
+    folder, manifest = found
+    again = "repeat the command that began it, or give another --out"
+    if arch is not None and manifest.get("arch") != arch:
+        raise SystemExit(f"error: {out_dir}: holds another architecture, {manifest.get('arch')}: {again}")
+    held = {file.removesuffix(".safetensors") for file in manifest["files"]}
+    wanted = state.keys() | ({"lora", "lora_ema"} if _has_lora(state.get("model")) else set())
+    if held != wanted:
+        raise SystemExit(f"error: {out_dir}: holds {', '.join(sorted(held))} instead of "
+                         f"{', '.join(sorted(wanted))}: {again}")
+    for name, x in state.items():
+        if isinstance(x, torch.optim.Optimizer):
+            net = _owner(state, name)
+            load_optimizer_tensors(x, net, _optimizer_rows(folder / f"{name}.safetensors", x, net))
+            continue
+        lora = {"model": "lora", "ema": "lora_ema"}.get(name) if "lora" in wanted else None
+        path, targets = folder / f"{lora or name}.safetensors", x.state_dict()
+        stored = _load_rows(path, targets, state["model"] if name == "ema" else x, partly=lora is not None)
+        if isinstance(x, EMA):
+            if EMA_COUNT not in stored:
+                raise SystemExit(f"error: {path}: plain weights without {EMA_COUNT}: not what an average "
+                                 "resumes from")
+            x.n.copy_(targets[EMA_COUNT])
+    return manifest
+
+
+@torch.no_grad()
+def _load_rows(path, targets, net, partly=False):
+    """A file into tensors, of sharded ones this rank's rows. partly: it rightly holds some of them. ->
+    the names in it."""
+    with safe_open(path, "pt") as f:
+        stored = set(f.keys())
+        shapes = {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in stored}
+        check_fit(net, ({k: v for k, v in net.state_dict().items() if k not in stored} if partly else {})
+                  | shapes, path)
+        for key in targets.keys() & stored:
+            if is_sharded(targets[key]):
+                _copy_rows(targets[key], f.get_slice(key))
+            else:
+                targets[key].copy_(f.get_tensor(key))
+    return stored
+
+
+def _copy_rows(t, whole):
+    """This rank's rows, as torch.chunk cuts them, of a slice of a file."""
+    rows = -(-len(t) // t.device_mesh.size())
+    start = min(t.device_mesh.get_local_rank() * rows, len(t))
+    if start < len(t):
+        local(t).copy_(whole[start:start + rows])
+
+
+@torch.no_grad()
+def _optimizer_rows(path, opt, net):
+    """The tensors of an optimiser's file, sharded as its parameters are."""
+    params = {name: p for p, name in _names(opt, net).items()}
+    tensors = {}
+    with safe_open(path, "pt") as f:
+        for entry in f.keys():
+            p = params.get(entry.rsplit(".", 1)[0])
+            if p is not None and is_sharded(p) and list(p.shape) == f.get_slice(entry).get_shape():
+                whole = f.get_slice(entry)
+                tensors[entry] = torch.empty_like(p, dtype=f.get_slice(entry)[:0].dtype)
+                _copy_rows(tensors[entry], whole)
+            else:
+                tensors[entry] = f.get_tensor(entry)
+    return tensors
+
+
+def _on_first_rank(find):
+    """What find() returns on rank 0, on every rank; its SystemExit too."""
+    if not (td.is_initialized() and td.get_world_size() > 1):
+        return find()
+    result = [None, None]
+    if td.get_rank() == 0:
+        try:
+            result[0] = find()
+        except SystemExit as e:
+            result[1] = str(e)
+    td.broadcast_object_list(result, device=torch.device("cuda") if td.get_backend() == "nccl" else None)
+    if result[1]:
+        raise SystemExit(result[1])
+    return result[0]
+
+
+SAME_RESULT = {"out", "device", "workers", "log_every", "eval_every", "eval_pairs", "sample_every", "keep",
+               "save_every", "plateau_warn", "wandb", "project", "compile", "checkpointing"}
+
+
+def warn_changed(out, manifest, now, bf16):
+    """On resuming, a line for each flag (of the dict `now`) that differs from the command that began the run,
+    less those that leave the result alone and those without a value of their own (None). Of --precision what
+    was decided is compared, in a manifest from before that flag its bool bf16."""
+    before = dict(manifest["config"])
+    before["precision"] = manifest.get("precision") or PRECISION.get(before.get("bf16"))
+    for key, value in (now | {"precision": PRECISION[bf16]}).items():
+        if before.get(key, value) != value and value is not None and key not in SAME_RESULT:
+            print0(f"warning: {out}: began with --{key} {before[key]}, goes on with {value}")
+
+
+def load_state(module, tensors, what):
+    """module.load_state_dict, strict; else SystemExit with one line, in which `what` names the file. A module
+    on the meta device (of a dry run) stays as it is."""
+    check_fit(module, tensors, what)
+    if any(p.is_meta for p in module.parameters()):
+        return
+    module.load_state_dict({k: v for k, v in tensors.items() if k != EMA_COUNT}, strict=True)

@@ -1,0 +1,274 @@
+"""An editor ready to use: opened from any folder or from public weights, with what stands around it.
+
+    pipe = open_editor("assets/base", device, needs=("fill",))
+    noise = ...                                                   # [B, C, h, w] in the space of pipe.space
+    pictures = sample(pipe.net, pipe.space, captions, mask, image, noise, flow.timesteps(20, pipe.shift))
+
+Around a model of pixels stands nothing. One of latents needs SD3's VAE, and its text encoders or a cache of
+what they say; where these are its manifest remembers (meta.stack). Nothing here is trained.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint
+import common
+import flow
+import model
+from pretrained.files import is_public
+from pretrained.sd3 import load_mmdit
+from pretrained.text import load_text
+from pretrained.vae import VAE, load_vae
+from readers.cached import Cache, open_cache
+
+SD3 = {"image_size": 1024, "aspects": True, "shift": 3.0}  # what its weights were trained for
+MASK_INPUT = "mmdit.x_embedder.proj.weight"  # whose further columns read the mask and the masked picture
+
+########################################## 1. spaces #########################################################
+
+
+def shrink(mask: Tensor, stride: int) -> Tensor:
+    """[B, 1, H, W] -> [B, 1, H/s, W/s]: a latent is regenerated when any of its pixels is."""
+    return mask if stride == 1 else F.max_pool2d(mask, stride)
+
+
+class PixelSpace:
+    """The latent space of models that work on pixels: the picture itself, [B, 3, H, W] in [-1, 1]."""
+
+    stride, channels = 1, 3
+
+    def encode(self, image: Tensor) -> Tensor:
+        return image
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class Encoded:
+    """A VAE's space for pictures that are latents already, and masks of their size (readers/cached.py)."""
+
+    stride = 1
+
+    def __init__(self, vae: VAE):
+        self.vae, self.channels = vae, vae.channels
+
+    def encode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents)
+
+
+Space = PixelSpace | Encoded | VAE
+
+########################################## 2. opening ########################################################
+
+
+class Pipe(NamedTuple):
+    net: model.Editor | model.EditNet  # on the CPU, its weights as they were saved, in fp32
+    space: Space  # in which it works
+    manifest: dict  # of the checkpoint
+    stack: dict  # for meta.stack of the next manifest: where VAE and text encoders are
+    cache: Cache | None  # in place of the text encoders
+
+    @property
+    def size(self) -> int | None:
+        """Side of the square that it was trained at, in pixels."""
+        return self.manifest.get("config", {}).get("image_size")
+
+    @property
+    def shift(self) -> float:
+        """Of the sampler's times."""
+        return float(self.manifest.get("config", {}).get("shift") or 1.0)
+
+    @property
+    def follows(self) -> bool:
+        """Whether it follows instructions; else it draws captions, and fills holes if it can."""
+        return isinstance(self.net, model.EditNet)
+
+
+NEEDS = {  # what an editor must be able to do -> what to give instead of one that cannot
+    "draw": "captions are to be drawn: give a base or an inpainting model",
+    "fill": "holes are to be filled: give an inpainting model, of train_omni.py --stage inpaint",
+    "follow": "instructions are to be followed: give the folder of a run with --stage edit"}
+
+
+def open_weights(path: str, which: str = "auto", device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
+    """State dict and manifest of a checkpoint folder of ours, or of SD3's or SD3.5's public weights, which
+    become an Editor's, in fp32.
+
+    which: "ema" or "model"; "auto": the averaged ones where there are any.
+    """
+    if is_public(path):
+        cfg, state = load_mmdit(path, torch.float32, device)
+        return ({f"mmdit.{k}": v for k, v in state.items()},
+                {"arch": {"kind": "editor", **asdict(cfg)}, "step": 0, "config": SD3,
+                 "meta": {"stack": {"sd3": str(Path(path).absolute())}}})
+    tensors, manifest = checkpoint.load(path, ("ema", "model") if which == "auto" else which)
+    return tensors.get("ema") or tensors["model"], manifest
+
+
+def open_editor(path: str, device: torch.device, needs: tuple[str, ...] = (), what: str = "--ckpt",
+                which: str = "auto", sd3: str | None = None, tokenizers: str | None = None,
+                cache: str | None = None, mask_input: bool = False) -> Pipe:
+    """Open what a train script wrote, or public weights. SystemExit with one line, in which `what` is the
+    flag, for all that cannot be used.
+
+    needs: of "draw", "fill", "follow" it must be able to do one. sd3, tokenizers, cache: where SD3's VAE and
+    text encoders are, if not where the manifest says, and a cache in place of the latter. mask_input: give
+    public weights, which have none, an empty one, whose columns are zero.
+    """
+    state, manifest = open_weights(path, which)
+    arch, what = manifest.get("arch", {}), f"{what}: {path}"
+    if arch.get("kind") == "editnet":
+        net, able, kind = model.build_editnet(arch, what), {"follow"}, "an instruction editor"
+    else:
+        if mask_input and is_public(path) and not arch["inpaint"]:
+            arch = arch | {"inpaint": True}
+            common.print0(f"note: {what}: has no mask input and begins with an empty one: "
+                          "train_omni.py --stage inpaint teaches it to read masks first")
+        net = model.build_editor(arch, what)
+        able = {"draw", "fill"} if net.cfg.inpaint else {"draw"}
+        kind = "an inpainting model" if net.cfg.inpaint else "a text-to-image base without mask input"
+        state = model.widen_input(state, net.cfg.in_channels, MASK_INPUT) if mask_input else state
+    if needs and not able & set(needs):
+        raise SystemExit(f"error: {what}: is {kind}; {NEEDS[needs[0]]}")
+    checkpoint.load_state(net, state, path)
+    known = manifest.get("meta", {}).get("stack", {}) | ({"sd3": sd3} if sd3 else {})
+    space, known, words = surround(net, known, device, what, tokenizers, cache)
+    return Pipe(net, space, manifest, known, words)
+
+
+def surround(net: model.Editor | model.EditNet, known: dict, device: torch.device, what: str,
+             tokenizers: str | None = None, folder: str | None = None) -> tuple[Space, dict, Cache | None]:
+    """-> the space `net` works in, what the next manifest says of it, the opened cache or None; and `net`
+    learns to read captions.
+
+    known: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers and t5_length. folder:
+    one of make_cache.py, in place of the text encoders. what: the flag and path that errors name.
+    """
+    if net.cfg.txt_bytes:
+        if folder:
+            raise SystemExit(f"error: --cache: {folder}: {what} reads captions itself: leave it out")
+        return PixelSpace(), {}, None
+    if not known.get("sd3"):
+        raise SystemExit(f"error: {what}: its manifest does not say where VAE and text encoders are: give "
+                         "--sd3")
+    path = known["sd3"]
+    vae = load_vae(path, torch.float32, device)  # bf16 weights cost 1.6 % of the latents
+    if vae.channels != net.cfg.channels:
+        raise SystemExit(f"error: {what}: works on {net.cfg.channels} latent channels, the VAE of {path} has "
+                         f"{vae.channels}: give the weights that belong together")
+    known = known | ({"tokenizers": tokenizers} if tokenizers else {})
+    words = None
+    if folder:
+        words = open_cache(folder, base=path)
+        known = known | {"t5_length": words.made["t5_length"]}
+    else:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        text = load_text(path, known.get("tokenizers"), dtype, device, t5_length=known.get("t5_length", 77))
+
+    def read(captions):  # a function: deepcopy of the net does not copy what it holds
+        features = words.text(captions, device) if words else text.encode_text(captions)
+        return tuple(x.float() for x in features)
+
+    txt, vec = read([""])
+    if (got := (txt.shape[2], vec.shape[1])) != (net.cfg.txt_dim, net.cfg.vec_dim):
+        raise SystemExit(f"error: {what}: reads text of widths {net.cfg.txt_dim} and {net.cfg.vec_dim}, "
+                         f"{folder or path} gives {got[0]} and {got[1]}: give what belongs together")
+    (net.base if isinstance(net, model.EditNet) else net).read = read
+    return vae, known, words
+
+
+def text_tokens(net: model.Editor | model.EditNet, known: dict) -> int:
+    """How many tokens a caption is, to `net` in the surroundings that `surround` told."""
+    return net.cfg.txt_bytes // 4 or 77 + known.get("t5_length", 77)
+
+
+def latents(cached: Cache, source, vae: VAE, cfg, stride: int) -> tuple:
+    """A source of pictures -> the same of latents, and their space. cfg: a train script's; stage inpaint
+    makes its masks in pixels, and reads pictures."""
+    if cfg.stage == "inpaint":
+        raise SystemExit(f"error: --cache: {cfg.cache}: --stage inpaint masks pictures, not latents: make a "
+                         "cache with --latents False")
+    open_cache(cfg.cache, source, image_size=cfg.image_size, aspects=cfg.aspects, stride=stride,
+               edits=cfg.stage == "edit")
+    return cached.source(source), Encoded(vae)
+
+
+########################################## 3. using ##########################################################
+
+
+def conditions(net: model.Editor | model.EditNet, space: Space, mask: Tensor, image: Tensor) -> tuple:
+    """What an editor is given beside the text, in its space.
+
+    mask [B, 1, H, W], 1 = regenerate, or the region that may change; image [B, 3, H, W]: the picture with the
+    hole, or the source of an edit. -> m [B, 1, h, w] and the latents of image (1 - mask) [B, C, h, w]; or the
+    source's latents and the region; or nothing, for a text-to-image base.
+    """
+    if isinstance(net, model.EditNet):
+        return space.encode(image), shrink(mask, space.stride)
+    if not net.cfg.inpaint:
+        return ()
+    return shrink(mask, space.stride), space.encode(image * (1 - mask))
+
+
+def denoiser(net: model.Editor | model.EditNet, text: tuple[Tensor, Tensor], null: tuple[Tensor, Tensor],
+             condition: tuple, guidance: float = 1.0, image_guidance: float = 1.0) -> flow.Denoise:
+    """`net` under classifier-free guidance, as flow.sample takes it: one call of the network a step.
+
+    text, null: what encode_text gives for the captions and for "", [B, ...] each; condition: of `conditions`.
+    An instruction editor has dual guidance (InstructPix2Pix); its null picture is zeros, with a region of
+    ones. What a cached one needs of the source is computed here, once.
+    """
+    memory = ()
+    if isinstance(net, model.EditNet):
+        weights = flow.dual_weights(guidance, image_guidance)
+        src, region = condition
+        known = {"both": (*text, src, region), "image": (*null, src, region),
+                 "none": (*null, torch.zeros_like(src), torch.ones_like(region))}
+    else:
+        weights = flow.text_weights(guidance)
+        known = {"both": (*text, *condition), "none": (*null, *condition)}
+    rows = [torch.cat(parts) for parts in zip(*(known[name] for name in weights))]
+    if isinstance(net, model.EditNet) and net.cached:
+        memory = (net.remember(*rows),)
+    return flow.guide(lambda x, t: net(x, t, *rows, *memory), weights)
+
+
+@torch.inference_mode()
+def sample(net: model.Editor | model.EditNet, space: Space, captions: list[str], mask: Tensor, image: Tensor,
+           noise: Tensor, ts: list[float], guidance: float = 1.0, image_guidance: float = 1.0,
+           solver: str = "euler", blend: str = "none", bf16: bool = False,
+           tick: Callable[[], object] = lambda: None) -> Tensor:
+    """Fill holes, follow instructions, or draw captions -> pictures [B, 3, H, W], fp32, not clamped, nothing
+    pasted, on the device of `net`.
+
+    captions [B] (or instructions); mask, image: as for `conditions`, on any device; text to image: ones and
+    zeros. noise [B, C, h, w] of the space. ts: flow.timesteps. guidance 1: off. blend: put what the mask
+    keeps back after "every" step, or every second one ("alternate"; flow.sample). bf16: autocast. tick: is
+    called at every evaluation.
+    """
+    device = next(net.parameters()).device
+    noise = noise.to(device)
+    condition = conditions(net, space, mask.to(device), image.to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        null = tuple(x.expand(len(captions), *x.shape[1:]) for x in net.encode_text([""]))
+        velocity = denoiser(net, net.encode_text(captions), null, condition, guidance, image_guidance)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor | flow.Guided:
+            tick()
+            return velocity(x, t)
+
+        back = {}
+        if blend != "none":
+            known, kept = condition if isinstance(net, model.EditNet) else condition[::-1]
+            back = dict(known=known, noise=noise, mask=kept, alternate=blend == "alternate")
+        z0 = flow.sample(denoise, noise, ts, solver, **back)
+    return space.decode(z0)

@@ -1,0 +1,123 @@
+"""Sources of captioned pictures: a folder, parquet.
+
+A source has len(), .name, .size(i) -> (h, w) or None when it draws at any size, and .load(i, h, w) ->
+dict(image uint8 [h', w', 3] covering (h, w) if it can, caption str, segments int [h'', w''] or None).
+Optional: .runs and .window, rows that are read together (see data.shuffled).
+"""
+
+import os
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+
+from readers.files import (
+    MAX_CAPTION,
+    SUFFIXES,
+    BadFile,
+    RowGroups,
+    checked,
+    held_out,
+    image_size,
+    inside,
+    json_lines,
+    mix,
+    picture_cell,
+    read_image,
+    read_labels,
+    read_mask,
+)
+
+CAPTION_COLUMNS = ("caption", "text", "prompt")  # of parquet files
+Row = namedtuple("Row", "file caption segments mask")  # caption None: look for NAME.txt
+
+
+def _metadata_row(row):
+    if not isinstance(row.get("file_name"), str):
+        raise ValueError("no file_name")
+    caption = next((row[k] for k in ("text", "caption", "prompt") if row.get(k) is not None), "")
+    if not isinstance(caption, str):
+        raise ValueError("the caption is not a string")
+    return Row(row["file_name"], caption, row.get("segments"), row.get("mask"))
+
+
+class Folder:
+    """Folder of pictures with metadata.jsonl as in Hugging Face's imagefolder (file_name; text, caption or
+    prompt; perhaps segments = label map, mask = an object's mask), or NAME.txt, NAME.seg.png beside each."""
+
+    def __init__(self, root, split, share):
+        self.root, self.name, self.bad_lines = str(root), str(root), 0
+        if (Path(root) / "metadata.jsonl").is_file():
+            rows, self.bad_lines = checked(json_lines(Path(root) / "metadata.jsonl"), _metadata_row)
+        else:
+            files = sorted(os.path.relpath(os.path.join(at, f), root) for at, _, names in os.walk(root)
+                           for f in names if f.lower().endswith(SUFFIXES) and not f.startswith("."))
+            maps = {f.removesuffix(".seg.png"): f for f in files if f.endswith(".seg.png")}
+            rows = [Row(f, None, maps.get(os.path.splitext(f)[0]), None) for f in files
+                    if not f.endswith(".seg.png")]
+        if not rows:
+            raise BadFile(root, "no pictures", f"use metadata.jsonl, parquet or {', '.join(SUFFIXES)}")
+        self.rows = [r for r in rows if split == "all" or held_out(r.file, share) == (split == "heldout")]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def size(self, i):
+        return image_size(inside(self.root, self.rows[i].file))
+
+    def caption(self, i):
+        row = self.rows[i]
+        text = os.path.splitext(row.file)[0] + ".txt"
+        if row.caption is not None or not os.path.isfile(os.path.join(self.root, text)):
+            return row.caption or ""
+        with open(inside(self.root, text), "rb") as f:
+            return f.read(16 * MAX_CAPTION).decode("utf-8", "replace")
+
+    def load(self, i, h, w):
+        row = self.rows[i]
+        image, segments = read_image(inside(self.root, row.file), cover=(h, w)), None
+        if row.segments:
+            segments = read_labels(inside(self.root, row.segments), None)
+        elif row.mask:
+            segments = (read_mask(inside(self.root, row.mask)) > 0.5).astype(np.int32)
+        return dict(image=image, caption=self.caption(i), segments=segments)
+
+
+class Parquet:
+    """Parquet files with a picture column (Hugging Face struct {bytes, path}, raw bytes, or a path under the
+    file's folder) and perhaps captions (string or list)."""
+
+    def __init__(self, files, name, split, share):
+        self.name, self.groups = name, RowGroups(files, self._columns)
+        self.window, self.rows = self.groups.window, np.arange(self.groups.first[-1])
+        if split != "all":
+            held = mix(self.rows.astype(np.uint64)) < np.uint64(share * 2**63) * np.uint64(2)
+            self.rows = self.rows[held == (split == "heldout")]
+        self.runs = self.groups.runs(self.rows)
+
+    @staticmethod
+    def _columns(file, kinds):
+        structs = [n for n, t in kinds.items() if t.startswith("struct<bytes")]
+        found = [n for n in ("image", "img", "jpg", "png", "image_path") if n in kinds] + structs
+        captions = [n for n in CAPTION_COLUMNS if n in kinds]
+        if not found:
+            raise BadFile(file, f"no picture column among {', '.join(kinds) or 'its none'}",
+                          "name it image: a struct {bytes, path}, bytes or a path")
+        return found[0], captions[0] if captions else None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def _picture(self, i):
+        """-> (bytes or path, name for messages, caption cell)."""
+        file, name, (picture, caption) = self.groups.row(self.rows[i])
+        return picture_cell(picture, file, name), name, caption
+
+    def size(self, i):
+        return image_size(*self._picture(i)[:2])
+
+    def load(self, i, h, w):
+        picture, name, caption = self._picture(i)
+        texts = [c for c in (caption if isinstance(caption, list) else [caption]) if isinstance(c, str)]
+        image = read_image(picture, name, cover=(h, w))
+        return dict(image=image, caption=texts[0] if texts else "", segments=None)

@@ -1,0 +1,65 @@
+"""Preferences: of two pictures for a caption, or of two captions for a picture, which is the better."""
+
+import json
+import math
+from collections import namedtuple
+from pathlib import Path
+
+from readers.files import BadFile, checked, held_out, json_lines, printable
+
+Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind", defaults=[""])
+
+
+def _pairs_of(row):
+    """Row of a preference file -> list of Pair. Of ImageReward's ranks lower is better; ties are skipped."""
+    kind = str(row.get("kind", ""))  # what tells better from worse: accuracy is reported for each
+    caption = next((row[k] for k in ("caption", "prompt", "text") if isinstance(row.get(k), str)), None)
+    if "ranking" in row or "generations" in row:
+        files, ranks = row.get("generations"), row.get("ranking")
+        lists = isinstance(files, list) and isinstance(ranks, list) and len(files) == len(ranks)
+        if caption is None or not lists:
+            raise ValueError("needs prompt, and generations and ranking of equal length")
+        ranked = list(zip(files, ranks))
+        if not all(type(f) is str and type(r) in (int, float) and abs(r) < math.inf for f, r in ranked):
+            raise ValueError("generations must be file names and ranking finite numbers")
+        return [Pair(f, caption, g, caption, kind) for f, a in ranked for g, b in ranked if a < b]
+    better, worse = row.get("better"), row.get("worse")
+    if not (isinstance(better, str) and isinstance(worse, str)) or better == worse:
+        raise ValueError("better and worse must be two different strings")
+    if isinstance(row.get("image"), str):
+        return [Pair(row["image"], better, row["image"], worse, kind)]
+    if caption is None:
+        raise ValueError("neither caption (of two pictures) nor image (of two captions)")
+    return [Pair(better, caption, worse, caption, kind)]
+
+
+class Pairs(list):
+    """List of Pair, with .name, .root (the folder of its pictures) and .bad_rows."""
+
+
+def open_pairs(path, split="all", images=None, fraction=0.1):
+    """Preference file -> Pairs: JSON list or JSON lines of ImageReward items {prompt, generations, ranking},
+    {caption, better, worse} with two pictures, {image, better, worse} with two captions, told by the keys.
+
+    Pictures are relative to `images`, else to the file's folder. split "train" / "heldout" goes by a hash of
+    the prompt (the picture, where captions are compared or there is none), so that none is on both sides;
+    `fraction` is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
+    path = Path(path)
+    if split not in ("train", "heldout", "all") or not path.is_file():
+        raise SystemExit(f"error: {path}, split {split!r}: no such file or split: use train, heldout or all")
+    with open(path, "rb") as f:
+        is_list = f.read(64).lstrip().startswith(b"[")
+    try:
+        items = json.loads(path.read_bytes()) if is_list else ()
+    except (ValueError, RecursionError) as e:
+        raise BadFile(path, f"not JSON ({printable(str(e))[:80]})", "repair it") from None
+    rows = ((f"{path} item {n}", row) for n, row in enumerate(items)) if is_list else json_lines(path)
+    found, bad_rows = checked(rows, _pairs_of)
+    pairs = Pairs(p for row in found for p in row)
+    if split != "all":
+        keys = [p.image_better != p.image_worse and p.caption_better or p.image_better for p in pairs]
+        pairs = Pairs(p for p, k in zip(pairs, keys) if held_out(k, fraction) == (split == "heldout"))
+    if not pairs:
+        raise SystemExit(f"error: {path}: no pairs in its {split} part: check its keys, or the fraction")
+    pairs.name, pairs.root, pairs.bad_rows = str(path), str(images or path.parent), bad_rows
+    return pairs
