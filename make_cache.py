@@ -46,10 +46,8 @@ from kernels import dispatch
 from pretrained import text as text_encoders
 from pretrained.files import header_hash
 from pretrained.vae import load_vae
-from readers.cached import CLIP_TOKENS, differences, fingerprint, key_of, latent_crc, text_crc
-from readers.edits import PRESETS
+from readers.cached import CLIP_TOKENS, differences, key_of, latent_crc, text_crc
 from readers.files import MAX_BAD, MAX_CAPTION, BadFile, clean_caption, printable, size_of, too_many
-from readers.pictures import CAPTION_COLUMNS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -166,43 +164,10 @@ def items_of(cfg: Config, source) -> int:
 ####################################################################################################
 
 
-def wordings(source, n: int):
-    """Yields, for each item, the texts that a loader may draw with it, read without the pictures.
-
-    Items whose texts cannot be read give none: a loader finds them bad, too."""
-    if hasattr(source, "wordings"):
-        yield from (source.wordings(i) for i in range(n))
-        return
-    if hasattr(source, "groups"):
-        preset = getattr(source, "preset", None)
-        names = PRESETS[preset].instruction if preset else CAPTION_COLUMNS
-        cells = source.groups.light(lambda there: [next((c for c in names if c in there), None)])
-        rows = iter(source.rows.tolist())
-        row = next(rows, None)
-        for k, (_, (cell,)) in enumerate(cells):
-            if k == row:
-                texts = [c for c in (cell if isinstance(cell, list) else [cell]) if isinstance(c, str)]
-                yield texts if preset else texts[:1] or [""]
-                row = next(rows, None)
-        return
-    for i in range(n):
-        try:
-            if hasattr(source, "caption"):
-                yield [source.caption(i)]
-            elif hasattr(source, "edit"):
-                yield [source.edit(i)[1].instruction]
-            elif hasattr(source, "_row"):
-                yield source._row(i)[3]
-            else:
-                yield [source.load(i, 16, 16)["caption"]]
-        except BadFile:
-            yield []
-
-
 def all_captions(source, n: int, edits: bool) -> list[str]:
     """The distinct texts, cleaned as the loaders do, in the order of their keys."""
     found = {""} if edits else {"", masks.ERASE_PROMPT}
-    for texts in wordings(source, n):
+    for texts in source.texts(n):
         found.update(clean_caption(text)[0] for text in texts)
     return sorted(found, key=key_of)
 
@@ -220,7 +185,7 @@ def make_plan(cfg: Config, source, n: int) -> dict:
         made |= {key: getattr(cfg, key) for key in ("image_size", "aspects", "stride", "shard")}
     if cfg.limit:
         made["limit"] = cfg.limit
-    return {"format": 1, "made": made | {"fingerprint": fingerprint(source, n)}}
+    return {"format": 1, "made": made | {"fingerprint": source.fingerprint(n)}}
 
 
 def tokenizers_hash(folder: str) -> str:

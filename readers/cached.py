@@ -5,7 +5,6 @@ Every entry has a CRC-32, which is checked whenever it is read. make_cache.py de
 
 import hashlib
 import json
-import os
 import zlib
 from pathlib import Path
 
@@ -27,44 +26,6 @@ FLAGS = ("base", "data", "split", "edits", "text", "tokenizers", "t5", "t5_lengt
 def key_of(caption: str) -> int:
     """int64 by which a text is found; the whole of it goes into its entry's CRC, so a clash is noticed."""
     return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "little", signed=True)
-
-
-def fingerprint(source, n: int) -> str:
-    """Hash over what the source names: files, their sizes, rows, captions; not over what pictures show."""
-    digest = hashlib.sha256()
-
-    def add(*values):
-        digest.update(json.dumps(values, default=str).encode("utf-8", "surrogatepass") + b"\n")
-
-    def size(file):
-        try:
-            return os.path.getsize(file)
-        except OSError:
-            return -1
-
-    add(type(source).__name__, n)
-    if hasattr(source, "groups"):
-        for file in source.groups.files:
-            add(os.path.basename(file), size(file))
-        add([(start, group) for _, start, group, _ in source.groups.groups])
-        digest.update(np.asarray(source.rows, np.int64).tobytes())
-    elif hasattr(source, "wordings"):  # packed: its index has a CRC of every item
-        digest.update(source.rows.tobytes())
-    elif size_of(source, 0) is None:
-        add(source.name, source.seed, getattr(source, "wrong", None))
-    elif hasattr(source, "root") and hasattr(source, "caption"):
-        for row in source.rows:
-            add(row, size(os.path.join(source.root, row.file)))
-            if row.caption is None:
-                add(size(os.path.join(source.root, os.path.splitext(row.file)[0] + ".txt")))
-    else:
-        for i in range(n):
-            try:
-                *pictures, captions, _, _ = source._row(i)
-                add(captions, *((os.path.basename(p[0]), size(p[0])) for p in pictures if p))
-            except BadFile:
-                add(i, "bad")
-    return digest.hexdigest()
 
 
 HASHED = {"source": "fingerprint", "base": "weights", "text": "text_hash",
@@ -138,7 +99,7 @@ def open_cache(path: str, source=None, base: str | None = None, **asked) -> "Cac
     if base is not None:
         asked |= {"base": base, "weights": header_hash(base)}
     if source is not None:
-        asked |= {"source": source.name, "fingerprint": fingerprint(source, made.get("limit", len(source)))}
+        asked |= {"source": source.name, "fingerprint": source.fingerprint(made.get("limit", len(source)))}
     if told := differences({k: made.get(k) for k in asked}, asked):
         raise SystemExit(f"error: {path}: a cache of {told}: give the same flags, or make another cache")
     return Cache(path, manifest)

@@ -11,6 +11,7 @@ An edit source has len(), .name, .tasks (names it can hold), .task(i) -> str or 
 0..10 or None without decoding, .size(i) -> (h, w) of the source picture, or None if it draws at any size, and
 .load(i, h, w) -> dict(image uint8 [h', w', 3], the target; source, of its size; caption, the instruction;
 captions, all its wordings; mask float32 [h', w'], 1 = may change, or None; task; score). Raises BadFile.
+.texts(n) and .fingerprint(n) as of sources of pictures.
 A source that draws says in .wrong which share of its pairs is scored low.
 Optional: .task_of int8 [n] (places in .tasks, -1 none) and .scores float32 [n] (NaN none), .runs and .window.
 """
@@ -32,8 +33,10 @@ from readers.files import (
     BadFile,
     EmptyPart,
     RowGroups,
+    bytes_of,
     checked,
     files_of,
+    hashed,
     held_out,
     image_size,
     inside,
@@ -44,6 +47,7 @@ from readers.files import (
     read_image,
     read_mask,
 )
+from readers.pictures import column_texts, group_facts
 
 TASKS = ("swap", "remove", "add", "attribute", "background", "environment", "style")  # OmniEdit's seven
 TASK_WORDS = {  # as OmniEdit's column, GEdit-Bench and others say them
@@ -184,6 +188,24 @@ class _Edits:
             caption=captions[0], captions=captions, task=self.task(i), score=self.score(i),
             target_caption=described if isinstance(described, str) else "")
 
+    def texts(self, n):
+        for i in range(n):
+            try:
+                yield self._row(i)[3]
+            except BadFile:
+                yield []
+
+    def fingerprint(self, n):
+        def facts():
+            for i in range(n):
+                try:
+                    *pictures, captions, _, _ = self._row(i)
+                    yield captions, *((os.path.basename(p[0]), bytes_of(p[0])) for p in pictures if p)
+                except BadFile:
+                    yield i, "bad"
+
+        return hashed([(type(self).__name__, n), *facts()])
+
 
 def _named(file, folder, name, what):
     """Picture of a row as (path, name for messages); BadFile if it leaves the folder."""
@@ -225,6 +247,12 @@ class EditParquet(_Edits):
         cells = [("source", source), ("target", target)] + [("mask", mask)] * (mask not in NO_MASK)
         named = [(picture_cell(value, file, f"{name}, {what}"), f"{name}, {what}") for what, value in cells]
         return (*named, *[None] * (3 - len(named)), _wordings(instruction), described, name)
+
+    def texts(self, n):
+        return column_texts(self.groups, self.rows, PRESETS[self.preset].instruction)
+
+    def fingerprint(self, n):
+        return hashed([("EditParquet", n), *group_facts(self.groups, self.rows)])
 
 
 class EditLines(_Edits):

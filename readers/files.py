@@ -223,6 +223,24 @@ def json_lines(path, starts=None):
 
 
 #### 2. parts and rows #######################################################################################
+def hashed(parts):
+    """SHA-256 over bytes, and over all else as JSON lines: what a source names, not what pictures show."""
+    digest = hashlib.sha256()
+    for part in parts:
+        text = part if isinstance(part, bytes) else \
+            json.dumps(part, default=str).encode("utf-8", "surrogatepass") + b"\n"
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def bytes_of(file):
+    """Size of a file, -1 where there is none."""
+    try:
+        return os.path.getsize(file)
+    except OSError:
+        return -1
+
+
 def held_out(key, fraction):
     """Stable split: a key falls on the same side in every process and version."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:6]) < fraction * 2**48

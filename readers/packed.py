@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from readers.files import BadFile, EmptyPart, printable
+from readers.files import BadFile, EmptyPart, hashed, printable
 
 PARTS = ("train", "heldout")
 # at, bytes: where an item is in its .bin. labels: bytes of a label, 0: no map. mask: 0: none, 1: zeros and
@@ -110,10 +110,16 @@ class Packed:
             raise BadFile(f"{self.files[k]} item {i}", "damaged (its CRC-32 differs)", AGAIN)
         return raw, row
 
-    def wordings(self, i):
-        """The texts that a loader may draw with item i."""
-        raw, row = self._read(i)
-        return json.loads(raw[len(raw) - row["texts"]:].tobytes())["captions"]
+    def texts(self, n):
+        for i in range(n):
+            try:
+                raw, row = self._read(i)
+                yield json.loads(raw[len(raw) - row["texts"]:].tobytes())["captions"]
+            except BadFile:
+                yield []
+
+    def fingerprint(self, n):
+        return hashed([("Packed", n), self.rows.tobytes()])  # the index has a CRC of every item
 
     def load(self, i, h, w):
         raw, row = self._read(i)

@@ -2,6 +2,8 @@
 
 A source has len(), .name, .size(i) -> (h, w) or None when it draws at any size, and .load(i, h, w) ->
 dict(image uint8 [h', w', 3] covering (h, w) if it can, caption str, segments int [h'', w''] or None).
+.texts(n) gives, for each of the first n items, the texts that a loader may draw with it, read without the
+pictures ([] where that fails: a loader finds the item bad, too); .fingerprint(n) is a hash over all names.
 Optional: .runs and .window, rows that are read together (see data.shuffled).
 """
 
@@ -16,7 +18,9 @@ from readers.files import (
     SUFFIXES,
     BadFile,
     RowGroups,
+    bytes_of,
     checked,
+    hashed,
     held_out,
     image_size,
     inside,
@@ -39,6 +43,24 @@ def _metadata_row(row):
     if not isinstance(caption, str):
         raise ValueError("the caption is not a string")
     return Row(row["file_name"], caption, row.get("segments"), row.get("mask"))
+
+
+def column_texts(groups, rows, names):
+    """Of the given rows the strings in the first of the named columns, read without the pictures: lists."""
+    cells = groups.light(lambda there: [next((c for c in names if c in there), None)])
+    rows = iter(rows.tolist())
+    row = next(rows, None)
+    for k, (_, (cell,)) in enumerate(cells):
+        if k == row:
+            yield [c for c in (cell if isinstance(cell, list) else [cell]) if isinstance(c, str)]
+            row = next(rows, None)
+
+
+def group_facts(groups, rows):
+    """What names the rows of parquet files, for `hashed`."""
+    yield from ((os.path.basename(file), bytes_of(file)) for file in groups.files)
+    yield [[(start, group) for _, start, group, _ in groups.groups]]
+    yield np.asarray(rows, np.int64).tobytes()
 
 
 class Folder:
@@ -82,6 +104,22 @@ class Folder:
             segments = (read_mask(inside(self.root, row.mask)) > 0.5).astype(np.int32)
         return dict(image=image, caption=self.caption(i), segments=segments)
 
+    def texts(self, n):
+        for i in range(n):
+            try:
+                yield [self.caption(i)]
+            except BadFile:
+                yield []
+
+    def fingerprint(self, n):
+        def facts():
+            for row in self.rows:
+                yield row, bytes_of(os.path.join(self.root, row.file))
+                if row.caption is None:
+                    yield (bytes_of(os.path.join(self.root, os.path.splitext(row.file)[0] + ".txt")),)
+
+        return hashed([("Folder", n), *facts()])
+
 
 class Parquet:
     """Parquet files with a picture column (Hugging Face struct {bytes, path}, raw bytes, or a path under the
@@ -121,3 +159,9 @@ class Parquet:
         texts = [c for c in (caption if isinstance(caption, list) else [caption]) if isinstance(c, str)]
         image = read_image(picture, name, cover=(h, w))
         return dict(image=image, caption=texts[0] if texts else "", segments=None)
+
+    def texts(self, n):
+        return (found[:1] or [""] for found in column_texts(self.groups, self.rows, CAPTION_COLUMNS))
+
+    def fingerprint(self, n):
+        return hashed([("Parquet", n), *group_facts(self.groups, self.rows)])

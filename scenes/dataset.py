@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
+from readers.files import hashed
 from scenes.draw import LEVELS, _render, draw, pick, rng_for, scene
 from scenes.edits import (
     EDITS,
@@ -22,8 +23,6 @@ from scenes.edits import (
     region_mask,
 )
 from scenes.text import caption
-
-# ---- a dataset like any other --------------------------------------------------------------------
 
 SPLITS = {"train": (1, 10_000_000), "heldout": (2, 100_000)}  # seed, number of scenes
 
@@ -84,6 +83,12 @@ class Scenes:
         s = self.scene(i)
         image, segments = _render(s, h, w)
         return {"image": image, "caption": caption(s, rng_for(self.seed, i, 3)), "segments": segments}
+
+    def texts(self, n):
+        return ([caption(self.scene(i), rng_for(self.seed, i, 3))] for i in range(n))
+
+    def fingerprint(self, n):
+        return hashed([("Scenes", n), (self.name, self.seed, None)])
 
 
 # ---- the edit source -----------------------------------------------------------------------------
@@ -165,6 +170,12 @@ class EditScenes:
             before = replace(before, objects=())
             edit = EDITS[self.task(i)](before, rng_for(self.seed, i, 4))
         return before, edit
+
+    def texts(self, n):
+        return ([self.edit(i)[1].instruction] for i in range(n))
+
+    def fingerprint(self, n):
+        return hashed([("EditScenes", n), (self.name, self.seed, self.wrong)])
 
     def load(self, i, h, w):
         """dict(image, the target, and source uint8 [h, w, 3]; caption, the instruction; target_caption, a

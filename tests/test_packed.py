@@ -8,9 +8,7 @@ import torch
 from PIL import Image
 
 import data
-import make_cache
 from make_pack import pack
-from readers import cached
 from readers.files import BadFile, EmptyPart, size_of
 
 
@@ -188,7 +186,7 @@ def test_check_and_cache_know_it(tmp_path, scenes, pairs, capsys):
             data.check(str(spec), image_size=32, limit=5, out=str(tmp_path / "sheet.png"))
         assert not done.value.code and text in capsys.readouterr().out
     source = data.open_edits(str(pairs))
-    assert len(list(make_cache.wordings(source, 21))) == 21
+    assert len(list(source.texts(21))) == 21
     plain = data.open_edits("scenes:wrong=0.5")
-    assert next(make_cache.wordings(source, 21)) == [plain.load(0, 32, 32)["caption"]]
-    assert cached.fingerprint(source, 21) != cached.fingerprint(data.open_source(str(scenes)), 21)
+    assert next(source.texts(21)) == [plain.load(0, 32, 32)["caption"]]
+    assert source.fingerprint(21) != data.open_source(str(scenes)).fingerprint(21)
