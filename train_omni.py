@@ -65,9 +65,9 @@ class Config:
     ema: float = 0.999  # decay of the averaged weights that are sampled and shipped
     t_density: Literal["logit_normal", "uniform"] = "uniform"  # distribution of training times
     t_shift: float = 3.0  # moves training times towards noise, where captions decide (SD3: 3 at 1024^2)
-    t_weight: float = 1.0  # the squared error of v counts t ** t_weight: 0 is v's own error, 2 that of x_0
+    t_weight: float = 1.0  # a power w of t that weighs v's squared error: 0 leaves it, 2 makes it x_0's
     shift: float | None = None  # of the sampler's times, for sample.py, train_pefl.py; None = as --init, or 1
-    text_lr: float = 0.2  # factor on lr for the text encoder, whose words else collapse into one; 0 = frozen
+    text_lr: float = 0.2  # lr of the text encoder over lr: at 1 all words became one vector; 0 = frozen
     p_t2i: float = 0.25  # inpainting stage: share of pictures generated whole; data.TASKS divides the rest
     drop_caption: float = 0.1  # captions replaced by "", for classifier-free guidance
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it

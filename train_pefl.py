@@ -70,12 +70,12 @@ class Config:
     reward_noise: float = 0.0  # std of Gaussian noise through which all rewards look (ours; LOG.md)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
     vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = a reward's image tower
-    disc_init: str | None = None  # start it from a PeFL run's coherence model or a reward's image tower
+    disc_init: str | None = None  # start the coherence model from a PeFL run's, or a reward's image tower
     disc_width: int = 128  # coherence ViT (default ours, paper silent); --disc_init brings its own sizes
-    disc_depth: int = 4  # its blocks
-    disc_patch: int | None = None  # its patch; None = the editor's
-    disc_lr: float = 1e-4  # its learning rate (default ours, paper silent)
-    disc_first: int = 0  # steps in which it learns alone before the editor moves (0 as in the paper)
+    disc_depth: int = 4  # transformer blocks of the coherence ViT
+    disc_patch: int | None = None  # patch of the coherence ViT; None = the editor's
+    disc_lr: float = 1e-4  # learning rate of the coherence model (default ours, paper silent)
+    disc_first: int = 0  # steps in which the coherence model learns alone at first (0 as in the paper)
     lr: float = 2e-6  # of the editor (Sec. 4.1)
     warmup: int = 1000  # steps of linear warm-up (Sec. 4.1)
     weight_decay: float = 0.0  # on matrices only

@@ -48,7 +48,7 @@ class Config:
     freeze: float = 0.0  # fraction of the first ViT blocks and text layers left as is (ImageReward: 0.7)
     dropout: float | None = None  # in the head; None: ImageReward's 0.2, 0.2, 0.1
     augment: int = 0  # both pictures of a pair are shifted alike by up to so many pixels of the model's input
-    noise: float = 0.0  # a pair is seen through Gaussian noise of a std drawn up to so much: harder to hack
+    noise: float = 0.0  # largest std of the Gaussian noise added to both pictures of a pair: harder to hack
     batch_size: int = 64  # pairs per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
     steps: int = 2_000  # optimiser steps
