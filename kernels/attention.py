@@ -437,6 +437,9 @@ TILES = {
     ("backward_q", 64): (128, 64, 8, 2), ("backward_q", 128): (128, 64, 8, 2),
     ("backward_kv", 64): (64, 128, 8, 2), ("backward_kv", 128): (32, 128, 8, 2),
 }
+# Where no stream is longer than SHORT (64x64 pixels at patch 8: 64 image and 24 text tokens) a tile of 128 x
+# 128 would be filled to a seventh. Heads of 64 only: other models have longer streams.
+SHORT, SHORT_TILE = 64, (64, 64, 4, 2)
 OTHER_TILES = {
     "sm_8": {("backward_q", 128): (128, 32, 8, 2), ("backward_kv", 128): (16, 128, 8, 2)},
     "sm_10": {("forward", 64): (128, 64, 8, 2), ("backward_q", 64): (128, 128, 8, 2)},
@@ -448,10 +451,13 @@ OTHER_TILES["sm_12"] = OTHER_TILES["sm_8"]  # as little shared memory as sm_89
 NORM_ROWS = 64  # of _inverse_rms and _normalise
 
 
-def tiles(kernel: str, head_dim: int, arch: str) -> tuple[int, int, int, int]:
-    """arch: "sm_90", "gfx942", ...; "cpu": the interpreter, several tiles and a tail out of few tokens."""
+def tiles(kernel: str, head_dim: int, arch: str, longest: int = 2 * SHORT) -> tuple[int, int, int, int]:
+    """arch: "sm_90", "gfx942", ...; "cpu": the interpreter, several tiles and a tail out of few tokens.
+    longest: tokens of the longest stream, queries and keys."""
     if arch == "cpu":
         return 32, 32, 4, 1
+    if longest <= SHORT and head_dim == 64 and arch.startswith("sm_"):
+        return SHORT_TILE
     other = next((x for family, x in OTHER_TILES.items() if arch.startswith(family)), {})
     return other.get((kernel, head_dim), TILES[kernel, head_dim])
 
@@ -510,7 +516,7 @@ def _attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], wq: Tensor | None
     norm = wq is not None
     rstd_q, rstd_k = (_rstd(x, bits, eps) if norm else _empty(lse, 0)
                       for x, bits in ((q, q_normed), (k, k_normed)))
-    rows, cols, warps, stages = tiles("forward", D, _arch(lse))
+    rows, cols, warps, stages = tiles("forward", D, _arch(lse), max(nq + nk))
     grid = _grid(q, rows)
     if all(grid):
         _forward[grid](tuple(q), tuple(k), tuple(v), tuple(out), lse, rstd_q, rstd_k, wq if norm else lse,
@@ -547,7 +553,7 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
     common = {"ATTENDS": attends, "NORM": norm, "BIAS": bias is not None, "D": D}
     sizes, strides = (sum(nq), sum(nk), H, D**-0.5 * LOG2E), [_strides(x) for x in (q, k, v)]
 
-    rows, cols, warps, stages = tiles("backward_q", D, _arch(lse))
+    rows, cols, warps, stages = tiles("backward_q", D, _arch(lse), max(nq + nk))
     grid, q_tiles = _grid(q, rows), [-(-n // rows) for n in nq]
     dwq = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
@@ -555,7 +561,7 @@ def _attend_backward(grads: list[Tensor], q: list[Tensor], k: list[Tensor], v: l
                           tuple(dq), tuple(raw_q), rstd_q, wq if norm else lse, dwq, nq, nk, *strides,
                           _strides(raw_q), *sizes, NORMED=q_normed, ROWS=rows, COLS=cols, num_warps=warps,
                           num_stages=stages, **common)
-    rows, cols, warps, stages = tiles("backward_kv", D, _arch(lse))
+    rows, cols, warps, stages = tiles("backward_kv", D, _arch(lse), max(nq + nk))
     grid, k_tiles = _grid(k, cols), [-(-n // cols) for n in nk]
     dwk = _empty(lse, B, H, grid[0], D) if norm else lse
     if all(grid):
@@ -633,10 +639,11 @@ def shipped(arch: str, dtype: str = "bf16", streams: int = 2) -> dict[str, tuple
                           "BIAS": bias, "D": D}
                 for kernel in (_forward, _backward_q, _backward_kv):
                     name = kernel.fn.__name__[1:]
-                    rows, cols, warps, stages = tiles(name, D, arch)
-                    args = {p: {**common, "ROWS": rows, "COLS": cols}[p] for p in kernel.arg_names}
-                    label = f"{name} d{D}{' norm' * norm}{' bias' * bias}"
-                    out[label] = kernel, args, warps, stages
+                    for short in (False, True)[:1 + (D == 64 and arch.startswith("sm_"))]:
+                        rows, cols, warps, stages = tiles(name, D, arch, SHORT * (2 - short))
+                        args = {p: {**common, "ROWS": rows, "COLS": cols}[p] for p in kernel.arg_names}
+                        label = f"{name} d{D}{' short' * short}{' norm' * norm}{' bias' * bias}"
+                        out[label] = kernel, args, warps, stages
         small = {"x": x, "strides": stride, "out": x, "lengths": length, "rstd": "*fp32", "w": "*fp32",
                  "total": "i32", "H": "i32", "eps": "fp32", "NORMED": 3, "D": D, "BLOCK": NORM_ROWS}
         for kernel in (_inverse_rms, _normalise):
@@ -679,8 +686,10 @@ def joint_attention(q: list[Tensor | None], k: list[Tensor], v: list[Tensor], no
     fits = D in (64, 128) and (x.dtype in (torch.bfloat16, torch.float16) or x.device.type == "cpu")
     wins = D == 64 or joined is not None  # without a bias, cuDNN is faster in heads of 128
     normed = norm is not None and any(w is not None for pair in norm for w in pair)
-    op = f"joint attention, {len(k)} streams{', norms' * normed}{', bias' * (joined is not None)}"
-    triton = dispatch.use_triton(op, x, D, self_check, fits, wins, (len(k), normed, joined is not None))
+    short = D == 64 and max(y.shape[1] for y in (*asked, *k)) <= SHORT  # other tiles are other kernels
+    kind = len(k), normed, joined is not None, short
+    op = f"joint attention, {len(k)}{' short' * short} streams{', norms' * normed}{', bias' * kind[2]}"
+    triton = dispatch.use_triton(op, x, D, self_check, fits, wins, kind)
     # the kernels count elements within a head of a stream in 32 bits
     triton = triton and all(y.shape[1] * y.stride(1) < 2**31 for y in (*asked, *k, *v))
     run = _triton if triton else _plain
@@ -774,6 +783,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, streams: int, norm: bool,
-               bias: bool) -> float:
+               bias: bool, short: bool) -> float:
     """What dispatch asks before such kernels run for the first time on a device."""
-    return worst_error(device, dtype, head_dim, norm, bias, (515, 77, 128, 64)[:streams])
+    lengths = (SHORT, 24, 33, 5) if short else (515, 77, 128, 64)
+    return worst_error(device, dtype, head_dim, norm, bias, lengths[:streams])

@@ -87,6 +87,10 @@ def main() -> int:
                for dtype in dtypes if not gpu or dtype != torch.float32  # fp32 has no attention kernel there
                for head_dim in (64, 128)
                for norm, bias in ((False, False), (True, False), (False, True), (True, True))]
+    checks += [(f"joint attention  short streams  {'norm' * norm:4}  {'bias' * bias:4}", dtype,
+                attention.self_check, (device, dtype, 64, 2, norm, bias, True))
+               for dtype in dtypes if gpu and dtype != torch.float32  # interpreted, tiles are the same
+               for norm, bias in ((False, False), (True, True))]
     mine, shares = map(int, args.part.split("/")) if args.part else (0, 1)
     wrong = 0
     for what, dtype, check, given in checks[mine::shares]:

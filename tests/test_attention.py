@@ -569,3 +569,22 @@ def test_selftest_command(jobs):
     head, *checks, verdict = done.stdout.splitlines()
     assert verdict == "all within their bounds" and all(line.endswith("  ok") for line in checks)
     assert len(set(checks)) == len(checks) == (19 if torch.cuda.is_available() else 17)
+
+
+def test_short_streams_have_tiles_of_their_own(monkeypatch):
+    """And a self-test of their own, which a long stream's says nothing about."""
+    assert attention.tiles("forward", 64, "sm_90", attention.SHORT) == attention.SHORT_TILE
+    assert attention.tiles("forward", 64, "sm_90", attention.SHORT + 1) == attention.TILES["forward", 64]
+    assert attention.tiles("forward", 128, "sm_90", 1) == attention.TILES["forward", 128]
+    assert attention.tiles("forward", 64, "gfx942", 1) != attention.SHORT_TILE  # not looked at there
+    asked = []
+    monkeypatch.setattr(dispatch, "use_triton", lambda *args: asked.append(args[-1]) or False)
+    for n in (attention.SHORT, attention.SHORT + 1):
+        x = [torch.randn(1, m, 1, 64) for m in (24, n)]
+        joint_attention(x, x, x)
+    assert asked == [(2, False, False, True), (2, False, False, False)]
+    lengths = []
+    monkeypatch.setattr(attention, "worst_error", lambda *args: lengths.append(args[-1]) or 0.0)
+    for short in (True, False):
+        attention.self_check(torch.device("cpu"), torch.float32, 64, 3, False, False, short)
+    assert max(lengths[0]) == attention.SHORT < max(lengths[1])
