@@ -710,13 +710,13 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
         brings.update(source.facts(i) if hasattr(source, "facts") else ())
         if n >= len(rows) * len(picks) / 8:
             rows.append([Image.fromarray(picture), *row])
-    print(f"{printable(source.name)}: {len(source):,} pictures, {len(picks):,} looked at, {len(bad)} cannot be "
-          f"used, {getattr(source, 'bad_lines', 0)} bad metadata lines")
+    print(f"{printable(source.name)}: {len(source):,} pictures, {len(picks):,} looked at, {len(bad)} cannot "
+          f"be used, {getattr(source, 'bad_lines', 0)} bad metadata lines")
     print("".join(f"  bad: {b}\n" for b in bad[:20]), end="")
     print("".join(f"  shape {w}x{h}: {n:,}\n" for (h, w), n in used.most_common()), end="")
     if brings:
-        print(f"  {brings['profile']:,} with a colour profile (converted to sRGB), {brings['alpha']:,} with alpha "
-              f"(composited on white), {brings['animated']:,} animated (first frame used)")
+        print(f"  {brings['profile']:,} with a colour profile (converted to sRGB), {brings['alpha']:,} with "
+              f"alpha (composited on white), {brings['animated']:,} animated (first frame used)")
     if not lengths:
         raise SystemExit(f"error: {printable(spec)}: not one picture can be used: see the list above")
     print(f"  captions: {sum(map(bool, lengths)):,}, median {int(np.median(lengths))} bytes, longest "

@@ -106,7 +106,7 @@ def format_inside(head):
         return "HEIF"
     if head[:2] == b"\xff\x0a" or head[4:8] == b"JXL ":
         return "JXL"
-    for known in (*BY_CONTENT, *sorted(Image.OPEN.keys() - set(BY_CONTENT))):
+    for known in (*BY_CONTENT, *sorted(Image.OPEN.keys() - {*BY_CONTENT, "CUR"})):  # CUR: TGA begins so, too
         accept = Image.OPEN[known][1]
         try:
             if accept and len(head) >= 16 and accept(head) is True:
