@@ -37,6 +37,7 @@ from readers.files import (
     inside,
     mix,
     part_of,
+    printable,
     read_image,
     size_of,
     too_many,
@@ -690,6 +691,7 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
     source = open_source(spec, "all")
     picks = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)).tolist()
     used, notes, lengths, areas, bad, rows = Counter(), Counter(), [], {t: [] for t in TASKS}, [], []
+    brings = Counter()
     for n, i in enumerate(tqdm(picks, disable=None, leave=False)):
         try:
             h, w = bucket(*(source.size(i) or (1, 1)), image_size, stride, aspects)
@@ -705,14 +707,18 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
             bad.append(str(e).removeprefix("error: "))
             continue
         used[h, w] += 1
+        brings.update(source.facts(i) if hasattr(source, "facts") else ())
         if n >= len(rows) * len(picks) / 8:
             rows.append([Image.fromarray(picture), *row])
-    print(f"{source.name}: {len(source):,} pictures, {len(picks):,} looked at, {len(bad)} cannot be used, "
-          f"{getattr(source, 'bad_lines', 0)} bad metadata lines")
+    print(f"{printable(source.name)}: {len(source):,} pictures, {len(picks):,} looked at, {len(bad)} cannot "
+          f"be used, {getattr(source, 'bad_lines', 0)} bad metadata lines")
     print("".join(f"  bad: {b}\n" for b in bad[:20]), end="")
     print("".join(f"  shape {w}x{h}: {n:,}\n" for (h, w), n in used.most_common()), end="")
+    if brings:
+        print(f"  {brings['profile']:,} with a colour profile (converted to sRGB), {brings['alpha']:,} with "
+              f"alpha (composited on white), {brings['animated']:,} animated (first frame used)")
     if not lengths:
-        raise SystemExit(f"error: {spec}: not one picture can be used: see the list above")
+        raise SystemExit(f"error: {printable(spec)}: not one picture can be used: see the list above")
     print(f"  captions: {sum(map(bool, lengths)):,}, median {int(np.median(lengths))} bytes, longest "
           f"{max(lengths)}, {notes['captions cut'] // len(TASKS)} cut at {MAX_CAPTION}")
     for t, a in areas.items():
@@ -765,7 +771,7 @@ def check_edits(source, image_size, stride, limit, out):
             rows.append(pictures + [tinted(s["source"], s["mask"][0, ..., None])] * masked)
             score = "" if math.isnan(s["score"]) else f" {s['score']:.1f}"
             titles.append(f"{s['task'] or 'no task'}{score}: {s['caption']}")
-    print(f"{source.name}: {n:,} pairs, {len(picks):,} looked at, {len(bad)} cannot be used, "
+    print(f"{printable(source.name)}: {n:,} pairs, {len(picks):,} looked at, {len(bad)} cannot be used, "
           f"{getattr(source, 'bad_lines', 0)} bad rows, {getattr(source, 'missing', 0)} of missing folders")
     print("".join(f"  bad: {b}\n" for b in bad[:20]), end="")
     print("".join(f"  shape {w}x{h}: {k:,}\n" for (h, w), k in used.most_common()), end="")

@@ -14,6 +14,15 @@ its own size: the generated region is scaled up and pasted into the original, wh
 stay the same, bit for bit. --out also gets samples.jsonl (a row per result: input, prompt, seed, settings)
 and the contact sheet sheet.png.
 
+--crop: a hole in a large photo is worked on in a window around it (windows.py), holes far apart in windows
+of their own, a long one (the rim of an outpainting) in several that overlap, each seeing what those before it
+made. "auto" does so when it gives the hole more pixels (not with --paste False: that is of the whole
+picture), "mask" always, "none" never. A prompt counts for every window.
+
+Pictures in another colour space (Display P3, CMYK, ...) are converted, results are sRGB and say so. A picture
+with alpha is shown to the model on white, and comes back with its alpha as it was (opaque where outpainting
+adds to it); of an animation the first frame is used.
+
 edit follows instructions. Several are a chain, each editing the result before; with a mask only what is white
 may change. --jsonl: lines {source, instruction or instructions, mask, seed, key, task}, or a benchmark's own
 file: GEdit-Bench's parquet, ImgEdit's basic_edit.json, MagicBrush's edit_sessions.json, with --image as the
@@ -23,7 +32,7 @@ folder of their pictures. --layout names the results as a benchmark's scorer exp
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +43,7 @@ import torch
 import torch.distributed as td
 import torch.nn.functional as F
 import tyro
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,15 +53,19 @@ import log
 import masks
 import model
 import pipeline
+import windows
 from data import bucket, shapes
 from readers.benchmarks import complete_edit, gedit_rows, json_rows, jsonl_rows, kept, unique
 from readers.files import (
     MAX_PIXELS,
     MAX_SIDE,
     SUFFIXES,
+    bad_name,
     clean_caption,
-    image_size,
+    over_white,
+    photo_of,
     picture_cell,
+    pictures_of,
     printable,
     read_image,
     read_mask,
@@ -86,6 +99,7 @@ class Config:
     solver: Literal["euler", "heun"] = "euler"  # heun: second order, two evaluations a step
     shift: float | None = None  # moves the steps towards noise; default the checkpoint's
     size: int | None = None  # working resolution: side of the square of equal area; default the checkpoint's
+    crop: Literal["auto", "mask", "none"] = "auto"  # work on windows around the mask; auto: if larger there
     seam: int = 2  # pixels around the mask that fade from generated to original; 0 = hard paste
     blend: Literal["none", "every", "alternate"] = "none"  # put what is kept back after every (second) step
     paste: bool = True  # edit with a mask: the rest of the original untouched; False: as the model made it
@@ -148,7 +162,8 @@ def main(cfg: Config) -> None:
         jobs = []
         for item in mine[start:start + 4 * cfg.batch_size]:
             try:
-                jobs.append(load_job(item, cfg.task, size, net.cfg, space.stride, aspects))
+                job = load_job(item, cfg, size, net.cfg, space.stride, aspects)
+                jobs.append(job)
             except SystemExit as e:
                 if not many:
                     bar.leave = False
@@ -157,14 +172,15 @@ def main(cfg: Config) -> None:
                 skipped += 1
                 bar.total -= len(item["files"]) * cfg.num_samples * calls
                 tqdm.write(f"skipped: {printable(str(e)).removeprefix('error: ')}")
+        bar.total += sum(len(job.windows) for job in jobs) * cfg.num_samples * calls
         todo = [(job, k) for job in jobs for k in range(cfg.num_samples)]
-        while todo:  # a second time and more for chains of instructions
+        while todo:  # a second time and more for further windows, and for chains of instructions
             later = []
             for batch in batches(todo, cfg.batch_size):
                 jobs_here = [job for job, _ in batch]
                 mask, image = (torch.stack([getattr(job, name) for job in jobs_here])
                                for name in ("mask_in", "masked"))
-                gens = [common.generators(job.seed, 0, [k])[0] for job, k in batch]
+                gens = [common.generators(job.seed, job.place, [k])[0] for job, k in batch]
                 noise = common.randn(gens, (space.channels, *(side // space.stride
                                                               for side in mask.shape[2:])))
                 x0 = pipeline.sample(net, space, [job.prompt for job in jobs_here], mask, image, noise,
@@ -172,13 +188,18 @@ def main(cfg: Config) -> None:
                 if not x0.isfinite().all():
                     raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --precision fp32")
                 for (job, k), picture in zip(batch, x0.cpu()):
-                    result = finish(picture, job, cfg.seam, cfg.paste)
+                    job = place(picture, job)
+                    if job.windows:
+                        later.append((to_window(job), k))
+                        continue
+                    result = finish(job, cfg.seam, cfg.paste)
                     save(out, job, k, result, cfg, {"shift": shift, "step": manifest["step"]})
                     written += 1
                     if k < SHEET_RESULTS:
                         job.results[k, job.turn] = thumb(result)
                     if job.turn + 1 < len(job.item["files"]):
-                        later.append((next_turn(job, result), k))
+                        later.append((next_turn(job, result, cfg, size), k))
+                        bar.total += len(later[-1][0].windows) * calls
             todo = later
         sheet += [row for job in jobs[:SHEET_ROWS - len(sheet)] for row in sheet_rows(job)]
     bar.close()
@@ -251,6 +272,9 @@ def complete(item: dict, task: str) -> dict:
             raise ValueError(f"{key}: {value}: must be between {int(low)} and {MAX_SIDE}")
     if "image" in item and not item["image"]:
         raise ValueError(f"image: missing: {task} needs a picture")
+    for key in ("image", "mask"):
+        if item.get(key) and (problem := bad_name(item[key])):
+            raise ValueError(f"{key}: {problem}: correct it")
     if task == "outpaint":
         sides = [item[side] for side in SIDES if item[side] is not None]
         if item["aspect"] is not None and sides:
@@ -302,9 +326,13 @@ def list_items(cfg: Config) -> tuple[list[dict], int]:
 
 
 def files_in(folder: str) -> list[str]:
-    """The pictures of a folder, but for masks."""
-    return sorted(str(p) for p in Path(folder).iterdir()
-                  if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask"))
+    """The pictures of a folder, but for masks; what else is in it is counted by kind."""
+    files = sorted(str(p) for p in Path(folder).iterdir()
+                   if p.is_file() and not p.stem.endswith(".mask") and not p.name.startswith("."))
+    pictures, left = pictures_of(files)
+    if left:
+        common.print0(f"note: {printable(folder)}: {left}")
+    return pictures
 
 
 def from_row(row: dict, base: dict, path: Path) -> dict:
@@ -399,41 +427,51 @@ def working_size(cfg: Config, trained: int | None, stride: int) -> int:
 
 @dataclass
 class Job:
-    """One input, at its own size and as the model sees it."""
+    """One input, at its own size, and the window of it that is worked on, as the model sees it."""
 
     name: str  # of the input, for messages and the contact sheet
     prompt: str
     seed: int
-    source: np.ndarray | None  # uint8 [h0, w0, 3], the picture as it was read
-    canvas: np.ndarray  # uint8 [h, w, 3], the picture; for outpainting on its larger canvas
+    source: np.ndarray | None  # uint8 [h0, w0, 3], the picture as it was read, on white
+    canvas: np.ndarray  # uint8 [h, w, 3], the picture on white; for outpainting on its larger canvas
     mask: np.ndarray  # float32 [h, w], 1 = regenerate; for a free-form edit all ones
-    box: tuple[int, int, int, int]  # top, left, height, width of the canvas within the working shape
-    mask_in: Tensor  # [1, H, W] in {0, 1}, for an edit [0, 1]
-    masked: Tensor  # [3, H, W], for an edit the whole picture
+    hide: bool  # whether the model sees the picture with a hole, or (an edit) all of it
+    windows: list[windows.Window]  # of the canvas, still to be worked on after the present one
+    window: windows.Window
+    layer: np.ndarray  # uint8 [h, w, 3], what was generated so far, elsewhere the canvas
+    trust: np.ndarray  # float32 [h, w], 0 = still to be generated, 1 = done or not to be touched
     about: dict  # for samples.jsonl
+    work: Callable[[int, int], tuple[int, int]]  # working shape of a window of (h, w)
+    own: np.ndarray | None = None  # uint8 [h, w, 4], the canvas as it was read, if it has an alpha channel
+    box: tuple[int, int, int, int] = ()  # top, left, height, width of the window within the working shape
+    mask_in: Tensor | None = None  # [1, H, W] in {0, 1}, for an edit [0, 1]
+    masked: Tensor | None = None  # [3, H, W], for an edit the whole picture
     item: dict = field(default_factory=dict)
     turn: int = 0  # of a chain of instructions
+    place: int = 0  # number of the window
     regions: list[tuple[np.ndarray, str | None]] = field(default_factory=list)  # edit: mask, file of turns
     results: dict[tuple[int, int], Image.Image] = field(default_factory=dict)  # sample, turn -> thumbnail
 
 
-def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, stride: int, aspects: bool) -> Job:
+def load_job(item: dict, cfg: Config, size: int, arch: model.EditorConfig, stride: int, aspects: bool) -> Job:
     """Read one input; a token is patch * stride pixels. SystemExit (pictures.BadFile), one line, when it
     cannot be used."""
-    source, about, regions, texts = None, {}, [], item.get("instructions") or [item["prompt"]]
+    task, source, about, regions, own = cfg.task, None, {}, [], None
+    texts = item.get("instructions") or [item["prompt"]]
     if task == "t2i":
         canvas = np.zeros((item["height"] or size, item["width"] or size, 3), np.uint8)
         mask = np.ones(canvas.shape[:2], np.float32)
     elif isinstance(item["image"], str):
-        source = canvas = read_image(item["image"])
+        canvas = read_image(item["image"], alpha=True, log=common.print0)
         about["image"] = str(Path(item["image"]).resolve())
     else:
         groups, n = item["image"]
         file, about["image"], (cell,) = groups.row(n)
-        cell = picture_cell(cell, file, about["image"])
-        source = canvas = read_image(cell, about["image"])
+        canvas = read_image(picture_cell(cell, file, about["image"]), about["image"], alpha=True,
+                            log=common.print0)
+    source = None if task == "t2i" else on_white(canvas)
     if task == "outpaint":
-        canvas, mask, sides = extend(source, item)
+        canvas, mask, sides = extend(canvas, item)
         about |= sides
         common.print0(f"{printable(item['image'])}: {source.shape[1]}x{source.shape[0]} grows to "
                       f"{canvas.shape[1]}x{canvas.shape[0]}, regenerates {mask.mean():.1%}")
@@ -443,30 +481,80 @@ def load_job(item: dict, task: str, size: int, arch: model.EditorConfig, stride:
     elif task != "t2i":
         mask, path = find_mask(item, *source.shape[:2])
         about["mask"] = str(path.resolve())
+    if canvas.shape[2] == 4:
+        own, canvas = canvas, on_white(canvas)
+        clear = float((own[..., 3] == 0)[mask > 0].mean())
+        if clear > 0.01 and (mask < 1).any():
+            common.print0(f"note: {printable(item['name'])}: {clear:.0%} of what is regenerated is "
+                          "transparent, and stays so")
     if arch.txt_bytes and any(len(text.encode(errors="replace")) > arch.txt_bytes for text in texts):
-        common.print0(f"note: {item['name']}: the model reads {arch.txt_bytes} bytes of the prompt")
+        common.print0(f"note: {printable(item['name'])}: the model reads {arch.txt_bytes} bytes of the "
+                      "prompt")
     token = arch.patch * stride
-    H, W = bucket(*mask.shape, size, token, aspects)
-    if task == "edit" and aspects:  # an edit must not go to the margin: rather a shape between two buckets
-        H, W = shapes(size, token, (min(max(mask.shape[0] / mask.shape[1], 1 / 4), 4),))[0]
-    if max(H, W) > arch.pos_max * token:
-        raise SystemExit(f"error: --size: {size}: {item['name']} needs {W}x{H}, the model takes "
-                         f"at most {arch.pos_max * token} a side: give a smaller --size")
-    fitted = to_work(canvas, mask, H, W, hide=task != "edit")
-    return Job(item["name"], texts[0], item["seed"], source, canvas, mask, *fitted, about, item, 0, regions)
+
+    def work(h: int, w: int) -> tuple[int, int]:
+        H, W = bucket(h, w, size, token, aspects)
+        if task == "edit" and aspects:  # it must not go to the margin: rather a shape between two buckets
+            H, W = shapes(size, token, (min(max(h / w, 1 / 4), 4),))[0]
+        if max(H, W) > arch.pos_max * token:
+            raise SystemExit(f"error: --size: {size}: {printable(item['name'])} needs {W}x{H}, the model "
+                             f"takes at most {arch.pos_max * token} a side: give a smaller --size")
+        return H, W
+
+    job = Job(item["name"], texts[0], item["seed"], source, canvas, mask, task != "edit", [], (), canvas, mask,
+              about, work, own, item=item, regions=regions)
+    return start(job, cfg, size)
 
 
-def next_turn(job: Job, result: np.ndarray) -> Job:
+def start(job: Job, cfg: Config, size: int) -> Job:
+    """The windows in which a picture is worked on, and the first of them, of `size` pixels at least."""
+    shape, found = job.mask.shape, [windows.Window(0, 0, *job.mask.shape)]
+    if cfg.crop == "mask" or cfg.crop == "auto" and cfg.paste and cfg.task != "t2i":
+        near = windows.plan(job.mask, size)
+        scale = [min(a / b for a, b in zip(job.work(h, w), (h, w))) for _, _, h, w in (*found, *near)]
+        # several holes may gain differently: one that loses pixels keeps all on the whole picture
+        if cfg.crop == "mask" or min(1, *scale[1:]) > min(1, scale[0]):
+            found = near
+    if found[0][2:] != shape:
+        common.print0(f"{printable(job.name)}: worked on in {len(found)} window(s) of "
+                      f"{found[0].width}x{found[0].height} of its {shape[1]}x{shape[0]} pixels")
+    trust = np.zeros(shape, np.float32)
+    if cfg.paste:
+        trust[~masks.dilate(job.mask > 0, cfg.seam)] = 1
+    return to_window(replace(job, windows=found, layer=job.canvas, trust=trust, place=-1))
+
+
+def to_window(job: Job) -> Job:
+    """The job at the first of its windows: what the model is given of it."""
+    window, *rest = job.windows
+    at = cut(window)
+    mask = np.where(job.trust[at] < 0.5, job.mask[at], 0)
+    fitted = to_work(job.layer[at], mask, *job.work(*window[2:]), hide=job.hide)
+    return replace(job, windows=rest, window=window, place=job.place + 1,
+                   **dict(zip(("box", "mask_in", "masked"), fitted)))
+
+
+def cut(window: windows.Window) -> tuple[slice, slice]:
+    top, left, h, w = window
+    return slice(top, top + h), slice(left, left + w)
+
+
+def next_turn(job: Job, result: np.ndarray, cfg: Config, size: int) -> Job:
     """The next instruction of a chain, on the result of this one, with the same noise: as if run alone."""
     turn = job.turn + 1
-    mask, _ = job.regions[turn]
-    box, region, source = to_work(result, mask, *job.mask_in.shape[1:], hide=False)
-    return replace(job, prompt=job.item["instructions"][turn], turn=turn, canvas=result, mask=mask, box=box,
-                   mask_in=region, masked=source)
+    own = result if job.own is not None else None
+    return start(replace(job, prompt=job.item["instructions"][turn], turn=turn, canvas=on_white(result),
+                         mask=job.regions[turn][0], own=own), cfg, size)
+
+
+def on_white(picture: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3], or [h, w, 4] put on white."""
+    return over_white(picture[..., :3], picture[..., 3]) if picture.shape[2] == 4 else picture
 
 
 def extend(picture: np.ndarray, item: dict) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Outpainting: uint8 [h, w, 3] -> grey canvas with the picture on it, its mask, pixels added per side."""
+    """Outpainting: uint8 [h, w, 3 or 4] -> grey canvas with the picture on it (opaque around it), its mask,
+    pixels added per side."""
     h, w = picture.shape[:2]
     add = {side: item[side] or 0 for side in SIDES}
     if item["aspect"] is not None:
@@ -480,7 +568,8 @@ def extend(picture: np.ndarray, item: dict) -> tuple[np.ndarray, np.ndarray, dic
         raise SystemExit(f"error: {item['image']}: would grow to {width}x{height}, over the cap of "
                          f"{MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side: add less")
     inner = slice(add["top"], add["top"] + h), slice(add["left"], add["left"] + w)
-    canvas, mask = np.full((height, width, 3), 128, np.uint8), np.ones((height, width), np.float32)
+    canvas = np.full((height, width, picture.shape[2]), 128, np.uint8)
+    canvas[..., 3:], mask = 255, np.ones((height, width), np.float32)
     canvas[inner], mask[inner] = picture, 0
     return canvas, mask, add
 
@@ -498,10 +587,8 @@ def find_mask(item: dict, h: int, w: int) -> tuple[np.ndarray, Path]:
     if path is None:
         raise SystemExit(f"error: {choices[0]}: no such mask for {image}: give --mask, or put "
                          f"{image.stem}.mask.png beside the picture")
-    mh, mw = image_size(path)
-    if abs(mw * h - mh * w) > max(h, w):  # the longer side rounded to a pixel is not another aspect
-        raise SystemExit(f"error: {path}: {mw}x{mh}, but {image} is {w}x{h}: make them equal")
-    mask = read_mask(path, h, w, log=common.print0)
+    photo = photo_of(image) if image.is_file() else (1, (h, w))  # else it is inside a parquet
+    mask = read_mask(path, h, w, log=common.print0, photo=photo)
     mask[mask < 0.02] = 0  # black saved as JPEG is not quite black, and unmasked means untouched
     return mask, path
 
@@ -550,16 +637,30 @@ def to_work(canvas: np.ndarray, mask: np.ndarray, H: int, W: int,
 # ---- pictures out --------------------------------------------------------------------------------
 
 
-def finish(x0: Tensor, job: Job, seam: int, paste: bool = True) -> np.ndarray:
-    """Sampled x0 [3, H, W] -> uint8 [h, w, 3] at the input's size, and the input itself beyond the seam (with
-    paste=False: nowhere)."""
+def place(x0: Tensor, job: Job) -> Job:
+    """Sampled x0 [3, H, W] of a window -> the job with it in its layer, where nothing better is.
+
+    Where windows overlap the earlier fades into the later, as the trust in it falls towards its border."""
     top, left, h, w = job.box
     x = x0[:, top:top + h, left:left + w]
-    if (h, w) != job.mask.shape:
-        x = F.interpolate(x[None], job.mask.shape, mode="bicubic", antialias=True)[0]
+    if (h, w) != job.window[2:]:
+        x = F.interpolate(x[None], job.window[2:], mode="bicubic", antialias=True)[0]
     x = ((x.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-    a = np.maximum(job.mask, ramp(job.mask >= 0.5, seam))[..., None] if paste else 1
-    return (a * x + (1 - a) * job.canvas + 0.5).astype(np.uint8)
+    at, layer, trust = cut(job.window), job.layer.copy(), job.trust.copy()
+    mine = windows.trust(job.window, job.mask.shape)
+    b = (mine * (1 - trust[at]) / np.maximum(mine * (1 - trust[at]) + trust[at], 1e-6))[..., None]
+    layer[at] = (b * x + (1 - b) * layer[at] + 0.5).astype(np.uint8)
+    trust[at] = np.maximum(trust[at], mine)
+    return replace(job, layer=layer, trust=trust)
+
+
+def finish(job: Job, seam: int, paste: bool = True) -> np.ndarray:
+    """All windows done -> uint8 [h, w, 3] at the input's size, and the input itself beyond the seam (with
+    paste=False: nowhere); with the input's alpha [h, w, 4] if it has one."""
+    a = np.maximum(job.mask, ramp(job.mask >= 0.5, seam))[..., None] if paste else np.float32(1)
+    kept = job.canvas if job.own is None else job.own[..., :3]
+    rgb = (a * job.layer + (1 - a) * kept + 0.5).astype(np.uint8)
+    return rgb if job.own is None else np.dstack([rgb, job.own[..., 3]])
 
 
 def ramp(mask: np.ndarray, seam: int) -> np.ndarray:
@@ -590,7 +691,7 @@ def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dic
                              "edit_type": job.item["task"], "instruction": job.prompt, "turn": job.turn + 1}
     row = {"file": file, **about, "seed": job.seed, "sample": k,
            "height": result.shape[0], "width": result.shape[1], "work": list(job.mask_in.shape[1:]),
-           "mask_area": round(float(job.mask.mean()), 4),
+           "mask_area": round(float(job.mask.mean()), 4), "windows": job.place + 1,
            **{key: getattr(cfg, key) for key in keys}, **more}
     if "shown" in job.item and job.turn == 0:
         write(out, job.item["shown"], Image.fromarray(job.canvas))
@@ -598,8 +699,10 @@ def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dic
 
 
 def write(out: Path, file: str, picture: Image.Image, row: str = "") -> None:
+    srgb = PngImagePlugin.PngInfo()
+    srgb.add(b"sRGB", b"\0")  # the chunk that says so; its intent: perceptual
     try:
-        picture.save(out / file)
+        picture.save(out / file, **{"pnginfo": srgb} if file != "sheet.png" else {})
         with open(out / "samples.jsonl", "a") as f:
             f.write(row)
     except OSError as e:
@@ -609,7 +712,7 @@ def write(out: Path, file: str, picture: Image.Image, row: str = "") -> None:
 
 def thumb(picture: np.ndarray) -> Image.Image:
     """For the contact sheet: at most THUMB a side; tiny pictures magnified, their pixels visible."""
-    im = Image.fromarray(picture)
+    im = Image.fromarray(on_white(picture) if picture.ndim == 3 else picture)
     im.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
     zoom = max(1, THUMB // 2 // max(im.size))
     return im.resize((im.width * zoom, im.height * zoom), Image.Resampling.NEAREST)

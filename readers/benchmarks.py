@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import common
-from readers.files import BadFile, RowGroups, clean_caption, files_of, printable
+from readers.files import BadFile, RowGroups, bad_name, clean_caption, files_of, one_key_each, printable
 
 GEDIT = ("task_type", "key", "instruction", "instruction_language", "input_image")  # columns of its parquet
 
@@ -37,9 +37,10 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
-                yield f"{path}:{n}", json.loads(line)
-            except (ValueError, RecursionError):
-                yield f"{path}:{n}", ValueError("not JSON in UTF-8")
+                yield f"{path}:{n}", json.loads(line, object_pairs_hook=one_key_each)
+            except (ValueError, RecursionError) as e:
+                twice = str(e).startswith("two keys")
+                yield f"{path}:{n}", e if twice else ValueError("not JSON in UTF-8")
 
 
 def kept(rows: Iterable[tuple[str, dict | ValueError]], make: Callable[[dict], dict]) -> tuple[list, int]:
@@ -71,6 +72,10 @@ def complete_edit(row: dict, layout: str, root: Path, used: set[str], mask: str 
     image, regions = first("source", "image", "source_image"), first("mask", "mask_image")
     if not image or not isinstance(image, str | tuple):
         raise ValueError("image: missing: edit needs a picture")
+    for what, name in (("image", image), *(("mask", name) for name in (
+            regions if isinstance(regions, list) else [regions]))):
+        if isinstance(name, str) and name and (problem := bad_name(name)):
+            raise ValueError(f"{what}: {problem}: correct it")
     listed = image
     image = str(root / image) if isinstance(image, str) else image
     texts = first("instructions", "instruction", "edit_prompt")
@@ -154,7 +159,7 @@ def json_rows(path: Path, root: Path | None) -> tuple[str, Path, list[tuple[str,
     """-> layout, folder of the pictures, (place, row)s of ImgEdit's basic_edit.json or its multi-turn files,
     or of MagicBrush's edit_sessions.json: each session as a chain, and its further edits alone, too."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=one_key_each)
     except OSError as e:
         raise ValueError(f"jsonl: {path}: {e.strerror}: correct the path") from None
     except (ValueError, RecursionError):

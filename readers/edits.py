@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from readers.files import (
+    ASPECT,
     HELDOUT,
     BadFile,
     EmptyPart,
@@ -42,6 +43,7 @@ from readers.files import (
     inside,
     json_lines,
     part_of,
+    photo_of,
     picture_cell,
     printable,
     read_image,
@@ -86,7 +88,6 @@ PRESETS = {
 }  # fmt: skip
 NEEDED = ("source", "target", "instruction")
 NO_MASK = (None, "", b"", "NONE", "none")  # UltraEdit's JSON lines say NONE
-ASPECT = 1.02  # a target or mask whose aspect ratio differs by more is another picture's
 
 
 def _first(names, among):
@@ -123,16 +124,17 @@ def _same_aspect(a, b):
 def _read_pair(source, target, mask, alpha, h, w):
     """Pictures of a row, each (path or bytes, name), mask perhaps None -> dict(image, source, mask), all of
     the size of the source, which is decoded small if that covers (h, w). BadFile when they do not fit."""
-    size = image_size(*source)
-    for what, other in (("target", target), ("mask", mask)):
-        if other and not _same_aspect(size, its := image_size(*other)):
-            raise BadFile(other[1], f"the {what} is {its[1]}x{its[0]}, its source {size[1]}x{size[0]}",
-                          "crop them alike, or remove the row")
+    photo = photo_of(*source)
+    size, its = photo[1], image_size(*target)
+    if not _same_aspect(size, its):
+        raise BadFile(target[1], f"the target is {its[1]}x{its[0]}, its source {size[1]}x{size[0]}",
+                      "crop them alike, or remove the row")
     first, image = (read_image(*x, cover=(h, w)) for x in (source, target))
     size = first.shape[:2]
     if image.shape != first.shape:
         image = np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
-    return dict(image=image, source=first, mask=mask and read_mask(mask[0], *size, mask[1], alpha=alpha))
+    mask = mask and read_mask(mask[0], *size, mask[1], alpha=alpha, photo=photo)
+    return dict(image=image, source=first, mask=mask)
 
 
 class _Edits:

@@ -8,6 +8,7 @@ Optional: .runs and .window, rows that are read together (see data.shuffled).
 """
 
 import os
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,18 +16,21 @@ import numpy as np
 
 from readers.files import (
     MAX_CAPTION,
-    SUFFIXES,
     BadFile,
     RowGroups,
     bytes_of,
     checked,
+    facts,
     hashed,
     held_out,
     image_size,
     inside,
     json_lines,
     mix,
+    photo_of,
     picture_cell,
+    pictures_of,
+    printable,
     read_image,
     read_labels,
     read_mask,
@@ -65,20 +69,25 @@ def group_facts(groups, rows):
 
 class Folder:
     """Folder of pictures with metadata.jsonl as in Hugging Face's imagefolder (file_name; text, caption or
-    prompt; perhaps segments = label map, mask = an object's mask), or NAME.txt, NAME.seg.png beside each."""
+    prompt; perhaps segments = label map, mask = an object's mask), or NAME.txt, NAME.seg.png beside each:
+    all files that are pictures of a kind that is read, and a line with the number of the others."""
 
     def __init__(self, root, split, share):
-        self.root, self.name, self.bad_lines = str(root), str(root), 0
+        self.root, self.name, self.bad_lines, left = str(root), str(root), 0, ""
         if (Path(root) / "metadata.jsonl").is_file():
             rows, self.bad_lines = checked(json_lines(Path(root) / "metadata.jsonl"), _metadata_row)
         else:
-            files = sorted(os.path.relpath(os.path.join(at, f), root) for at, _, names in os.walk(root)
-                           for f in names if f.lower().endswith(SUFFIXES) and not f.startswith("."))
-            maps = {f.removesuffix(".seg.png"): f for f in files if f.endswith(".seg.png")}
-            rows = [Row(f, None, maps.get(os.path.splitext(f)[0]), None) for f in files
-                    if not f.endswith(".seg.png")]
+            found = sorted(os.path.relpath(os.path.join(at, f), root) for at, _, names in os.walk(root)
+                           for f in names if not f.startswith("."))
+            maps = {f.removesuffix(".seg.png"): f for f in found if f.endswith(".seg.png")}
+            files, left = pictures_of(os.path.join(root, f) for f in found if not f.endswith(".seg.png"))
+            files = [os.path.relpath(f, root) for f in files]
+            rows = [Row(f, None, maps.get(os.path.splitext(f)[0]), None) for f in files]
+            if left and rows and int(os.environ.get("RANK", 0)) == 0:
+                print(f"note: {printable(str(root))}: {left}", file=sys.stderr)
         if not rows:
-            raise BadFile(root, "no pictures", f"use metadata.jsonl, parquet or {', '.join(SUFFIXES)}")
+            raise BadFile(root, left or "no pictures", "use metadata.jsonl, parquet, or pictures such as "
+                                                       ".jpg, .png, .webp")
         self.rows = [r for r in rows if split == "all" or held_out(r.file, share) == (split == "heldout")]
 
     def __len__(self):
@@ -86,6 +95,9 @@ class Folder:
 
     def size(self, i):
         return image_size(inside(self.root, self.rows[i].file))
+
+    def facts(self, i):
+        return facts(inside(self.root, self.rows[i].file))
 
     def caption(self, i):
         row = self.rows[i]
@@ -97,11 +109,12 @@ class Folder:
 
     def load(self, i, h, w):
         row = self.rows[i]
-        image, segments = read_image(inside(self.root, row.file), cover=(h, w)), None
+        file, segments = inside(self.root, row.file), None
+        image = read_image(file, cover=(h, w))
         if row.segments:
-            segments = read_labels(inside(self.root, row.segments), None)
+            segments = read_labels(inside(self.root, row.segments), None, photo_of(file))
         elif row.mask:
-            segments = (read_mask(inside(self.root, row.mask)) > 0.5).astype(np.int32)
+            segments = (read_mask(inside(self.root, row.mask), photo=photo_of(file)) > 0.5).astype(np.int32)
         return dict(image=image, caption=self.caption(i), segments=segments)
 
     def texts(self, n):
@@ -153,6 +166,9 @@ class Parquet:
 
     def size(self, i):
         return image_size(*self._picture(i)[:2])
+
+    def facts(self, i):
+        return facts(*self._picture(i)[:2])
 
     def load(self, i, h, w):
         picture, name, caption = self._picture(i)

@@ -327,7 +327,7 @@ def test_pairs_that_do_not_belong_together_are_skipped_and_counted(tmp_path, cap
     source = open_edits(str(path), "all")
     assert source.load(3, 24, 32)["image"].shape == (24, 32, 3)
     assert source.load(6, 24, 32)["mask"].shape == (24, 32)
-    for i, words in ((4, "the target is 33x24, its source 32x24"), (5, "the mask is 48x48"),
+    for i, words in ((4, "the target is 33x24, its source 32x24"), (5, "48x48, but its picture is 32x24"),
                      (7, "target 7t.png: no such file"), (8, "the mask selects nothing")):
         with pytest.raises(BadFile, match=f"line {i + 1}, .*{words}"):
             source.load(i, 24, 32)

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the ground up; a folder is one name
     {"kernels"},
-    {"model", "flow", "checkpoint", "log", "masks", "common"},
+    {"model", "flow", "checkpoint", "log", "masks", "windows", "common"},
     {"readers", "pretrained", "scenes"},
     {"pipeline", "data", "rewards"},
     {"train_reward", "train_pefl", "train_omni", "make_cache", "make_pack", "make_prefs", "sample",
