@@ -16,11 +16,15 @@ or not, so a run may go on with another number of them, and with or without --fs
 import contextlib
 import datetime
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import socket
+import stat
 import struct
 import tempfile
 import time
@@ -43,6 +47,7 @@ from common import (
     is_sharded,
     local,
     one_line,
+    portable,
     print0,
 )
 
@@ -117,6 +122,19 @@ def load_optimizer_tensors(opt, net, tensors):
             raise SystemExit(f"error: optimizer state: {entry} {list(value.shape)}: is of other parameters: "
                              "resume with the checkpoint's architecture, or start in a new folder")
         state.setdefault(i, {})[key] = value.clone()  # load_state_dict would alias it
+        if value.dtype not in (torch.float32, torch.float64) or not local(value).isfinite().all():
+            raise SystemExit(f"error: optimizer state: {entry}: {value.dtype}, or not finite: resume with a "
+                             "run's own checkpoint, or start in a new folder")
+    names = list(place)
+    for i, x in state.items():  # of Adam and Muon, whole
+        whole = {"step", "momentum"} if "momentum" in x else {"step", "exp_avg", "exp_avg_sq"}
+        if (lacks := whole - x.keys()) and x.keys() & {"momentum", "exp_avg", "exp_avg_sq"}:
+            raise SystemExit(f"error: optimizer state: {names[i]} has no {', '.join(sorted(lacks))}: resume "
+                             "with a run's own checkpoint, or start in a new folder")
+    fresh = [n for i, n in enumerate(names) if i not in state]
+    if len(fresh) > len(names) / 10:  # a parameter that nothing reads has none, as the last text norms of SD3
+        print0(f"warning: optimizer state: {len(fresh)} of {len(names)} parameters have none ({fresh[0]} "
+               "first), as if they had never moved")
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 
@@ -133,24 +151,74 @@ def check_writable(out_dir):
                          "or correct its permissions") from None
 
 
-def save(out_dir, step, state, meta, keep=2, dist=Dist()):
+_locks = {}  # folder -> its open lock file: as long as it is open the folder is this process's
+
+
+def claim(out_dir):
+    """A run folder, created, belongs to this process until it ends, however it ends; all ranks call it.
+    SystemExit if no file can be made there, or if another run has it.
+
+    The lock is the kernel's, on OUT/run.lock, whose content only says who: a crashed run leaves none behind,
+    and data workers do not inherit it. NFS passes it to its server; where a disk cannot lock a line says so.
+    """
+    _on_first_rank(lambda: _claim(Path(out_dir)))
+
+
+def _claim(out):
+    check_writable(out)
+    path = os.path.realpath(out / "run.lock")
+    if path in _locks:
+        return
+    try:
+        file = open(path, "a+b", buffering=0)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            with contextlib.suppress(OSError):
+                file.seek(0)
+            who = file.read(200).decode("utf-8", "replace") or "unknown"
+            raise SystemExit(f"error: --out: {out}: another run writes there ({one_line_of(who)}): give "
+                             "another folder, or end that run") from None
+        print0(f"warning: --out: {out}: cannot be locked there ({e.strerror}): see to it that no other run "
+               "writes to it")
+        return
+    _locks[path] = file
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def one_line_of(text):
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def save(out_dir, step, state, meta, keep=2, dist=Dist(), bad=False):
     """Write OUT/step_STEP, then delete all but the `keep` newest (0: none). All ranks call it, rank 0 writes.
 
+    bad: the last step was not finite (Verdict.bad): nothing is written and nothing deleted, for the
+    checkpoints there may be the last good ones. SystemExit if a weight is not finite.
     state: as for `tensors_of`. meta: JSON-able; its arch, config, precision and samples become entries of the
     manifest itself, the rest stands under "meta". Returns the folder on every rank, or None after one printed
     line when the disk is full or failing: training goes on, and the caller counts failures in a row.
     """
-    folder, tensors = Path(out_dir) / f"step_{step:08d}", tensors_of(state)
+    folder = Path(out_dir) / f"step_{step:08d}"
+    if bad:
+        print0(f"warning: checkpoint {folder} not saved: the last step was not finite; the ones before stay")
+        return None
+    tensors = tensors_of(state)
     for pause in (1, 2, None):
         flaw, full = "", False
         try:
             write(folder, step, tensors, meta, dist)
             if keep and dist.rank == 0:
                 prune(folder, step, keep)
-        except (OSError, SafetensorError) as e:
+        except (OSError, SafetensorError, _Flaw) as e:
             full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            flaw = one_line(e)
+            flaw = f"!{e}" if isinstance(e, _Flaw) else one_line(e)
         flaw, full = _from_first_rank((flaw, full), dist)
+        if flaw.startswith("!"):
+            raise SystemExit(f"error: {out_dir}: step {step}: {flaw[1:]}: not saved: lower --lr; the same "
+                             "command goes on from the checkpoint before")
         if not flaw:
             return folder
         if pause is None or full:
@@ -174,8 +242,13 @@ def write(folder, step, tensors, meta, dist=Dist()):
         if dist.rank == 0 and error is None:
             try:
                 return act(*args)
-            except OSError as e:
+            except (OSError, _Flaw) as e:
                 error = e
+
+    def put(key, file, value):
+        if value.is_floating_point() and not value.isfinite().all():
+            raise _Flaw(f"{file.name.rsplit('/', 1)[-1]}: {key} is not finite")
+        file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
     try:
         first(begin, tmp, sum(t.nbytes for group in tensors.values() for t in group.values()))
@@ -187,9 +260,8 @@ def write(folder, step, tensors, meta, dist=Dist()):
                 if file:
                     stack.callback(first, file.close)
                     first(file.write, _header(group, order))
-                for _, value in gathered({k: group[k] for k in order}):
-                    first(lambda v: file.write(v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()),
-                          value)
+                for key, value in gathered({k: group[k] for k in order}):
+                    first(put, key, file, value)
             files[path.name] = first(_signed, path)
         first(finish, folder, tmp, step, files, meta, dist.world)
         if error:
@@ -235,11 +307,14 @@ def finish(folder, tmp, step, files, meta, world):
     give it its name."""
     old = folder.with_name(folder.name + ".old")
     lifted = {k: meta[k] for k in ("arch", "config", "precision", "samples") if k in meta}
+    if "config" in lifted:  # which only says how it was made; meta.stack is read, and stays as it is
+        lifted["config"] = portable(lifted["config"])
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     rest = {k: v for k, v in meta.items() if k not in lifted}
     manifest = {"format": 1, "step": step, **lifted, "files": files, "torch": torch.__version__,
                 "world": world, "git": git_revision(), "time": now, "meta": rest}
-    manifest = json.loads(json.dumps(manifest, default=str))  # as it will be read, for the hash
+    manifest = json.loads(json.dumps(manifest, default=str), parse_constant=lambda text: None)  # as it will
+    # be read, for the hash; statistics that are no numbers become null
     manifest["sha256"] = _manifest_hash(manifest)
     (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
     fsync(tmp / "manifest.json")
@@ -257,8 +332,8 @@ def count_lost(out, saved, lost, last):
     more than `lost`. SystemExit at the third, or when there is no later one to hope for (`last`)."""
     lost = 0 if saved else lost + 1
     if lost and (last or lost == 3):
-        raise SystemExit(f"error: {out}: {lost} checkpoint(s) running were not saved: free some space, then "
-                         "the same command resumes")
+        raise SystemExit(f"error: {out}: {lost} checkpoint(s) running were not saved: see above (free some "
+                         "space, or lower --lr), then the same command resumes")
     return lost
 
 
@@ -310,18 +385,162 @@ def _from_first_rank(value, dist):
 ########################################## 3. reading ########################################################
 
 
+MOST_BYTES = 64 * 2**20  # of a manifest; a tokenizer's JSON is a few megabytes of it
+BUILT = {  # kind of arch -> (fields that are numbers, at least 1), (those at least 0), how many values it has
+    "editor": (("depth", "heads", "head_dim", "patch", "channels", "pos_max", "txt_dim", "vec_dim"),
+               ("dual", "refine", "txt_bytes"),
+               lambda depth=4, heads=3, head_dim=64, patch=4, channels=3, pos_max=32, txt_dim=192,
+               vec_dim=192, dual=0, refine=0, txt_bytes=128:
+               (depth * heads * head_dim + pos_max**2 + txt_dim + vec_dim + 3 * channels * patch**2)
+               * heads * head_dim + 9 * refine * (refine + 2 * channels) + (txt_bytes + txt_dim) * txt_dim),
+    "reward": (("image_size", "patch", "vit_width", "vit_depth", "vit_heads", "txt_width", "txt_depth",
+                "txt_heads", "txt_hidden", "vocab", "txt_len", "positions"), (),
+               lambda image_size=224, patch=16, vit_width=1024, vit_depth=24, vit_heads=16, txt_width=768,
+               txt_depth=12, txt_heads=12, txt_hidden=3072, vocab=30524, txt_len=35, positions=512:
+               (vit_depth * vit_width + (image_size // patch)**2 + 3 * patch**2) * vit_width
+               + (txt_depth * (txt_width + txt_hidden) + vocab + positions) * txt_width),
+    "coherence": (("pos_side", "patch", "width", "depth", "heads"), (),
+                  lambda pos_side=8, patch=4, width=128, depth=4, heads=4:
+                  (depth * width + pos_side**2 + 4 * patch**2) * width)}
+
+
+def read_bounded(path, most):
+    """Bytes of a regular file of at most so many; OSError else: no FIFO, device or folder is waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(fd, "rb") as f:
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        if about.st_size > most:
+            raise OSError(errno.EFBIG, f"{about.st_size:,} bytes are more than {most:,}")
+        return f.read(most + 1)
+
+
+def parse_json(raw):
+    """JSON of finite numbers; ValueError else, RecursionError where it is nested deeper than Python goes."""
+    def refuse(text):
+        raise ValueError(f"{text} is no number")
+
+    found = json.loads(raw, parse_constant=refuse, parse_int=_whole)
+    _finite(found)
+    return found
+
+
+def _whole(text):
+    if len(text) > 20:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    for v in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(v)
+
+
+def _cut(value):
+    return repr(str(value)[:40])
+
+
+def _need(holds, what):
+    if not holds:
+        raise _Flaw(f"manifest.json: {what}")
+
+
+def _is_whole(value, low, high):
+    return type(value) is int and low <= value <= high
+
+
+def read_manifest(folder):
+    """The manifest of a checkpoint folder, every field of which has its type and bounds; _Flaw else.
+
+    Its own hash proves no more than that it is whole: whoever writes a file can write a hash. What is read of
+    it later is checked here, the format first, for a later one may have other fields.
+    """
+    try:
+        m = parse_json(read_bounded(Path(folder) / "manifest.json", MOST_BYTES))
+    except OSError as e:
+        raise _Flaw(f"manifest.json: cannot be read ({e.strerror}; a save that was cut off, or no checkpoint)"
+                    ) from None
+    except (ValueError, RecursionError) as e:
+        raise _Flaw(f"manifest.json: damaged ({one_line(e)[:80]})") from None
+    _need(isinstance(m, dict), "damaged (no table)")
+    _need("format" in m, "damaged (has no format)")
+    _need(m["format"] == 1 and type(m["format"]) is int, f"format {_cut(m['format'])}, this code reads 1: "
+          "use the version that wrote it")
+    missing = [k for k in ("step", "files", "meta", "sha256") if k not in m]
+    _need(not missing, f"damaged (has no {', '.join(missing)})")
+    _need(m["sha256"] == _manifest_hash(m), "was changed after it was written")
+    files = m["files"]
+    _need(isinstance(files, dict) and 0 < len(files) <= 4096, "files: no table of files")
+    for name, entry in files.items():
+        _need(len(name) < 200 and _FILE.fullmatch(name), f"files: {name[:80]!r} is no name of one")
+        _need(isinstance(entry, dict) and _is_whole(entry.get("bytes"), 0, 2**50)
+              and isinstance(entry.get("sha256"), str) and re.fullmatch("[0-9a-f]{64}", entry["sha256"]),
+              f"files: {name}: needs bytes and sha256")
+    for key, low, high in (("step", 0, 10**12), ("samples", 0, 10**18), ("world", 1, 10**6)):
+        _need(key not in m or _is_whole(m[key], low, high), f"{key}: {_cut(m.get(key))} is no number "
+              f"from {low} to {high:,}")
+    for key in ("arch", "config", "meta"):
+        _need(key not in m or isinstance(m[key], dict), f"{key}: is no table")
+    for key in ("precision", "torch", "git", "time"):
+        _need(isinstance(m.get(key), str | None), f"{key}: is no text")
+    config, meta = m.get("config", {}), m["meta"]
+    _need(config.get("image_size") is None or _is_whole(config["image_size"], 0, 2**14),
+          f"config: image_size {_cut(config.get('image_size'))}")
+    shift = config.get("shift")
+    _need(shift is None or type(shift) in (int, float) and 0 < shift <= 10**4, f"config: shift {_cut(shift)}")
+    for key in ("stack", "val", "shared", "coherence_arch"):
+        _need(key not in meta or isinstance(meta[key], dict), f"meta: {key}: is no table")
+    run = meta.get("run_id")
+    _need(run is None or isinstance(run, str) and re.fullmatch(r"[\w-]{1,64}", run), "meta: run_id: no name")
+    if shared := meta.get("shared"):
+        texts = all(isinstance(shared.get(k), str) and len(shared[k]) < 4096 for k in ("path", "prefix",
+                                                                                       "sha256"))
+        _need(texts and len(shared) == 3 and "\0" not in shared["path"], "meta: shared: needs path, prefix, "
+              "sha256")
+    weights = 4 * sum(entry["bytes"] for entry in files.values()) + 2**26
+    _check_arch("arch", m.get("arch", {}), weights)
+    _check_arch("meta: coherence_arch", meta.get("coherence_arch", {}), weights)
+    return m
+
+
+def _check_arch(where, arch, most):
+    """_Flaw for sizes that cannot be, or of which a network would have far more values than the files hold
+    bytes (`most`): it is built before it is filled. Names are checked by model.config_from."""
+    kind = arch.get("kind")
+    if kind == "editnet":
+        base = arch.get("base")
+        _need(isinstance(base, dict) and base.get("kind") == "editor", f"{where}: no base")
+        _need(arch.get("variant") in model.VARIANTS and type(arch.get("cached")) is bool,
+              f"{where}: variant {_cut(arch.get('variant'))}, cached {_cut(arch.get('cached'))}")
+        return _check_arch(f"{where}: base", arch["base"], most)
+    if not isinstance(kind, str) or kind not in BUILT:
+        return
+    positive, others, count = BUILT[kind]
+    for low, names in ((1, positive), (0, others)):
+        for k in names:
+            _need(k not in arch or _is_whole(arch[k], low, 2**20), f"{where}: {k} {_cut(arch.get(k))} is "
+                  f"no number from {low} to {2**20:,}")
+    for k in ("depth", "vit_depth", "txt_depth", "dual"):
+        _need(arch.get(k, 0) <= 512, f"{where}: {k} {arch.get(k)} is over 512")
+    _need(arch.get("predict", "v") in ("v", "x0"), f"{where}: predict {_cut(arch.get('predict'))}")
+    for k in ("learn_pos", "qk_norm", "inpaint"):
+        _need(type(arch.get(k, False)) is bool, f"{where}: {k} {_cut(arch.get(k))}")
+    _need(isinstance(arch.get("tokenizer", ""), str), f"{where}: tokenizer is no text")
+    _need(not arch.get("refine") or arch.get("predict", "v") == "x0", f"{where}: refine without predict x0")
+    for width, heads in (("vit_width", "vit_heads"), ("txt_width", "txt_heads"), ("width", "heads")):
+        if isinstance(arch.get(width), int) and isinstance(arch.get(heads), int):
+            _need(arch[width] % arch[heads] == 0, f"{where}: {width} {arch[width]} in {arch[heads]} heads")
+    values = count(**{k: arch[k] for k in (*positive, *others) if k in arch})
+    _need(values <= most, f"{where}: a network of {values:,} values and more, but the files are smaller")
+
+
 def _verify(folder, names=None):
     """(files of those names, manifest) of one folder, every byte checked; raises _Flaw."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        files = {k: (v["bytes"], v["sha256"]) for k, v in manifest["files"].items()}
-        if manifest["sha256"] != _manifest_hash(manifest) or not all(_FILE.fullmatch(k) for k in files):
-            raise _Flaw("manifest.json: was changed after it was written")
-    except OSError:
-        raise _Flaw("manifest.json: cannot be read (a save that was cut off, or no checkpoint)") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _Flaw("manifest.json: damaged") from None
+    manifest = read_manifest(folder)
+    files = {k: (v["bytes"], v["sha256"]) for k, v in manifest["files"].items()}
     if names is not None:
         names = (names,) if isinstance(names, str) else names
         files = {k: v for k, v in files.items() if k.removesuffix(".safetensors") in names}
@@ -329,7 +548,10 @@ def _verify(folder, names=None):
             raise _Flaw(f"manifest.json: lists no file named {' or '.join(names)}")
     for file, (size, digest) in files.items():
         try:
-            if (found := (folder / file).stat().st_size) != size:
+            about = (folder / file).stat()
+            if not stat.S_ISREG(about.st_mode):
+                raise _Flaw(f"{file}: no regular file")
+            if (found := about.st_size) != size:
                 raise _Flaw(f"{file}: {found} bytes instead of {size}")
             if sha256(folder / file) != digest:
                 raise _Flaw(f"{file}: SHA-256 differs from the manifest's, the file is damaged")
@@ -338,16 +560,18 @@ def _verify(folder, names=None):
     return list(files), manifest
 
 
-def _read(folder, names=None):
-    """(tensors, manifest) of one folder, every byte checked; raises _Flaw."""
+def _read(folder, names=None, alone=False):
+    """(tensors, manifest) of one folder, every byte checked; raises _Flaw. alone: weights that it leaves in
+    another folder are a flaw."""
     files, manifest = _verify(folder, names)
     tensors = {}
     for file in (f for f in files if f.endswith(".safetensors")):
         try:
             tensors[file.removesuffix(".safetensors")] = load_file(folder / file)
-        except (OSError, SafetensorError) as e:
-            raise _Flaw(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as e:
+            raise _Flaw(f"{file}: cannot be read ({getattr(e, 'strerror', None) or one_line(e)})") from None
     if shared := manifest["meta"].get("shared"):
+        _need(not alone, "shares weights of a folder that shares weights")
         _add_shared(tensors, folder, **shared)
     return tensors, manifest
 
@@ -355,7 +579,7 @@ def _read(folder, names=None):
 def _add_shared(tensors, folder, path, prefix, sha256):
     """Weights that a shipped folder leaves in another one (an EditNet's base): `path`, relative to it, must
     hold the model.safetensors of that hash; its keys are added below `prefix`."""
-    weights, manifest = _read(folder / path, "model")
+    weights, manifest = _read(folder / path, "model", alone=True)
     if manifest["files"]["model.safetensors"]["sha256"] != sha256:
         raise _Flaw(f"manifest.json: shares the weights of {path}, which holds other ones now")
     for group in tensors.values():
@@ -429,6 +653,7 @@ def resume(out_dir, state, arch=None):
         return None
     folder, manifest = found
     again = "repeat the command that began it, or give another --out"
+    manifest = {"config": {}, "samples": 0} | manifest
     if arch is not None and manifest.get("arch") != arch:
         raise SystemExit(f"error: {out_dir}: holds another architecture, {manifest.get('arch')}: {again}")
     held = {file.removesuffix(".safetensors") for file in manifest["files"]}
@@ -459,6 +684,10 @@ def _load_rows(path, targets, net, partly=False):
     with safe_open(path, "pt") as f:
         stored = set(f.keys())
         shapes = {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in stored}
+        for k in sorted(targets.keys() & stored):
+            if (kind := f.get_slice(k).get_dtype()) != NAMES.get(targets[k].dtype):
+                raise SystemExit(f"error: {path}: {k} is {kind}, and a run keeps {NAMES[targets[k].dtype]}: "
+                                 "it was converted; resume from a run's own checkpoint, or begin with --init")
         check_fit(net, ({k: v for k, v in net.state_dict().items() if k not in stored} if partly else {})
                   | shapes, path)
         for key in targets.keys() & stored:
@@ -520,7 +749,7 @@ def warn_changed(out, manifest, now, bf16):
     was decided is compared, in a manifest from before that flag its bool bf16."""
     before = dict(manifest["config"])
     before["precision"] = manifest.get("precision") or PRECISION.get(before.get("bf16"))
-    for key, value in (now | {"precision": PRECISION[bf16]}).items():
+    for key, value in portable(now | {"precision": PRECISION[bf16]}).items():
         if before.get(key, value) != value and value is not None and key not in SAME_RESULT:
             print0(f"warning: {out}: began with --{key} {before[key]}, goes on with {value}")
 

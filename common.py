@@ -7,10 +7,14 @@ Test for every helper here: delete the call, and the script still reads as a tra
 """
 
 import contextlib
+import ctypes
 import datetime
+import difflib
 import functools
 import hashlib
+import io
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +22,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 # Spinning OpenMP threads cost a factor of 10 on a shared machine. libgomp reads this as torch loads it.
@@ -49,8 +53,7 @@ def setup(device="auto"):
     own GPU. From here on SIGTERM and SIGUSR1 only set a flag that Verdict reports on every rank.
     """
     env = os.environ
-    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    local_rank = int(env.get("LOCAL_RANK", 0))
+    rank, world, local_rank = ranks()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -69,14 +72,68 @@ def setup(device="auto"):
         torch.set_num_threads(min(torch.get_num_threads(), cores - 1 if cores > 2 else cores))
     if world > 1:
         gpu = device.type == "cuda"
-        td.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=10),
-                              device_id=device if gpu else None)
+        try:
+            td.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=10),
+                                  device_id=device if gpu else None)
+        except (RuntimeError, ValueError) as e:  # a taken port, no such host, too few ranks
+            raise SystemExit(f"error: MASTER_ADDR, MASTER_PORT: {env['MASTER_ADDR']}:{env['MASTER_PORT']}: "
+                             f"the ranks do not meet there ({one_line(e)}): give another port, or start all "
+                             "of them") from None
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(s, _on_signal)
     if rank == 0:
         git_revision()
     return Dist(rank, world, device)
+
+
+def ranks():
+    """(RANK, WORLD_SIZE, LOCAL_RANK) as torchrun sets them; SystemExit if they cannot be."""
+    found = {}
+    for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, str(default))
+        if not re.fullmatch(r"\d{1,6}", text):
+            raise SystemExit(f"error: {name}: {text[:40]!r}: is no number: unset it, or start with torchrun")
+        found[name] = int(text)
+    rank, world, local_rank = found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
+    if not rank < world or not local_rank < world:
+        raise SystemExit(f"error: RANK, WORLD_SIZE: {rank} (local {local_rank}), {world}: ranks count from "
+                         "0: unset them, or start with torchrun")
+    if world > 1 and (lacks := [n for n in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]):
+        raise SystemExit(f"error: WORLD_SIZE: {world}: {', '.join(lacks)} not set: start with torchrun, or "
+                         "unset it for one process")
+    return rank, world, local_rank
+
+
+def agree(dist, found, but=("device", "workers", "wandb", "project")):
+    """SystemExit on all ranks if one of them has another value under a name of the dict `found` (a script's
+    config; hashes), naming rank, name and values. One all-gather; `but`: names that may differ."""
+    if dist.world == 1:
+        return
+    every = [None] * dist.world
+    td.all_gather_object(every, {k: v for k, v in found.items() if k not in but})
+    for rank, other in enumerate(every):
+        differs = [k for k in every[0] | other if other.get(k) != every[0].get(k)]
+        if differs:
+            k = differs[0]
+            raise SystemExit(f"error: rank {rank}: {k}: {other.get(k)}, and rank 0 has {every[0].get(k)}: "
+                             "all ranks need one command, one version of the code and the same data")
+
+
+def code_hash():
+    """Of our source files, whatever git says."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    folders = (".", "kernels", "pretrained", "readers", "scenes")
+    for file in sorted(f for folder in folders for f in (root / folder).glob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def bits(net):
+    """Sum over the bytes of a network's whole (not sharded) tensors: exact, so alike on any device."""
+    tensors = [t for t in net.state_dict().values() if not is_sharded(t) and t.numel()]
+    return sum(t.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64).item()
+               for t in tensors)
 
 
 PRECISION = {True: "bf16", False: "fp32"}
@@ -118,12 +175,12 @@ def refuse_old_flags():
 
 def numbers(text, what, low):
     """A flag such as "20,8" -> [20, 8]; SystemExit below `low`. what: its name."""
-    try:
-        found = [int(x) for x in text.split(",")]
-    except ValueError:
-        raise SystemExit(f"error: --{what}: {text!r}: use whole numbers with commas between them") from None
-    if min(found) < low:
-        raise SystemExit(f"error: --{what}: {min(found)}: use at least {low}")
+    words, most = text.split(","), MOST["seed"] if what.startswith("seed") else 10**6
+    if len(words) > 1000 or not all(re.fullmatch(r"\s*-?\d{1,20}\s*", x) for x in words):
+        raise SystemExit(f"error: --{what}: {text[:80]!r}: use whole numbers with commas between them")
+    found = [int(x) for x in words]
+    if min(found) < low or max(found) > most:
+        raise SystemExit(f"error: --{what}: {text[:80]}: use at least {low}, at most {most:,}")
     return found
 
 
@@ -135,16 +192,32 @@ BOUNDS = {
     "below_1": (lambda v: 0 <= v < 1, "must be at least 0 and below 1")}
 
 
+MOST = {  # what no use of a flag needs, and what would fill the memory or the screen first
+    "seed": 2**63 - 1, "batch_size": 2**16, "workers": 512, "image_size": 2**14, "size": 2**14, "lora": 2**12,
+    "height": 2**14, "width": 2**14, "num_samples": 10**5, "disc_width": 2**13, "disc_depth": 128,
+    "disc_patch": 256, "k": 1000, "accum": 2**16, "rows": 1000, "stride": 1024, "t5_length": 512,
+    "text_batch": 2**14, "shard": 2**20, "text_shard": 2**20, "augment": 1024, "guidance": 1000,
+    "image_guidance": 1000, "lr": 1000, "muon_lr": 1000, "disc_lr": 1000, "seam": 2**14,
+    **dict.fromkeys(("left", "right", "top", "bottom"), 2**14)}
+NEEDED = ("out", "data", "pairs", "base", "ckpt")  # texts that must say something
+
+
 def check_bounds(cfg, **flags):
     """SystemExit for a number of a script's Config that is out of range, before anything is loaded.
 
-    flags: a key of BOUNDS -> names of fields; None passes. Every number must be finite and below 10^9, a seed
-    below 2^63.
+    flags: a key of BOUNDS -> names of fields; None passes. Every number must be finite and in MOST, or below
+    10^9; a text must be printable, and not empty where it is a place.
     """
     for name, value in vars(cfg).items():
-        most = 2**63 if name == "seed" else 10**9
-        if isinstance(value, int | float) and not abs(value) < most:  # not-a-number is not
-            refuse(cfg, name, f"must be a number below {'2^63' if name == 'seed' else '10^9'}")
+        most = MOST.get(name, 10**9)
+        if isinstance(value, int | float) and not abs(value) <= most:  # not-a-number is not
+            refuse(cfg, name, f"must be a number up to {most:,}")
+        for text in (value if isinstance(value, tuple) else (value,)):
+            if isinstance(text, str) and "\0" in text:
+                refuse(cfg, name, "holds a zero byte: leave it out")
+        needed = name in NEEDED and next(f for f in fields(cfg) if f.name == name).default != ""
+        if value == "" and needed:
+            refuse(cfg, name, "is empty: name a place")
     for bound, names in flags.items():
         holds, text = BOUNDS[bound]
         for name in names:
@@ -154,7 +227,102 @@ def check_bounds(cfg, **flags):
 
 def refuse(cfg, flag, text):
     """SystemExit that names a flag, its value and what is wrong with it."""
-    raise SystemExit(f"error: --{flag}: {getattr(cfg, flag)}: {text}")
+    value = str(getattr(cfg, flag)) if not isinstance(v := getattr(cfg, flag), int) or abs(v) < 10**40 else \
+        f"a number of {int(math.log10(abs(v))) + 1} digits"
+    value = value if value and value.isprintable() else repr(value)
+    raise SystemExit(f"error: --{flag}: {value if len(value) <= 80 else value[:80] + '...'}: {text}")
+
+
+########## the command line ##########
+
+
+def parse(what, **settings):
+    """tyro.cli of a Config or a function; what is wrong with the command is one line, and an unknown flag is
+    told with the nearest one."""
+    import tyro  # half the scripts' helpers are imported without a command line
+
+    names = [f.name for f in fields(what)] if is_dataclass(what) else []
+    for f in fields(what) if names else ():
+        for note in getattr(f.type, "__metadata__", ()):
+            names += [a.lstrip("-") for a in getattr(note, "aliases", None) or ()]
+    for word in sys.argv[1:] if names else ():
+        flag = re.match(r"--([a-zA-Z][\w-]*)", word)
+        name = flag and flag[1].replace("-", "_")
+        if name and name not in (*names, "help") and not name.startswith("tyro_"):
+            near = difflib.get_close_matches(name, names, 1, 0.5)
+            raise SystemExit(f"error: --{flag[1][:80]}: there is no such flag: "
+                             + (f"use --{near[0]}, or see --help" if near else "see --help"))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(what, **settings)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        words = " ".join(re.sub(r"\x1b\[[\d;]*m|[\u2500-\u257f]", " ", said.getvalue()).split())
+        words = re.sub(r"^(Parsing error|Required options)|(For full helptext|Run ).*", "", words)
+        raise SystemExit(f"error: command line: {words.strip()[:300]}: see --help") from None
+
+
+class _Lossy:
+    """A stream that drops what it cannot write, as to a closed pipe or a full disk: a run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _try(self, act, *args):
+        try:
+            return act(*args)
+        except (OSError, ValueError) as e:
+            self.stream = open(os.devnull, "w")
+            if self is sys.stdout:
+                print(f"warning: stdout: {one_line(e)}; going on without it", file=sys.stderr)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+
+def command(main, config, about, interrupted="the same command resumes at the newest checkpoint"):
+    """A script's last line: its flags from the command line, main(cfg), and one line for what ends it that is
+    no fault of the code: a full disk, want of memory, a rank or a worker that died, Ctrl-C."""
+    sys.stdout, sys.stderr = _Lossy(sys.stdout), _Lossy(sys.stderr)
+    import tyro
+
+    try:
+        refuse_old_flags()
+        main(parse(config, description=about, config=(tyro.conf.FlagConversionOff,)))
+    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
+        raise SystemExit(f"interrupted: {interrupted}") from None
+    except MemoryError:
+        raise SystemExit("error: not enough memory: lower --batch_size or --image_size") from None
+    except OSError as e:
+        where = e.filename or "a file or pipe"
+        raise SystemExit(f"error: {where}: {e.strerror or one_line(e)}: make room or correct it, then the "
+                         "same command goes on") from None
+    except RuntimeError as e:
+        if not (line := ended(e)):
+            raise
+        raise SystemExit(line) from None
+
+
+def ended(e):
+    """The line for a RuntimeError of torch that is no fault of the code; None for all others."""
+    text = one_line(e)
+    if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "error: not enough memory: lower --batch_size or --image_size, or recompute: --checkpointing 1"
+    if isinstance(e, td.DistError) or re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", text):
+        return f"error: ranks: another one ended, or cannot be reached ({text[:120]}): see what it said; " \
+               "the same command resumes"
+    if "DataLoader worker" in text:
+        return f"error: --workers: a data worker died ({text[:120]}): the same command goes on, with fewer"
+    return None
 
 
 def _on_signal(number, frame):
@@ -173,6 +341,24 @@ def cleanup():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+
+
+def die_with_parent():
+    """Called in a child process: SIGKILL when the process that started it is gone, however it went. Linux;
+    elsewhere torch's workers look for their parent every 5 s."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != multiprocessing.parent_process().pid:  # it went before that
+            os._exit(1)
+
+
+def begin_worker(number=0):
+    """What a data worker does first. It is deaf to the signals that Slurm and Ctrl-C send to all of a group:
+    the trainer must save, and then ends its workers (data.Loader)."""
+    torch.set_num_threads(1)
+    for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+    die_with_parent()
 
 
 def is_main(dist):
@@ -455,6 +641,22 @@ def git_revision():
         return None
 
 
+def portable(value):
+    """Texts of a config or a command without the names of this machine and its user: paths below the folder
+    that the script was started in are relative to it, those below the home folder begin with ~."""
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(v) for v in value]
+    if not isinstance(value, str | os.PathLike):
+        return value
+    text = str(value)
+    for folder, instead in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
+        if folder != "/":
+            text = re.sub(rf"(?<![\w./-]){re.escape(folder)}/+", instead, text)
+    return text
+
+
 def one_line(e):
     return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
@@ -585,9 +787,10 @@ class Verdict:
 
     def read(self, last=False):
         """Whether to stop, by all verdicts but the newest, whose step may still run, or by all if it is the
-        `last`. Prints a line for a bad step; SystemExit at the 20th in a row."""
+        `last` before a checkpoint. Prints a line for a bad step; SystemExit at the 20th in a row. While `bad`
+        says that the last one read was bad, nothing is to be saved and nothing pruned."""
         stop = False
-        while len(self.given) > (not last):
+        while len(self.given) > (not (last or stop)):  # a run that stops saves: all must be known
             step, host, done = self.given.pop(0)
             if done:
                 done.synchronize()
@@ -599,3 +802,7 @@ class Verdict:
             if self.running == 20:
                 raise SystemExit(self.error)
         return stop
+
+    @property
+    def bad(self):
+        return self.running > 0

@@ -10,11 +10,16 @@ Below it: readers/ reads files and masks.py makes masks. Masks are 1 where the p
 Pictures leave this file as float [-1, 1].
 """
 
+import atexit
+import errno
+import hashlib
 import math
 import os
 import re
+import resource
 import signal
 import sys
+import threading
 from collections import Counter, namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common import begin_worker
 from log import contact_sheet
 from masks import ERASE_PROMPT, PROMPT_FREE, TASKS, task_mask
 from readers import edits, packed
@@ -482,10 +488,6 @@ class Batches(torch.utils.data.Dataset):
         self.draw = draw
 
     def __getitem__(self, step):
-        if torch.utils.data.get_worker_info():
-            torch.set_num_threads(1)
-            for s in (signal.SIGTERM, signal.SIGUSR1):  # Slurm signals the whole group: the trainer must save
-                signal.signal(s, signal.SIG_IGN)
         r = self.order.request(step)
         first = [self.order.index(r.bucket, s) for s in r.slot]
         samples, index, bad, notes = [None] * len(first), list(first), {}, Counter(wrapped=r.wrapped)
@@ -507,6 +509,10 @@ class Batches(torch.utils.data.Dataset):
                 values = None if any(v is None for v in values) else torch.from_numpy(np.stack(values))
             batch[key] = values
         batch |= self.draw(batch) if self.draw else {}
+        if torch.utils.data.get_worker_info():  # here a full /dev/shm is an exception; in the queue's thread
+            for value in batch.values():  # it would be a batch that never comes
+                if torch.is_tensor(value):
+                    value.share_memory_()
         return batch | dict(bad=bad, notes=dict(notes), read=len(first), fatal=False)
 
 
@@ -517,30 +523,86 @@ def as_floats(pictures):
     return pictures.permute(0, 3, 1, 2).contiguous().float().div_(half).sub_(1)
 
 
+# What torch says where memory that processes share cannot be had
+NO_SHARING = re.compile("shared memory|/torch_|No space left|Read-only file system|Too many open|Bus error")
+
+
 class Loader:
     """Iterator over batches, once through. `summary` says the order in words.
 
     device: where the tensors of a batch go, each in one copy that a GPU's host does not wait for, pictures as
-    bytes. draw: see Batches; what a step draws or tokenises besides is the workers' work too."""
+    bytes. draw: see Batches; what a step draws or tokenises besides is the workers' work too.
+
+    A batch is a function of its step, so workers that were killed are replaced, twice, and nothing is lost;
+    where processes cannot share memory (a full /dev/shm) this one goes on alone. Both are said in a line.
+    The workers end with `close`, or with the process, whatever ends that: they are deaf to SIGTERM, so torch
+    and multiprocessing would wait for them without end."""
 
     def __init__(self, source, order, make, seed, workers, steps, max_bad, device="cpu", draw=None):
-        self.device = torch.device(device)
+        self.device, self.workers = torch.device(device), workers
         self.source, self.max_bad, self.summary = source, max_bad, f"{source.name}: {order.summary()}"
-        self.steps_per_epoch, self._batches = len(order), None
+        self.steps_per_epoch, self._steps = len(order), steps or range(len(order))
+        self._given = self._deaths = 0
         self._bad, self._read, self._notes = {}, 0, Counter()
+        self._batches, self._items = None, Batches(order, make, seed, max_bad, draw)
+
+    def _start(self):
+        """(Re)start behind the batches that were given."""
+        several, handler = self.workers > 0, signal.getsignal(signal.SIGCHLD)
+        if several:
+            torch.multiprocessing.get_context().Semaphore()  # OSError where /dev/shm cannot be written
+            if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < 128:  # a tensor under way is a file
+                raise OSError(errno.EMFILE, f"{files} open files are too few")
         # its own generator: starting workers would else draw from the global one, and spoil exact resume
-        self._loader = torch.utils.data.DataLoader(
-            Batches(order, make, seed, max_bad, draw), batch_size=None, sampler=steps or range(len(order)),
-            num_workers=workers, persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+        loader = torch.utils.data.DataLoader(
+            self._items, batch_size=None, sampler=self._steps[self._given:], num_workers=self.workers,
+            prefetch_factor=4 if several else None, worker_init_fn=begin_worker if several else None,
             pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        self._batches = iter(loader)
+        if several:  # after multiprocessing's own, hence run before it
+            atexit.register(self.close)
+            if threading.current_thread() is threading.main_thread():
+                # torch's handler raises wherever a step happens to be when a worker dies; `next` tells it too
+                signal.signal(signal.SIGCHLD, handler)
+
+    def _fetch(self):
+        while True:
+            try:
+                if self._batches is None:
+                    self._start()
+                return next(self._batches)
+            except (RuntimeError, OSError, EOFError) as e:
+                workers = getattr(self._batches, "_workers", ())
+                cut = isinstance(e, EOFError | ConnectionError)  # it died as it handed a tensor over
+                for w in workers if cut else ():
+                    w.join(0.2)
+                dead = next((w.exitcode for w in workers if w.exitcode), -signal.SIGKILL if cut else 0)
+                scarce = getattr(e, "errno", 0) in (errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.EACCES)
+                scarce = scarce or dead == -signal.SIGBUS or NO_SHARING.search(str(e))
+                if not self.workers or not (scarce or dead):
+                    raise
+                self.close()
+                self._deaths += 1
+                what = f"signal {-dead}" if dead < 0 else f"code {dead}" if dead else str(e).splitlines()[-1]
+                if scarce:
+                    print(f"warning: --workers: {self.workers}: processes cannot share memory ({what[:120]}):"
+                          " this one loads its data alone; free /dev/shm, or raise `ulimit -n`",
+                          file=sys.stderr)
+                    self.workers = 0
+                elif self._deaths == 3:
+                    raise SystemExit(f"error: --workers: {self.workers}: a data worker died for the third "
+                                     f"time ({what}; 9: often for want of memory): the same command resumes, "
+                                     "with fewer --workers or a smaller --batch_size") from None
+                else:
+                    print(f"warning: --workers: {self.workers}: a data worker died ({what}); all are "
+                          "started again, no batch is lost", file=sys.stderr)
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self._batches is None:
-            self._batches = iter(self._loader)
-        batch = next(self._batches)
+        batch = self._fetch()
+        self._given += 1
         bad, fatal = batch.pop("bad"), batch.pop("fatal")
         self._notes.update(batch.pop("notes"))
         self._read += batch.pop("read") + len(bad)
@@ -558,12 +620,28 @@ class Loader:
                     batch[key] = as_floats(value)
         return batch
 
+    def fingerprint(self):
+        """Hash over how many items there are, in what order, and the names or rows of a thousand of them."""
+        rows = getattr(self.source, "rows", self.source if isinstance(self.source, list) else ())
+        some = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
+        groups = getattr(getattr(self.source, "groups", None), "first", ())
+        text = repr((len(self.source), self.summary, some, list(groups)))
+        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
+
     def stats(self):
         """Counts of this process: read, skipped (distinct files), wrapped (over all ranks), captions cut."""
         return {"read": self._read, "skipped": len(self._bad), **{k: v for k, v in self._notes.items() if v}}
 
     def close(self):
-        self._batches = self._loader = None  # ends the workers
+        """End the workers, of which one may hang, have been stopped or be dead. May be called twice."""
+        batches, self._batches = self._batches, None
+        if workers := getattr(batches, "_workers", ()):
+            atexit.unregister(self.close)
+            if all(w.is_alive() for w in workers):
+                batches._shutdown_workers()  # as torch does; it then waits 5 s for one that does not answer
+            for w in workers:
+                w.kill()
+                w.join()
 
 
 def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1, workers=2, start_step=0,

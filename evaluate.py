@@ -19,7 +19,6 @@ hole with the known pixels pasted back.
 
 import json
 import math
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -620,7 +619,7 @@ def run_compare(cfg: Config, device: torch.device) -> None:
 def main(cfg: Config) -> None:
     common.check_bounds(cfg, at_least_1=("batch_size", "train_steps"), not_negative=(
         "n", "offset", "guidance", "image_guidance", "image_size", "rows", "lr", "tie"))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if common.ranks()[1] > 1:
         raise SystemExit("error: torchrun: several processes would judge the same: start one, without it")
     dist = common.setup(cfg.device)
     cfg = replace(cfg, precision=common.PRECISION[common.use_bf16(cfg.precision, dist)])
@@ -636,8 +635,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        common.refuse_old_flags()
-        main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: nothing was judged") from None
+    common.command(main, Config, __doc__, "nothing was judged")

@@ -12,8 +12,11 @@ import os
 import platform
 import re
 import secrets
+import socket
 import sys
 import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ import torch.distributed as td
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from common import Dist, git_revision, one_line, print0
+from common import Dist, git_revision, one_line, portable, print0
 
 ########################################## 1. progress and memory ############################################
 
@@ -80,16 +83,20 @@ class Metrics:
         self.failures = 0
         if dist.rank != 0:
             return
+        self._open()
+        if resumed_from is not None:
+            self._row({"resumed_from": resumed_from})
+        self._start_wandb(wandb, project, config)
+
+    def _open(self):
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.out_dir / "metrics.jsonl", "a+b", buffering=0)
             if self.file.tell() and os.pread(self.file.fileno(), 1, self.file.tell() - 1) != b"\n":
                 self.file.write(b"\n")  # the last row was cut off by a kill
         except OSError as e:
+            self.file = None
             print0(f"warning: {self.out_dir}/metrics.jsonl: {e.strerror}; it is not written")
-        if resumed_from is not None:
-            self._row({"resumed_from": resumed_from})
-        self._start_wandb(wandb, project, config)
 
     def _start_wandb(self, mode, project, config):
         if mode == "auto":
@@ -98,10 +105,13 @@ class Metrics:
             return
         if mode not in ("online", "offline"):
             raise SystemExit(f"error: wandb mode: {mode}: use auto, online, offline or off")
+        if mode == "online" and (why := _unreachable()):
+            print0(f"warning: wandb online failed ({why}), going on offline")
+            mode = "offline"
         for mode in ("online", "offline")[mode == "offline":]:
             try:
                 import wandb  # 0.6 s and 33 packages: only when it is used
-                settings = wandb.Settings(silent=True, console="off", init_timeout=60, reinit="create_new")
+                settings = wandb.Settings(silent=True, console="off", init_timeout=20, reinit="create_new")
                 self.run = wandb.init(project=project, id=self.run_id, resume="allow", mode=mode,
                                       config=config, dir=self.out_dir, settings=settings)
                 self.run.define_metric("trainer/step")
@@ -177,7 +187,13 @@ class Metrics:
     def _row(self, row):
         if self.file:
             try:
-                self.file.write((json.dumps(_no_nan(row), default=str, allow_nan=False) + "\n").encode())
+                if not os.fstat(self.file.fileno()).st_nlink:
+                    print0(f"warning: {self.out_dir}/metrics.jsonl: was deleted; begun anew")
+                    self.file.close()
+                    self._open()
+                text = json.dumps(_no_nan(row), default=str, allow_nan=False) + "\n"
+                if self.file:
+                    self.file.write(text.encode())
             except OSError as e:
                 print0(f"warning: {self.out_dir}/metrics.jsonl: {e.strerror}; a row is lost")
 
@@ -205,6 +221,20 @@ class Metrics:
         if self.file:
             self.file.close()
         self.run = self.file = None
+
+
+def _unreachable(seconds=4):
+    """Why W&B's host cannot be reached, asked in so many seconds, where W&B itself waits a minute; "" if it
+    can, or if a proxy is in between."""
+    at = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    if not at.hostname or urllib.request.getproxies():
+        return ""
+    try:
+        port = at.port or (80 if at.scheme == "http" else 443)
+        socket.create_connection((at.hostname, port), seconds).close()
+    except (OSError, ValueError) as e:
+        return one_line(e)
+    return ""
 
 
 def _wandb_key():
@@ -408,7 +438,7 @@ def provenance(started: float) -> dict:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     now = datetime.datetime.now(datetime.timezone.utc)
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = " ".join(["python", Path(sys.argv[0]).name, *portable(sys.argv[1:])])
     return {"command": command, "commit": git_revision(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}", "torch": torch.__version__,
             "date": now.isoformat(timespec="seconds"), "seconds": round(time.time() - started, 1)}

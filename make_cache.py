@@ -32,7 +32,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -456,8 +455,4 @@ def finish(out: Path, plan: dict, every: dict, captions: list[str], rank: int) -
 
 
 if __name__ == "__main__":
-    try:
-        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
-        main(tyro.cli(Config, description=__doc__, config=cli))
-    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
-        raise SystemExit("interrupted: the same command goes on") from None
+    common.command(main, Config, __doc__, "the same command goes on")

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from common import die_with_parent
 from data import bucket
 from readers.files import BadFile, printable, size_of, too_many
 from readers.packed import INDEX, LABELS, PARTS, read_index
@@ -45,8 +46,9 @@ def pack(spec: str, /, out: str, limit: int = 0, image_size: int = 64, aspects: 
     """
     for flag, value, low in (("limit", limit, 0), ("stride", stride, 1), ("image_size", image_size, stride),
                              ("heldout", heldout, 0), ("shard", shard, 1), ("workers", workers, 1)):
-        if value < low:
-            raise SystemExit(f"error: --{flag}: {value}: must be at least {low}")
+        most = {"limit": 10**9, "image_size": 2**14, "stride": 1024, "workers": 512}.get(flag, 10**7)
+        if not low <= value <= most:
+            raise SystemExit(f"error: --{flag}: {str(value)[:40]}: must be at least {low}, at most {most:,}")
     edits, out = edits or data.names_edits(spec), Path(out)
     open_part = data.open_edits if edits else data.open_source
 
@@ -184,6 +186,7 @@ def _begin(*settings):
     global _settings
     _settings = settings
     torch.set_num_threads(1)
+    die_with_parent()
 
 
 def _make(part, name, which):

@@ -7,7 +7,6 @@ pairs are true and false captions (ByteEdit Sec. 3.1, 3.2). train_reward.py read
 """
 
 import json
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -249,7 +247,7 @@ def main(cfg: Config) -> None:
     started = time.time()
     common.check_bounds(cfg, at_least_1=("batch_size",), not_negative=("n", "captions", "offset", "margin"),
                         share=("mismatched",))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if common.ranks()[1] > 1:
         raise SystemExit("error: torchrun: several processes would make the same: start one, without it")
     common.numbers(cfg.steps, "steps", 1)
     if cfg.k < 2:
@@ -273,8 +271,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        common.refuse_old_flags()
-        main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: what was written is not whole") from None
+    common.command(main, Config, __doc__, "what was written is not whole")

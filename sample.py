@@ -737,8 +737,4 @@ def sheet_rows(job: Job) -> list[tuple[str, list[Image.Image | None]]]:
 
 
 if __name__ == "__main__":
-    try:
-        common.refuse_old_flags()
-        main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: the results written so far are kept") from None
+    common.command(main, Config, __doc__, "the results written so far are kept")

@@ -88,6 +88,7 @@ class Config:
 def main(cfg: Config) -> None:
     check(cfg)
     dist = common.setup(cfg.device)
+    common.agree(dist, asdict(cfg) | {"code": common.code_hash()})
     device = dist.device
     bf16 = common.use_bf16(cfg.precision, dist)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -125,13 +126,13 @@ def main(cfg: Config) -> None:
     ema = common.EMA(editor, cfg.ema)
 
     # 3) resume: the newest checkpoint of --out that verifies
+    checkpoint.claim(cfg.out)
     step, run_id = 0, None
     state = {"model": editor, "ema": ema, "optimizer": opt}
     if manifest := checkpoint.resume(cfg.out, state, editor.arch):
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
         checkpoint.warn_changed(cfg.out, manifest, asdict(cfg), bf16)
-    checkpoint.check_writable(cfg.out)
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     if cfg.compile:
         model.compile_blocks(editor)
@@ -150,6 +151,7 @@ def main(cfg: Config) -> None:
     else:
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
     common.print0(loader.summary)
+    common.agree(dist, {"data": loader.fingerprint(), "weights": common.bits(editor)})
     grid = sample_inputs(cfg, stride, source, device) if cfg.sample_every else None
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
     perf, lost_saves = Perf(device, bf16, f"--data {cfg.data}"), 0
@@ -192,7 +194,7 @@ def main(cfg: Config) -> None:
         step += 1
         bar.update()
         metrics.add(**{"loss/flow": loss_sum, "grad_norm/editor": grad_norm})
-        stop = verdict.read(last=step == cfg.steps)
+        stop = verdict.read(last=step == cfg.steps or step % cfg.save_every == 0)
 
         # 7) logs, samples from the averaged weights, checkpoints
         if step % cfg.log_every == 0 or step == cfg.steps:
@@ -205,7 +207,7 @@ def main(cfg: Config) -> None:
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             meta = {"arch": editor.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
                     "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings}
-            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
+            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist, verdict.bad)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, step == cfg.steps or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
@@ -395,9 +397,4 @@ def sample_sheet(cfg: Config, editor: model.Editor | model.EditNet, space, batch
 
 
 if __name__ == "__main__":
-    try:
-        common.refuse_old_flags()
-        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
-        main(tyro.cli(Config, description=__doc__, config=cli))
-    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
-        raise SystemExit("interrupted: the same command resumes at the newest checkpoint") from None
+    common.command(main, Config, __doc__)

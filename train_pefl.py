@@ -100,6 +100,7 @@ class Config:
 def main(cfg: Config) -> None:
     check(cfg)
     dist = common.setup(cfg.device)
+    common.agree(dist, asdict(cfg) | {"code": common.code_hash()})
     device = dist.device
     bf16 = common.use_bf16(cfg.precision, dist)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -115,6 +116,8 @@ def main(cfg: Config) -> None:
     if image_size % patch:
         raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of {patch}, the editor's "
                          "patch in pixels")
+    if cfg.disc_patch and not cfg.disc_init and image_size % cfg.disc_patch:
+        raise SystemExit(f"error: --disc_patch: {cfg.disc_patch}: must divide --image_size, {image_size}")
     base = copy.deepcopy(editor).requires_grad_(False).to(device)
     prepare_editor(cfg, pipe)
     if not cfg.fsdp:
@@ -147,6 +150,7 @@ def main(cfg: Config) -> None:
     disc_opt = torch.optim.AdamW(
         disc.parameters(), lr=cfg.disc_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
     ema = common.EMA(editor, cfg.ema)
+    checkpoint.claim(cfg.out)
     step, run_id = 0, None
     state = {"model": editor, "ema": ema, "optimizer": opt,
              "coherence": disc, "coherence_optimizer": disc_opt}
@@ -154,7 +158,6 @@ def main(cfg: Config) -> None:
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
         checkpoint.warn_changed(cfg.out, saved, asdict(cfg), bf16)
-    checkpoint.check_writable(cfg.out)
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
     meta = {"arch": editor.arch, "coherence_arch": disc.arch, "precision": common.PRECISION[bf16],
             "run_id": metrics.run_id, "stack": pipe.stack}
@@ -176,6 +179,8 @@ def main(cfg: Config) -> None:
         loader = data.make_loader(source, image_size, cfg.batch_size, tasks, **at, prompt_free={
             "outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
     common.print0(loader.summary)
+    common.agree(dist, {"data": loader.fingerprint(), "weights": common.bits(editor),
+                        "coherence": common.bits(disc)})
     grid = heldout_grid(cfg, source, instructed, image_size, tasks, stride, device)
     reward_loss = {
         "neg_log_sigmoid": lambda r: -F.logsigmoid(r),
@@ -272,7 +277,7 @@ def main(cfg: Config) -> None:
         bar.update()
         metrics.add(**{"loss/G": g_sum, "loss/D": d_sum, "grad_norm/editor": g_norm,
                        "grad_norm/coherence": d_norm})
-        stop = verdict.read(last=step == total)
+        stop = verdict.read(last=step == total or step % cfg.save_every == 0)
 
         # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
         extra = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
@@ -287,7 +292,7 @@ def main(cfg: Config) -> None:
         if step % cfg.save_every == 0 or step == total or stop:
             trained_at = asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T}
             meta |= {"config": trained_at, "samples": step * cfg.batch_size * cfg.accum * dist.world}
-            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
+            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist, verdict.bad)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, step == total or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
@@ -309,6 +314,7 @@ def check(cfg: Config) -> None:
                       "w_alignment", "w_coherence"),
         above_0=("shift",), below_1=("ema",),
         share=("p_outpaint", "p_edit", "p_inpaint", "p_erase", "p_promptfree", "p_region"))
+    parse_phases(cfg.phases)
     if cfg.disc_width % max(1, cfg.disc_width // 32):
         common.refuse(cfg, "disc_width", "must be a multiple of 32, the width of an attention head")
 
@@ -317,11 +323,11 @@ def parse_phases(text: str) -> list[tuple[int, int, int, int]]:
     """"T/T1/T2xSTEPS,..." -> [(T, T1, T2, steps), ...]; T >= T1 > T2 >= 1, so that stage 2 has work to do."""
     phases = []
     for part in text.split(","):
-        m = re.fullmatch(r"(\d+)/(\d+)/(\d+)x(\d+)", part.strip())
+        m = re.fullmatch(r"(\d{1,4})/(\d{1,4})/(\d{1,4})x(\d{1,9})", part.strip())
         T, T1, T2, steps = map(int, m.groups()) if m else (0, 0, 0, 0)
-        if not T >= T1 > T2 >= 1 or not steps:
-            raise SystemExit(f"error: --phases: {part}: write T/T1/T2xSTEPS with T >= T1 > T2 >= 1, such as "
-                             "20/15/10x2000")
+        if not T >= T1 > T2 >= 1 or not steps or len(phases) == 1000:
+            raise SystemExit(f"error: --phases: {part[:60]}: write T/T1/T2xSTEPS with T >= T1 > T2 >= 1, "
+                             "such as 20/15/10x2000")
         phases.append((T, T1, T2, steps))
     return phases
 
@@ -455,9 +461,4 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
 
 
 if __name__ == "__main__":
-    try:
-        common.refuse_old_flags()
-        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
-        main(tyro.cli(Config, description=__doc__, config=cli))
-    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
-        raise SystemExit("interrupted: the same command resumes at the newest checkpoint") from None
+    common.command(main, Config, __doc__)

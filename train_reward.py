@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
@@ -76,6 +75,7 @@ LN2 = math.log(2)  # the loss of a model that scores everything alike
 def main(cfg: Config) -> None:
     check(cfg)
     dist = common.setup(cfg.device)
+    common.agree(dist, asdict(cfg) | {"code": common.code_hash()})
     device = dist.device
     bf16 = common.use_bf16(cfg.precision, dist)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -91,6 +91,7 @@ def main(cfg: Config) -> None:
 
     # 2) architecture and weights: those of --out if there is something to resume, of --init, or from scratch
     torch.manual_seed(cfg.seed)
+    checkpoint.claim(cfg.out)
     found, weights = checkpoint.latest(cfg.out), None
     if found:
         arch = model.config_from(rewards.RewardConfig, found[1].get("arch", {}), "reward", cfg.out)
@@ -131,9 +132,8 @@ def main(cfg: Config) -> None:
     step, val, run_id = 0, {}, None
     state = {"model": reward, "optimizer": opt}
     if manifest := checkpoint.resume(cfg.out, state):
-        step, val, run_id = manifest["step"], manifest["meta"]["val"], manifest["meta"]["run_id"]
+        step, val, run_id = manifest["step"], manifest["meta"].get("val", {}), manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
-    checkpoint.check_writable(cfg.out)
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
 
     # 5) data: batch s is a function of (seed, s, rank, world)
@@ -141,6 +141,7 @@ def main(cfg: Config) -> None:
         pairs, arch.image_size, cfg.batch_size, seed=cfg.seed, rank=dist.rank, world=dist.world,
         workers=cfg.workers, start_step=step * cfg.accum, stride=arch.patch, device=device,
         draw=partial(draws, cfg))
+    common.agree(dist, {"data": batches.fingerprint(), "weights": common.bits(reward)})
     perf, verdict = Perf(device, bf16, f"--pairs {cfg.pairs}"), Verdict(dist, cfg.out, "lower --lr")
     lost_saves, flat_since, warned = 0, None, False
 
@@ -183,7 +184,7 @@ def main(cfg: Config) -> None:
         bar.update()
         last = step == cfg.steps
         metrics.add(**{"grad_norm/reward": grad_norm})
-        stop = verdict.read(last)
+        stop = verdict.read(last=step == cfg.steps or step % cfg.save_every == 0)
 
         # 8) logs, and the plateau: gradients of a head that starts too small are below Adam's eps
         if step % cfg.log_every == 0 or last:
@@ -205,7 +206,7 @@ def main(cfg: Config) -> None:
             meta = {"arch": reward.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
                     "samples": step * cfg.batch_size * dist.world * cfg.accum, "val": val,
                     "run_id": metrics.run_id}
-            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
+            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist, verdict.bad)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
@@ -249,11 +250,11 @@ def check(cfg: Config) -> None:
 
 def same_run(cfg: Config, manifest: dict, bf16: bool) -> None:
     """Refuse to continue a run of another model; say what else differs from the command that began it."""
-    before, now = manifest["config"], asdict(cfg)
+    before, now = manifest["config"], common.portable(asdict(cfg))
     for key in ("preset", "init", "freeze", "original_init"):
-        if before[key] != now[key]:
-            raise SystemExit(f"error: {cfg.out}: began with --{key} {before[key]}, not {now[key]}: repeat "
-                             "that command to resume it, or give another --out")
+        if before.get(key) != now[key]:
+            raise SystemExit(f"error: {cfg.out}: began with --{key} {before.get(key)}, not {now[key]}: "
+                             "repeat that command to resume it, or give another --out")
     checkpoint.warn_changed(cfg.out, manifest, now, bf16)
 
 
@@ -405,9 +406,4 @@ def train_tokenizer(captions: list[str], vocab: int, length: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        common.refuse_old_flags()
-        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
-        main(tyro.cli(Config, description=__doc__, config=cli))
-    except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
-        raise SystemExit("interrupted: the same command resumes at the newest checkpoint") from None
+    common.command(main, Config, __doc__)

@@ -76,7 +76,14 @@ COMMANDS = {"show": (show, "PATH"), "convert": (convert, "IN.pt OUT.safetensors"
 
 if __name__ == "__main__":
     command, arguments = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "", (None, ""))
-    if command is None or len(sys.argv) - 2 != len(arguments.split()):
-        raise SystemExit("usage: " + "\n       ".join(
-            f"python -m pretrained {name} {words}" for name, (_, words) in COMMANDS.items()))
-    command(*sys.argv[2:])
+    usage = "usage: " + "\n       ".join(
+        f"python -m pretrained {name} {words}" for name, (_, words) in COMMANDS.items())
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage)
+    elif command is None or len(sys.argv) - 2 != len(arguments.split()):
+        raise SystemExit(usage)
+    else:
+        try:
+            command(*sys.argv[2:])
+        except BrokenPipeError:  # python -m pretrained show FILE | head
+            sys.stdout = None

@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint import parse_json, read_bounded
+
 Device = torch.device | str
 Weights = dict[str, Tensor]
 # safetensors' names
@@ -40,6 +42,12 @@ def first_line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0]
 
 
+def regular(file: str | Path) -> None:
+    """OSError unless it is a regular file: of a FIFO or a device nothing may ever come, or no end."""
+    if Path(file).exists() and not Path(file).is_file():
+        raise OSError("no regular file")
+
+
 @dataclass(frozen=True)
 class Stored:
     """Tensors in files: what the headers say, as meta tensors, and how to get at values, memory-mapped.
@@ -54,20 +62,21 @@ class Stored:
 
 def open_safetensors(file: str | Path) -> Stored:
     try:
+        regular(file)
         handle = safe_open(file, "pt")
         views = {k: handle.get_slice(k) for k in handle.keys()}
         headers = {k: torch.empty(v.get_shape(), dtype=DTYPES[v.get_dtype()], device="meta")
                    for k, v in views.items()}
-    except (OSError, SafetensorError, KeyError) as e:
-        raise SystemExit(f"error: {file}: cannot be read ({first_line(e)}): give the published .safetensors "
-                         "file, whole") from None
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError, OverflowError) as e:
+        raise SystemExit(f"error: {file}: cannot be read ({first_line(e)[:200]}): give the published "
+                         ".safetensors file, whole") from None
     return Stored(headers, handle.get_tensor)
 
 
 def read_json(file: Path) -> dict:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        found = parse_json(read_bounded(file, 64 * 2**20))
+    except (OSError, ValueError, RecursionError) as e:
         raise SystemExit(f"error: {file}: cannot be read ({first_line(e)}): copy it again") from None
     if not isinstance(found, dict):
         raise SystemExit(f"error: {file}: holds no table: copy it again")
@@ -118,6 +127,7 @@ def read_weights(path: str, flag: str = "") -> Weights:
         weights = {k: stored.read(k) for k in stored.headers}
     else:
         try:
+            regular(path)
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as e:
             # torch's own words on a pickle recommend to load it without weights_only
@@ -130,6 +140,12 @@ def read_weights(path: str, flag: str = "") -> Weights:
     tensors = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
     if not tensors or not weights:
         raise SystemExit(f"error: {flag}{path}: holds no table of tensors: give the published weights")
+    for k, v in weights.items():  # strides of 0 claim terabytes that are not there
+        if v.layout != torch.strided or v.numel() * v.element_size() > v.untyped_storage().nbytes():
+            raise SystemExit(f"error: {flag}{path}: {str(k)[:80]}: {list(v.shape)} claims more values than "
+                             "the file holds, or is sparse: give the published weights")
+    if not all(isinstance(k, str) for k in weights):
+        raise SystemExit(f"error: {flag}{path}: holds tensors without a name: give the published weights")
     plain = {re.sub(r"^(module\.|backbone\.)+", "", k): v for k, v in weights.items()}
     if len(plain) < len(weights):
         raise SystemExit(f"error: {flag}{path}: holds tensors twice, with and without `module.`: give the "

@@ -506,8 +506,21 @@ def _one_each(file, names, wanted):
         raise BadFile(file, f"{names.count(twice)} columns named {twice}", "rename or drop one")
 
 
+def _batches(f, g, columns):
+    """A row group of a pyarrow ParquetFile in pieces that need at most CACHE_BYTES, or a row at a time.
+
+    A column that is a dictionary and places in it says nothing of what its rows need: a megabyte may become
+    gigabytes. But a row is no longer than all the pages of its columns."""
+    group = f.metadata.row_group(g)
+    wanted = [group.column(k) for k in range(group.num_columns)]
+    wanted = [c for c in wanted if c.path_in_schema.split(".")[0] in columns]
+    rows = CACHE_BYTES // max(1, sum(c.total_uncompressed_size for c in wanted))
+    return f.iter_batches(max(1, min(rows, 65536)), row_groups=[g], columns=columns, use_threads=False)
+
+
 class RowGroups:
-    """Rows of parquet files, read lazily; the row groups last used stay in memory, in each process.
+    """Rows of parquet files, read lazily; the row groups last used stay in memory, in each process. A group
+    may need twice its pages, or CACHE_BYTES where that is more; one that needs more is refused.
 
     choose(file, kinds) -> the columns to read of a file, kinds being column -> type in words; it may raise
     BadFile. first [groups + 1] int64: row numbers where row groups begin; window: how many fit in memory."""
@@ -548,8 +561,9 @@ class RowGroups:
             self.pid, self.cache = os.getpid(), OrderedDict()
         if g not in self.cache:
             try:
-                wanted = list(dict.fromkeys(c for c in columns if c))
-                self.cache[g] = pq.ParquetFile(file).read_row_group(group, columns=wanted)
+                self.cache[g] = self._group(pq.ParquetFile(file), f"{file} row group {group}", group, columns)
+            except BadFile:
+                raise
             except Exception as e:
                 what = f"damaged ({printable(str(e))[:80]})"
                 raise BadFile(f"{file} row group {group}", what, "download the file again") from None
@@ -560,9 +574,23 @@ class RowGroups:
         cells = [self.cache[g][c][at].as_py() if c else None for c in columns]
         return file, f"{file} row {n - start}", cells
 
+    def _group(self, f, name, g, columns):
+        import pyarrow as pa
+
+        wanted = list(dict.fromkeys(c for c in columns if c))
+        parts, size, most = [], 0, max(CACHE_BYTES, 2 * f.metadata.row_group(g).total_byte_size)
+        for part in _batches(f, g, wanted):
+            parts, size = parts + [part], size + part.nbytes
+            if size > most:
+                raise BadFile(name, f"becomes more than {most:,} bytes", "write smaller row groups, "
+                              "or without a dictionary")
+        schema = f.schema_arrow
+        return pa.Table.from_batches(parts, parts[0].schema if parts else schema)
+
     def light(self, choose):
-        """Small columns of every row, read at once: choose(names of a file's columns) -> those wanted, None
-        for none. Yields (name for messages, list of cells) in the order of the rows."""
+        """Small columns of every row: choose(names of a file's columns) -> those wanted, None for none.
+        Yields (name for messages, list of cells) in the order of the rows, which are read piece by piece;
+        BadFile where a file's would need more than 4 CACHE_BYTES."""
         import pyarrow.parquet as pq
 
         for file in self.files:
@@ -570,12 +598,25 @@ class RowGroups:
                 f = pq.ParquetFile(file)
                 columns = choose(f.schema_arrow.names)
                 _one_each(file, f.schema_arrow.names, columns)
-                table = f.read(columns=list(dict.fromkeys(c for c in columns if c)))
+                wanted, n, size = list(dict.fromkeys(c for c in columns if c)), 0, 0
+                if not wanted:
+                    none = (None,) * len(columns)
+                    yield from ((f"{file} row {n}", none) for n in range(f.metadata.num_rows))
+                    continue
+                for g in range(f.metadata.num_row_groups):
+                    for part in _batches(f, g, wanted):
+                        size += part.nbytes
+                        if size > 4 * CACHE_BYTES:
+                            raise BadFile(file, f"its texts become more than {4 * CACHE_BYTES:,} bytes",
+                                          "cut it into smaller files, or shorten them")
+                        lists = [part[c].to_pylist() if c else [None] * len(part) for c in columns]
+                        yield from ((f"{file} row {n + k}", cells) for k, cells in enumerate(zip(*lists)))
+                        n += len(part)
+            except (BadFile, GeneratorExit):
+                raise
             except Exception as e:
                 what = f"damaged ({printable(str(e))[:80]})"
                 raise BadFile(file, what, "download the file again") from None
-            lists = [table[c].to_pylist() if c else [None] * f.metadata.num_rows for c in columns]
-            yield from ((f"{file} row {n}", cells) for n, cells in enumerate(zip(*lists)))
 
 
 def picture_cell(value, file, name):

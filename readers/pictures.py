@@ -125,13 +125,13 @@ class Folder:
                 yield []
 
     def fingerprint(self, n):
-        def facts():
+        def named():
             for row in self.rows:
                 yield row, bytes_of(os.path.join(self.root, row.file))
                 if row.caption is None:
                     yield (bytes_of(os.path.join(self.root, os.path.splitext(row.file)[0] + ".txt")),)
 
-        return hashed([("Folder", n), *facts()])
+        return hashed([("Folder", n), *named()])
 
 
 class Parquet:

@@ -333,7 +333,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     manifest["files"] = {"../../secret.safetensors": next(iter(manifest["files"].values()))}
     manifest["sha256"] = checkpoint._manifest_hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SystemExit, match="was changed"):
+    with pytest.raises(SystemExit, match="is no name of one"):
         checkpoint.load(folder)
 
 
