@@ -120,7 +120,7 @@ ASK = "make the red disc blue"
 
 
 def test_verdict(server, monkeypatch):
-    monkeypatch.setenv("JUDGE_API_KEY", "abc")
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-word")
     judge = server()
     client = judge.client()
     good, bad, other = served.judge(client, [(RED, BLUE, ASK), (RED, RED, ASK), (RED, GREEN, ASK)])
@@ -130,7 +130,7 @@ def test_verdict(server, monkeypatch):
     assert client.counts["prompt_tokens"] == 600
     sc = next(q for q in judge.asked if q.kind == "sc")
     assert [p["type"] for p in sc.parts] == ["text", "image_url", "text", "image_url", "text"]
-    assert {h["Authorization"] for h in judge.headers_seen} == {"Bearer abc"}
+    assert {h["Authorization"] for h in judge.headers_seen} == {"Bearer sk-word"}
     pq = [q for q in judge.asked if q.kind == "pq"]
     assert len(pq[0].pictures) == 1 and ASK not in pq[0].text
 
@@ -317,7 +317,8 @@ def test_self_test_refuses(server):
         served.self_test(server(lambda n, q: q.honest() | {"second": "red"}).client())
 
 
-def test_cache(server, tmp_path):
+def test_cache(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-word")
     judge, path = server(), tmp_path / "new" / "cache.jsonl"
     first = served.judge_one(judge.client(cache=path), RED, BLUE, ASK)
     with open(path, "ab") as f:
@@ -328,7 +329,7 @@ def test_cache(server, tmp_path):
     served.judge_one(client, RED, GREEN, ASK)  # another picture, another question
     assert client.counts["requests"] == 2
     assert served.judge_one(judge.client(cache=path), RED, GREEN, ASK).o_score == 0 and len(judge.asked) == 4
-    assert "abc" not in path.read_text() and len(served.read_cache(path)) == 4
+    assert "sk-word" not in path.read_text() and len(served.read_cache(path)) == 4
     failing = server(lambda n, q: "10/10")  # failures are not kept
     served.judge_one(failing.client(cache=tmp_path / "none.jsonl"), RED, BLUE, ASK)
     assert not (tmp_path / "none.jsonl").exists()
