@@ -68,6 +68,7 @@ class CoherenceConfig:
 
 REWARD_PRESETS: dict[str, RewardConfig] = {
     "test": RewardConfig(32, 8, 32, 2, 2, 32, 2, 2, 64, 512, 40, 64),
+    "small": RewardConfig(32, 8, 64, 4, 2, 64, 2, 2, 256, 1024, 48, 64),
     "tiny": RewardConfig(64, 8, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
     "tiny-p16": RewardConfig(64, 16, 128, 4, 4, 128, 3, 4, 512, 1024, 48, 64),
     "imagereward": RewardConfig(),
