@@ -1,9 +1,13 @@
-"""Preferences as the paper's come about: several generations of the base, ranked; here by the known truth.
+"""Preferences as the paper's come about (ByteEdit Sec. 3.1, 3.2): of several pictures the best and worst.
 
-    python make_prefs.py --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8
+    python make_prefs.py --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8     # known truth ranks
+    python make_prefs.py --texts prompts.txt --ckpt A,B --steps 8,20 --judge people --out out/study
+    python make_prefs.py --labels anna.jsonl,ben.jsonl --out out/study                  # what they exported
 
-Aesthetic pairs are the true picture, the best and the worst of k generations, and degraded copies; alignment
-pairs are true and false captions (ByteEdit Sec. 3.1, 3.2). train_reward.py reads what is written.
+With pictures, --data: aesthetic pairs are the true picture, the best and the worst of k generations that fill
+a hole, and degraded copies; alignment pairs are true and false captions. With --texts: diverse ones of them
+are drawn k times each, by the checkpoints and numbers of steps in turn, and ranked by a reward, --judge, or
+by people, for whom a page is written (readers/study.py). train_reward.py reads what is written.
 """
 
 import json
@@ -25,7 +29,9 @@ import flow
 import log
 import masks
 import pipeline
+import rewards
 from log import open_out, provenance, write_json
+from readers import prompts, study
 from readers.files import BadFile, clean_caption, too_many
 from scenes import dataset
 from scenes import text as scene_text
@@ -35,9 +41,19 @@ from scenes.judge import gradient, to_float, to_uint8
 
 @dataclass
 class Config:
-    ckpt: str = "assets/base"  # the base, whose generations are ranked
+    ckpt: str = "assets/base"  # the base, whose generations are ranked; of --texts: several, with commas
     out: str = "out/prefs"  # folder for pictures, aesthetic.json, alignment.jsonl, results.json
     data: str = "scenes"  # scenes, scenes:hard, a folder of captioned pictures or a .parquet
+    texts: str | None = None  # in place of --data: .txt, .jsonl or .parquet files of prompts, with commas
+    select: Literal["knn", "votek", "random"] = "knn"  # which --n of them (readers/prompts.py)
+    features: Literal["encoder", "hashed"] = "encoder"  # of a text: the base's text encoder; or its words
+    clusters: int = 64  # of K-means, for knn (the paper names none)
+    neighbours: int = 10  # nearest ones that knn and votek look at (the paper names none)
+    judge: str = "people"  # of --texts: people, who get a page, or a reward (rewards.open_reward)
+    gold: float = 0.05  # share of items with a ruined picture, to see whether an annotator looks
+    repeats: float = 0.05  # share of items that come twice, to see whether he agrees with himself
+    labels: str | None = None  # lines that the page of --out exported, with commas: write the preferences
+    others: bool = False  # the pictures between best and worst make pairs with both, too
     n: int = 500  # prompts
     offset: int = 0  # first picture
     captions: int = 0  # further true pictures for alignment pairs alone
@@ -45,7 +61,8 @@ class Config:
     steps: str = "20"  # of sampling, for each of the k in turn, with commas
     guidance: float = 1.0  # classifier-free guidance; 1 = off
     solver: Literal["euler", "heun"] = "euler"  # of the sampler
-    margin: float = 0.25  # best and worst are a pair if the worst's error is larger by this fraction
+    margin: float = 0.25  # best and worst are a pair if the worst's error is larger by this fraction;
+    #   by a reward: if it is lower by so many standard deviations of held-out scores
     mismatched: float = 0.67  # share of false captions that are another scene's; the rest: one fact
     batch_size: int = 64  # pictures sampled together
     seed: int = 0  # of masks, prompts, noise and false captions
@@ -243,10 +260,137 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
     return {"items": len(items), "captions": len(captions), "skipped": bad, "clear": wins}
 
 
+def features_of(texts: list[str], pipe: pipeline.Pipe | None) -> np.ndarray:
+    """Unit vectors [N, D] of texts: the pooled output of the base's text encoder, centred (all its
+    vectors lie to one side); without a base their hashed words."""
+    if pipe is None:
+        return prompts.hashed(texts)
+    with torch.inference_mode():
+        parts = [pipe.net.encode_text(texts[a:a + 256])[1].float().cpu() for a in range(0, len(texts), 256)]
+    x = torch.cat(parts).numpy()
+    return prompts.unit(x - x.mean(0))
+
+
+QUESTION = ("Which picture is the best for its text, and which the worst? Look at beauty, colours, structure "
+            "and brightness.")  # ByteEdit's four
+
+
+def ruin(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [h, w, 3] -> a copy that nobody who looks calls the better: large blocks, noise, no contrast."""
+    h, w, _ = x.shape
+    cell = max(2, min(h, w) // 6)
+    y = Image.fromarray(x).resize((max(1, w // cell), max(1, h // cell)), Image.Resampling.BOX)
+    y = np.asarray(y.resize((w, h), Image.Resampling.NEAREST), np.float32)
+    return np.clip(128 + 0.5 * (y - 128) + 60 * rng.standard_normal(x.shape), 0, 255).astype(np.uint8)
+
+
+def from_texts(cfg: Config, out: Path, device: torch.device) -> dict:
+    """Chosen texts to OUT/prompts.txt, pictures, and either the page or OUT/aesthetic.json -> counts."""
+    texts, notes = prompts.undecorated(prompts.open_texts(cfg.texts))
+    print(f"{len(texts):,} texts; left out: " + (", ".join(f"{k} {n:,}" for k, n in notes.items()) or "none")
+          + f"\ndecoration, of which texts are freed: {', '.join(prompts.DECORATIVE)}")
+    if not 1 <= cfg.n <= len(texts):
+        raise SystemExit(f"error: --n: {cfg.n}: --texts has {len(texts):,} usable ones: choose among them")
+    paths, steps = cfg.ckpt.split(","), common.numbers(cfg.steps, "steps", 1)
+    pipes = [pipeline.open_editor(p, device, ("draw",)) for p in paths]
+    for path, pipe in zip(paths, pipes):
+        pipe.net.to(device).eval().requires_grad_(False)
+        if pipe.size != pipes[0].size:
+            raise SystemExit(f"error: --ckpt: {path}: draws at {pipe.size} pixels, the first at "
+                             f"{pipes[0].size}: their sizes would give them away")
+    reward = None
+    if cfg.judge != "people":
+        reward = rewards.score_of(rewards.open_reward(cfg.judge, device, "--judge"))
+
+    # 1) diverse texts
+    x = features_of(texts, pipes[0] if cfg.features == "encoder" else None)
+    chosen = prompts.select(x, cfg.n, cfg.select, cfg.clusters, cfg.neighbours, cfg.seed)
+    told = f"the text encoder of {paths[0]}" if cfg.features == "encoder" else "hashed words and their pairs"
+    found = prompts.coverage(x, chosen)
+    print(f"{cfg.n:,} chosen by {cfg.select} over {told}: a text lies {found:.3f} from the nearest chosen")
+    texts = [texts[i] for i in chosen]
+    (out / "prompts.txt").write_text("".join(t + "\n" for t in texts), encoding="utf-8")
+
+    # 2) k pictures of each
+    rng, items, ranked, bar = np.random.default_rng([cfg.seed, 17]), [], [], log.progress(cfg.n, desc="texts")
+    for start in range(0, cfg.n, cfg.batch_size):
+        part = texts[start:start + cfg.batch_size]
+        made, names = [], []
+        for k in range(cfg.k):
+            pipe, n = pipes[k % len(pipes)], steps[k // len(pipes) % len(steps)]
+            gens = common.generators(cfg.seed, k, range(start, start + len(part)), stream=8)
+            noise = common.randn(gens, (pipe.space.channels, *[pipe.size // pipe.space.stride] * 2))
+            holes = torch.ones(len(part), 1, pipe.size, pipe.size)
+            empty = torch.zeros(len(part), 3, pipe.size, pipe.size)
+            raw = pipeline.sample(pipe.net, pipe.space, part, holes, empty, noise,
+                                  flow.timesteps(n, pipe.shift), cfg.guidance, solver=cfg.solver,
+                                  bf16=cfg.precision == "bf16")
+            made.append(to_uint8(raw.float().cpu()).numpy())
+            names.append(f"{paths[k % len(pipes)]}, {n} steps")
+
+        # 3) best and worst: by the reward, or asked of people
+        if reward:
+            scores = torch.stack([reward(to_float(x).to(device), part).float().cpu() for x in made])  # [k, B]
+        for j, text in enumerate(part):
+            saved = [study.save_picture(out, x[j]) for x in made]
+            if reward:
+                best, worst = int(scores[:, j].argmax()), int(scores[:, j].argmin())
+                if scores[best, j] - scores[worst, j] >= max(cfg.margin, 1e-6):
+                    key = {"items": {"": {"prompt": text, "made": dict(zip(saved, names))}}}
+                    ranked += [{**item, "kind": "judge"} for item in study.ranked_items(
+                        {"": (saved[best], saved[worst])}, key, cfg.others)]
+                continue
+            items.append(study.Item(text, saved, names))
+            if rng.random() < cfg.gold:
+                spoilt = study.save_picture(out, ruin(made[-1][j], rng))
+                items.append(study.Item(text, [*saved[:-1], spoilt], [*names[:-1], "ruined"], None,
+                                        {"worst": [spoilt]}))
+        bar.update(len(part))
+    bar.close()
+    counts = {"texts": len(texts), "coverage": found, "features": told, "notes": dict(notes)}
+    if reward:
+        print(f"wrote {study.write_ranked(out, ranked)}: {len(ranked):,} of {cfg.n:,} texts "
+              "with a clear best and worst")
+        return counts | {"items": len(ranked)}
+    key = study.write_study(out, items, QUESTION, cfg.repeats, cfg.seed)
+    print(f"wrote {out / 'page'}: {len(key['items']):,} items, "
+          f"{sum(bool(i['gold']) for i in key['items'].values())} of them gold, "
+          f"{sum(bool(i['repeat_of']) for i in key['items'].values())} repeats. Give annotators that folder "
+          f"(page/index.html needs no server), keep {out / 'key.json'}; then --labels FILE,FILE --out {out}")
+    return counts | {"items": len(key["items"])}
+
+
+def from_labels(cfg: Config) -> None:
+    """What annotators exported -> who counts, how far they agree, and OUT/aesthetic.json."""
+    key = study.read_key(cfg.out)
+    answers = study.read_answers(cfg.labels.split(","), key)
+    if not answers:
+        raise SystemExit(f"error: --labels: {cfg.labels}: not one answer in it: export again")
+    known = study.annotators(answers, key)
+    print("annotator            answers    gold  repeats  ms an answer")
+    for name, a in known.items():
+        print(f"{name:<20} {a['answers']:>7} {a['right']:>3}/{a['gold']:<3} {a['same']:>4}/{a['again']:<3} "
+              f"{a['ms']:>12,.0f}" + f"   left out: {a['careless']}" * bool(a["careless"]))
+    counted = [a for a in answers if not known[a.annotator]["careless"]]
+    for what, (share, kappa, pairs) in study.agreement(counted).items():
+        told = f"{share:.1%} of {pairs:,} pairs of answers alike, kappa {kappa:.2f}" if pairs else "unknown"
+        print(f"agreement on the {what}: {told}")
+    chosen = study.decided(counted, key)
+    if not chosen:
+        raise SystemExit(f"error: --labels: {cfg.labels}: no item has a majority among those that count: ask "
+                         "more people")
+    items = study.ranked_items(chosen, key, cfg.others)
+    asked = sum(not i["gold"] and not i["repeat_of"] for i in key["items"].values())
+    print(f"wrote {study.write_ranked(cfg.out, items)}: {len(items):,} of {asked:,} items decided")
+
+
 def main(cfg: Config) -> None:
     started = time.time()
-    common.check_bounds(cfg, at_least_1=("batch_size",), not_negative=("n", "captions", "offset", "margin"),
-                        share=("mismatched",))
+    common.check_bounds(cfg, at_least_1=("batch_size", "clusters", "neighbours"),
+                        not_negative=("n", "captions", "offset", "margin"),
+                        share=("mismatched", "gold", "repeats"))
+    if cfg.labels:
+        return from_labels(cfg)
     if common.ranks()[1] > 1:
         raise SystemExit("error: torchrun: several processes would make the same: start one, without it")
     common.numbers(cfg.steps, "steps", 1)
@@ -255,6 +399,13 @@ def main(cfg: Config) -> None:
     dist = common.setup(cfg.device)
     cfg = replace(cfg, precision=common.PRECISION[common.use_bf16(cfg.precision, dist)])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
+    if cfg.texts:
+        if cfg.judge == "people" and cfg.k > 4:
+            common.refuse(cfg, "k", "people compare at most 4 pictures")
+        out = open_out(cfg.out)
+        counts = from_texts(cfg, out, dist.device)
+        write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})
+        return
     source = data.open_source(cfg.data, "train")
     wanted = cfg.n + cfg.captions
     if not 1 <= wanted <= len(source) - cfg.offset:

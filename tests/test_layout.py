@@ -9,8 +9,8 @@ FLOORS = (  # from the ground up; a folder is one name
     {"model", "flow", "checkpoint", "log", "masks", "windows", "common"},
     {"readers", "pretrained", "scenes"},
     {"pipeline", "data", "rewards"},
-    {"train_reward", "train_pefl", "train_omni", "make_cache", "make_pack", "make_prefs", "sample",
-     "evaluate"},
+    {"train_reward", "train_scorer", "train_pefl", "train_omni", "make_cache", "make_pack", "make_prefs",
+     "sample", "evaluate"},
     {"runs", "tests"},
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}

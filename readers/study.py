@@ -1,0 +1,230 @@
+"""What people prefer: a page that asks them, and what their answers are worth (ByteEdit Sec. 3.1).
+
+    write_study(folder, items, question)     a page and pictures: open page/index.html, or serve page/
+    read_answers(files, key)                 the lines that it exports, of any number of annotators
+    annotators, careless, agreement          who looked, and how far they agree
+    decided                                  best and worst of an item, by the majority
+
+The page (study.html, one file, nothing is fetched) shows two to four pictures, shuffled for every annotator,
+and knows neither what made them nor which items test the annotator: that is in key.json, which stays at home.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections import Counter, defaultdict, namedtuple
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from readers.files import BadFile, checked, clean_caption, json_lines, printable
+
+# names: of its pictures, as in pictures/NAME.png; made: what made each, for the key alone; gold: names of
+# which the answer must be one, {"best": [...], "worst": [...]}, either may be left out
+Item = namedtuple("Item", "prompt names made source gold", defaults=[None, None])
+Answer = namedtuple("Answer", "id annotator verdict best worst order ms at")
+VERDICTS = ("ranked", "tie", "bad", "skip")
+GOLD, SELF, FAST, ONE_PLACE = 0.7, 0.34, 700, 0.9  # below, below, below (ms), above: see `careless`
+
+
+#### 1. the page #############################################################################################
+def save_picture(folder, picture):
+    """uint8 [h, w, 3] -> its name: a hash of its pixels, which tells nobody what made it."""
+    picture = np.ascontiguousarray(picture)
+    name = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()[:20]
+    path = Path(folder) / "page" / "pictures" / f"{name}.png"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    return name
+
+
+def write_study(folder, items, question, repeats=0.05, seed=0):
+    """Items whose pictures `save_picture` has saved -> page/index.html and key.json; the key, a dict.
+
+    repeats: share of items that come twice, under another id, to see whether an annotator agrees with
+    himself. Ids tell nothing: they are hashes. An item of equal pictures is left out.
+    """
+    rng, tasks, key = random.Random(seed), [], {}
+
+    def add(item, again=""):
+        told = json.dumps([seed, item.prompt, item.names, item.source, again])
+        id = hashlib.sha256(told.encode()).hexdigest()[:12]
+        if id not in key:
+            tasks.append({"id": id, "prompt": clean_caption(item.prompt)[0], "candidates": sorted(item.names),
+                          "source": item.source})
+            key[id] = {"prompt": item.prompt, "made": dict(zip(item.names, item.made)), "gold": item.gold,
+                       "repeat_of": again or None}
+        return id
+
+    for item in items:
+        if not 2 <= len(item.names) <= 4:
+            raise ValueError(f"an item has 2 to 4 pictures, not {len(item.names)}")
+        if len(set(item.names)) == len(item.names):
+            id = add(item)
+            if not item.gold and rng.random() < repeats:
+                add(item, id)
+    rng.shuffle(tasks)
+    study = {"question": question, "tasks": tasks}
+    study["sha256"] = hashlib.sha256(json.dumps(study).encode()).hexdigest()
+    page = (Path(__file__).parent / "study.html").read_text(encoding="utf-8")
+    inline = json.dumps(study).replace("<", "\\u003c")  # no text of ours can end the script
+    (Path(folder) / "page").mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "page" / "index.html").write_text(page.replace("@TASKS@", inline), encoding="utf-8")
+    key = {"sha256": study["sha256"], "items": key}
+    (Path(folder) / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+    return key
+
+
+#### 2. answers ##############################################################################################
+def read_key(folder):
+    path = Path(folder) / "key.json"
+    try:
+        key = json.loads(path.read_bytes())
+        assert isinstance(key["sha256"], str) and isinstance(key["items"], dict)
+        return key
+    except (OSError, ValueError, LookupError, TypeError, AssertionError):
+        raise SystemExit(f"error: {path}: not the key of a study: give the folder that it was written "
+                         "to") from None
+
+
+def _answer_of(key):
+    def check(row):
+        if row.get("study") != key["sha256"]:
+            raise ValueError("an answer to another study")
+        item = key["items"].get(row.get("id")) if isinstance(row.get("id"), str) else None
+        if item is None:
+            raise ValueError("an answer to an item that is not there")
+        name, verdict, order = row.get("annotator"), row.get("verdict"), row.get("order")
+        if not (isinstance(name, str) and printable(name)) or verdict not in VERDICTS:
+            raise ValueError("no annotator, or no verdict")
+        if not isinstance(order, list) or not all(isinstance(n, str) for n in order) \
+                or sorted(order) != sorted(item["made"]):
+            raise ValueError("not the pictures of its item")
+        best, worst = row.get("best"), row.get("worst")
+        if verdict == "ranked" and not (best in order and worst in order and best != worst):
+            raise ValueError("best and worst are not two of its pictures")
+        if not all(type(row.get(k)) in (int, float) and 0 <= row[k] < math.inf for k in ("ms", "at")):
+            raise ValueError("ms and at are not times")
+        ranked = verdict == "ranked"
+        return Answer(row["id"], printable(name)[:40], verdict, best if ranked else None,
+                      worst if ranked else None, tuple(order), float(row["ms"]), float(row["at"]))
+    return check
+
+
+def read_answers(files, key):
+    """Exported lines -> Answers; of two of an annotator to one item the later. Bad lines are named and left
+    out; SystemExit where there are too many."""
+    found = {}
+    for file in files:
+        if not Path(file).is_file():
+            raise BadFile(file, "no such file", "give what the page exported")
+        for a in checked(json_lines(file), _answer_of(key))[0]:
+            if (a.annotator, a.id) not in found or found[a.annotator, a.id].at <= a.at:
+                found[a.annotator, a.id] = a
+    return list(found.values())
+
+
+#### 3. what they are worth ##################################################################################
+def annotators(answers, key):
+    """Answers -> {annotator: what is known of him}: answers; gold, right, of the items whose answer is known;
+    again, same, of the repeated ones (the same best); ms, the median; place, the largest share that
+    one place on the screen has among his best; see `careless`."""
+    out = {}
+    for name in sorted({a.annotator for a in answers}):
+        mine = {a.id: a for a in answers if a.annotator == name}
+        gold = right = again = same = 0
+        for a in mine.values():
+            item = key["items"][a.id]
+            if item["gold"] and a.verdict != "skip":
+                gold += 1
+                right += all(getattr(a, k) in names for k, names in item["gold"].items())
+            first = mine.get(item["repeat_of"])
+            if first and "skip" not in (a.verdict, first.verdict):
+                again += 1
+                same += (a.verdict, a.best) == (first.verdict, first.best)
+        ranked = [a for a in mine.values() if a.verdict == "ranked"]
+        places = Counter(a.order.index(a.best) for a in ranked)
+        out[name] = {"answers": len(mine), "ranked": len(ranked), "gold": gold, "right": right,
+                     "again": again, "same": same, "ms": float(np.median([a.ms for a in mine.values()])),
+                     "place": max(places.values()) / len(ranked) if ranked else 0.0}
+        out[name]["careless"] = careless(out[name])
+    return out
+
+
+def careless(known):
+    """Why an annotator's answers do not count, in words; "" if they do.
+
+    Gold items below 70 % right, of at least five; the same best in less than a third of the repeated items,
+    of at least six (clicking at random gives a quarter of both); a median below 0.7 s; nine in ten bests at
+    one place of the screen, of at least ten. Thresholds ours, paper silent."""
+    why = []
+    if known["gold"] >= 5 and known["right"] < GOLD * known["gold"]:
+        why.append(f"gold {known['right']} of {known['gold']}")
+    if known["again"] >= 6 and known["same"] < SELF * known["again"]:
+        why.append(f"agrees with himself in {known['same']} of {known['again']}")
+    if known["ms"] < FAST:
+        why.append(f"{known['ms']:.0f} ms an answer")
+    if known["ranked"] >= 10 and known["place"] > ONE_PLACE:
+        why.append(f"{known['place']:.0%} at one place")
+    return ", ".join(why)
+
+
+def agreement(answers):
+    """{"best", "worst": (share of equal answers among all pairs of annotators of an item, kappa, pairs)}.
+
+    kappa is against blind choice, one in the number of pictures. Only what both ranked counts."""
+    items, out = defaultdict(list), {}
+    for a in answers:
+        if a.verdict == "ranked":
+            items[a.id].append(a)
+    for what in ("best", "worst"):
+        equal, chance = [], []
+        for group in items.values():
+            for a, b in combinations(group, 2):
+                equal.append(getattr(a, what) == getattr(b, what))
+                chance.append(1 / len(a.order))
+        share, blind = (float(np.mean(x)) if x else math.nan for x in (equal, chance))
+        out[what] = share, (share - blind) / (1 - blind), len(equal)
+    return out
+
+
+def decided(answers, key):
+    """Answers of annotators that count -> {id: (best, worst)}, where more than half of those who did not skip
+    an item name the same best, and more than half the same worst. Gold items and repeats are no items."""
+    votes = defaultdict(list)
+    for a in answers:
+        item = key["items"][a.id]
+        if a.verdict != "skip" and not item["gold"] and not item["repeat_of"]:
+            votes[a.id].append(a)
+    out = {}
+    for id, group in votes.items():
+        most = [Counter(getattr(a, k) for a in group).most_common(1)[0] for k in ("best", "worst")]
+        if all(name is not None and 2 * n > len(group) for name, n in most) and most[0][0] != most[1][0]:
+            out[id] = most[0][0], most[1][0]
+    return out
+
+
+def ranked_items(chosen, key, others=False):
+    """{id: (best, worst)} -> ImageReward's items, as readers/preferences.py reads them, names relative to the
+    study's folder: best and worst alone, as ByteEdit's, or `others` between them, which are five pairs."""
+    items = []
+    for id, (best, worst) in sorted(chosen.items()):
+        item = key["items"][id]
+        names = [n for n in item["made"] if others or n in (best, worst)]
+        items.append({"prompt": item["prompt"], "generations": [f"page/pictures/{n}.png" for n in names],
+                      "ranking": [1 if n == best else 3 if n == worst else 2 for n in names],
+                      "kind": "people"})
+    return items
+
+
+def write_ranked(folder, items):
+    path = Path(folder) / "aesthetic.json"
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(items), encoding="utf-8")
+    os.replace(tmp, path)
+    return path
