@@ -280,7 +280,7 @@ def test_dual_guidance(text, image, rows):
 
 
 def gaussian(m=0.7, s=0.4):
-    """Pictures N(m, s^2): the velocity is known, and so is where a point at t flows: v(x, t), flow(x, t, u)."""
+    """Pictures N(m, s^2), whose velocity is known, and where a point flows: v(x, t), end(x, t, u)."""
     def spread(t):
         return math.sqrt((1 - t) ** 2 * s**2 + t**2)
 
@@ -311,7 +311,7 @@ def test_dpm_is_of_second_order_and_euler_of_first():
 
 
 def test_dpm_begins_and_ends_as_euler():
-    """From t = 1 the growth of ln((1 - t) / t) is infinite: two steps, and the one to 0, are of first order."""
+    """From t = 1 ln((1 - t) / t) grows by infinity: two steps, and the one to 0, are of first order."""
     v, exact = gaussian()
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
     euler = flow.sample(v, x, [1.0, 0.8, 0.5])
