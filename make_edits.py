@@ -54,6 +54,7 @@ class Specialist:
     solver: Solver = "euler"  # of inpainting and of the editor
     guidance: float = 3.0  # of the text, 1 = off
     remove_guidance: float = 1.0  # the same for removals
+    behind: bool = True  # removals are told what is behind (OmniEdit); False: ByteEdit's erasing prompt
     edit_guidance: float = 3.0  # of the editor's instruction
     image_guidance: float = 1.5  # of the editor's source
     grow: float = 0.08  # of an object's mask, in its box's longer side (default ours; the paper: dilated)

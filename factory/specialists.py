@@ -117,7 +117,9 @@ def make(task: str, pipe: pipeline.Pipe, editor: pipeline.Pipe | None, rows: lis
     source, area = image, None
     if task in INPAINTED:
         area = np.stack([hole(task, r["object"], cfg.grow) for r in rows]).astype(np.float32)
-        prompts = [r["prompt"] or masks.ERASE_PROMPT if task == "remove" else r["prompt"] for r in rows]
+        prompts = [r["prompt"] for r in rows]
+        if task == "remove":
+            prompts = [cfg.behind and prompt or masks.ERASE_PROMPT for prompt in prompts]
         guidance = cfg.remove_guidance if task == "remove" else cfg.guidance
         out = fill(pipe, prompts, image, torch.from_numpy(area)[:, None], noise, cfg.steps, guidance,
                    cfg.solver, bf16)
