@@ -108,8 +108,10 @@ class Score:
 
     data: str  # folder of specialist, region or refine
     out: str  # folder of the shards
-    judge: str = "truth"  # truth: what is known of scenes
-    parser: str = "assets/parser"  # that reads scenes
+    judge: str = "truth"  # truth (scenes), scorer:FOLDER (train_scorer.py), or a served model, http://HOST/v1
+    judge_model: str = ""  # name of the served model; its key is read from the variable JUDGE_API_KEY
+    budget: int | None = None  # requests to it, retries counted; None: no end
+    parser: str = "assets/parser"  # that reads scenes, for truth
     min_score: float = 9.0  # of the table of yields
     device: str = "auto"  # auto, cpu, cuda
 
@@ -169,6 +171,9 @@ def options(cfg: Stage) -> dict:
     for key in ("ckpt", "editor", "second", "parser"):
         if told.get(key):
             told[key] = requests.relative(told[key])
+    told.pop("budget", None)
+    if ":" in told.get("judge", ""):
+        told["judge"] = requests.relative(told["judge"])
     if told.get("clip"):
         told["clip"] = [requests.relative(part) for part in told["clip"].split(",")]
     return told
@@ -404,8 +409,9 @@ def region(cfg: Region, dist) -> None:
 def score_stage(cfg: Score, dist) -> None:
     common.check_bounds(cfg, not_negative=("min_score",))
     folder, plan = follow_up(cfg, ("specialist", "region", "refine"), "score")
-    judge = score.open_judge(cfg.judge, cfg.parser, dist.device)
-    name = requests.relative(cfg.judge)
+    judge = score.open_judge(cfg.judge, cfg.parser, dist.device, cfg.judge_model,
+                             Path(cfg.out) / "replies.jsonl", cfg.budget)
+    name = cfg.judge_model or requests.relative(cfg.judge)
 
     def make(s):
         rows, clock = shards.read(folder / shards.name_of(s)), shards.Clock()

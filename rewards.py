@@ -1,6 +1,6 @@
 """Whatever looks at a picture and answers with a number: the three rewards, VGG's features, published scores.
 
-    1. Networks: PreferenceReward (aesthetic, alignment), CoherenceReward        2. VGG16
+    1. Networks: PreferenceReward (aesthetic, alignment), CoherenceReward, EditScorer        2. VGG16
     3. Pictures: each published network's own resizing, cropping and normalising
     4. DINO and DINOv2     5. CLIP, from transformers', OpenAI's or open_clip's names
     6. ImageReward as a PreferenceReward     7. Scores, one function each     8. opening a reward by name
@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 import checkpoint
@@ -287,6 +287,115 @@ class CoherenceReward(nn.Module):
 def build_coherence(arch: dict, what: str = "the checkpoint") -> CoherenceReward:
     """CoherenceReward from a manifest's `coherence_arch`; SystemExit that names `what` when it is none."""
     return CoherenceReward(config_from(CoherenceConfig, arch, "coherence", what))
+
+
+class EditScorer(nn.Module):
+    """(source, edited, instruction) -> a score from 0 to 10: a judge of edits, distilled (OmniEdit Sec. 3.3,
+    where it is an 8B language model; this one is PreferenceReward's size, default ours).
+
+    One image tower sees source and edited as six channels, so that it can compare pixel by pixel; the text
+    tower looks at its patches; [CLS] becomes logits of the whole scores 0 to 10, whose mean is the score.
+    """
+
+    def __init__(self, cfg: RewardConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.vit = ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth, cfg.vit_heads, 6)
+        self.text = MedText(cfg)
+        for m in self.modules():
+            if isinstance(m, nn.Linear | nn.Embedding):
+                std = 0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5
+                nn.init.normal_(m.weight, std=std)
+        self.head = nn.Linear(cfg.txt_width, 11)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+        self.tokenizer = Tokenizer.from_str(cfg.tokenizer) if cfg.tokenizer else None
+        if self.tokenizer:
+            self.tokenizer.encode_special_tokens = True
+        self.knots = ([0.0, 10.0], [0.0, 10.0])  # score -> calibrated score, from the manifest
+
+    @property
+    def arch(self) -> dict:
+        return {"kind": "scorer", **asdict(self.cfg)}
+
+    tokenize = PreferenceReward.tokenize
+
+    def forward(self, source: Tensor, edited: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
+        """source, edited [B, 3, H, W] in [-1, 1], ids and attend [B, L] -> logits [B, 11], fp32.
+
+        Both are squashed to the square: a crop could lose the edit."""
+        pair, size = [], (self.cfg.image_size,) * 2
+        for image in (edited, source):
+            if image.shape[-2:] != size:
+                image = F.interpolate(image.float(), size, mode="bicubic", antialias=True)
+            pair.append(((image + 1) / 2 - self.mean) / self.std)
+        txt = self.text(ids, attend, self.vit(torch.cat(pair, 1)))
+        with torch.autocast(source.device.type, enabled=False):
+            return self.head(txt[:, 0].to(self.head.weight.dtype)).float()
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Logits [B, 11] -> scores [B], 0 to 10."""
+        return logits.softmax(-1) @ torch.arange(11.0, device=logits.device)
+
+
+def scorer_loss(logits: Tensor, scores: Tensor) -> Tensor:
+    """[B, 11], [B] in 0..10 -> cross-entropy [B] to the two whole scores beside each (7.3: 0.7 of 7, 0.3 of
+    8), whose minimum has the right mean; a squared error would not say how sure it is."""
+    low = scores.floor().clamp(0, 9)
+    up = scores - low
+    logp = logits.log_softmax(-1)
+    at = low.long()[:, None]
+    return -((1 - up) * logp.gather(1, at)[:, 0] + up * logp.gather(1, at + 1)[:, 0])
+
+
+def widened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A PreferenceReward's towers as an EditScorer's: the edited picture is seen as before, the source at
+    first not at all (as InstructPix2Pix widens a network). The head is left out."""
+    out = {k.replace("blip.visual_encoder.", "vit.").replace("blip.text_encoder.", "text."): v
+           for k, v in weights.items() if k.startswith("blip.")}
+    patch = out["vit.patch_embed.proj.weight"]
+    return out | {"vit.patch_embed.proj.weight": torch.cat([patch, torch.zeros_like(patch)], 1)}
+
+
+def open_scorer(path: str, device: Device = "cpu", what: str = "--judge") -> EditScorer:
+    """A frozen EditScorer from a folder of train_scorer.py, calibrated as its manifest says."""
+    tensors, manifest = checkpoint.load(path, ("model",))
+    net = EditScorer(config_from(RewardConfig, manifest.get("arch", {}), "scorer", f"{what}: {path}"))
+    checkpoint.load_state(net, tensors["model"], path)
+    if knots := (manifest.get("meta", {}).get("val") or {}).get("knots"):
+        net.knots = knots
+    return net.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def score_edits(net: EditScorer, source: Tensor, edited: Tensor, instructions: list[str]) -> list[float]:
+    """source, edited [B, 3, H, W] in [-1, 1] and B instructions -> calibrated scores, 0 to 10."""
+    device = net.mean.device
+    logits = net(source.to(device), edited.to(device), *net.tokenize(instructions, device))
+    return np.interp(net.score(logits).double().cpu().numpy(), *net.knots).tolist()
+
+
+def train_tokenizer(captions: list[str], vocab: int, length: int) -> str:
+    """JSON of a lower-casing byte-level BPE learned from `captions`, for rewards that train from scratch.
+
+    vocab: tokens at most, at least 260: [PAD] = 0, [CLS] = 1, [SEP] = 2, [UNK] = 3, all bytes (so any caption
+    can be written), merges. length: tokens a caption is cut to, [CLS] first and [SEP] last included. The same
+    list gives the same JSON. Default ours: the paper's models bring BERT's tokenizer.
+    """
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    if vocab < 260:
+        raise SystemExit(f"error: tokenizer: vocab {vocab}: must be at least 260 (4 special, 256 bytes)")
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    tokenizer.enable_truncation(length)
+    return tokenizer.to_str()
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

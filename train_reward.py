@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 import checkpoint
@@ -103,7 +102,7 @@ def main(cfg: Config) -> None:
         arch = model.config_from(rewards.RewardConfig, manifest["arch"], "reward", f"--init: {cfg.init}")
     else:
         arch = rewards.REWARD_PRESETS[cfg.preset]
-        arch = replace(arch, tokenizer=train_tokenizer(captions_of(pairs), arch.vocab, arch.txt_len))
+        arch = replace(arch, tokenizer=rewards.train_tokenizer(captions_of(pairs), arch.vocab, arch.txt_len))
     if not arch.tokenizer:
         raise SystemExit(f"error: {cfg.init}: holds no tokenizer: use a folder that train_reward.py wrote")
     reward = rewards.PreferenceReward(arch, cfg.original_init)
@@ -379,29 +378,6 @@ def plateau_text(cfg: Config, step: int, row: dict) -> str:
         remedy = "gradients are below Adam's eps: start a new run without --original_init"
     return (f"warning: step {step}: the loss has stayed at 0.693 +- 0.002 for {cfg.plateau_warn} steps, as "
             f"if all were scored alike (mean margin {row['train/margin']:.1e}): {remedy}")
-
-
-def train_tokenizer(captions: list[str], vocab: int, length: int) -> str:
-    """JSON of a lower-casing byte-level BPE learned from `captions`, for rewards that train from scratch.
-
-    vocab: tokens at most, at least 260: [PAD] = 0, [CLS] = 1, [SEP] = 2, [UNK] = 3, all bytes (so any caption
-    can be written), merges. length: tokens a caption is cut to, [CLS] first and [SEP] last included. The same
-    list gives the same JSON. Default ours: the paper's models bring BERT's tokenizer.
-    """
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    if vocab < 260:
-        raise SystemExit(f"error: tokenizer: vocab {vocab}: must be at least 260 (4 special, 256 bytes)")
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
-    tokenizer.enable_truncation(length)
-    return tokenizer.to_str()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def made(tmp_path_factory):
     """ROOT/KIND-FLAW: checkpoints of each kind, whole ("ok") and with each flaw; ROOT/pairs.jsonl."""
     root = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    tokenizer = train_reward.train_tokenizer(["a red star"], 300, 40)
+    tokenizer = rewards.train_tokenizer(["a red star"], 300, 40)
     editor, reward = model.inpainting(model.PRESETS["test"]), rewards.REWARD_PRESETS["test"]
     reward = model.replace(reward, tokenizer=tokenizer)
     nets = {"editor": (model.Editor(editor), model.Editor(model.replace(editor, heads=3))),

@@ -24,7 +24,6 @@ import pipeline
 import rewards
 import train_omni
 import train_pefl
-import train_reward
 from common import clip_grad_norm
 from kernels import attention, blend, dispatch
 from kernels.selftest import widen_interpreted_dots
@@ -246,7 +245,7 @@ def pefl(out, steps=STEPS, **flags):
 
 def reward(folder):
     torch.manual_seed(0)
-    tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
+    tokenizer = rewards.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
     return shipped(folder, rewards.PreferenceReward(
         model.replace(rewards.REWARD_PRESETS["test"], tokenizer=tokenizer)))
 

@@ -10,8 +10,8 @@ FLOORS = (  # from the ground up; a folder is one name
     {"readers", "pretrained", "scenes"},
     {"pipeline", "data", "rewards"},
     {"factory"},
-    {"train_reward", "train_pefl", "train_omni", "make_cache", "make_pack", "make_prefs", "make_edits",
-     "sample", "evaluate"},
+    {"train_reward", "train_scorer", "train_pefl", "train_omni", "make_cache", "make_pack", "make_prefs",
+     "make_edits", "sample", "evaluate"},
     {"runs", "tests"},
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}

@@ -73,7 +73,7 @@ def made(tmp_path_factory):
            "t2i": shipped(root / "t2i", random_editor(test), **size)}
     latent = model.inpainting(model.replace(test, channels=16, txt_bytes=0))
     out["latent"] = shipped(root / "latent", model.Editor(latent), **size)
-    tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
+    tokenizer = rewards.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
     for seed, name, json_text in ((1, "aesthetic", tokenizer), (2, "alignment", tokenizer), (3, "mute", "")):
         torch.manual_seed(seed)
         net = rewards.PreferenceReward(model.replace(rewards.REWARD_PRESETS["test"], tokenizer=json_text))

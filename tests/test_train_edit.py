@@ -31,7 +31,6 @@ import pipeline
 import rewards
 import train_omni
 import train_pefl
-import train_reward
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
 
@@ -53,7 +52,7 @@ def made(tmp_path_factory):
         out[variant] = shipped(root / variant, net, **size)
     latent = model.inpainting(model.replace(test, channels=16, txt_bytes=0))
     out["latent"] = shipped(root / "latent", model.Editor(latent), **size)
-    tokenizer = train_reward.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
+    tokenizer = rewards.train_tokenizer(["a red circle", "a blue square on grass"], 300, 40)
     for seed, name in ((1, "aesthetic"), (2, "alignment")):
         torch.manual_seed(seed)
         net = rewards.PreferenceReward(model.replace(rewards.REWARD_PRESETS["test"], tokenizer=tokenizer))

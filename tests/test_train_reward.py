@@ -200,8 +200,8 @@ def test_freeze_as_imagereward():
 
 def test_tokenizer():
     text = ["a red picture", "A Blue picture", "überraschung 你好"]
-    made = train_reward.train_tokenizer(text, 300, 10)
-    assert made == train_reward.train_tokenizer(text, 300, 10)
+    made = rewards.train_tokenizer(text, 300, 10)
+    assert made == rewards.train_tokenizer(text, 300, 10)
     net = rewards.PreferenceReward(rewards.RewardConfig(32, 8, 32, 1, 2, 32, 1, 2, 64, 300, 10, 16, made))
     ids, attend = net.tokenize(["a RED picture", "你 é \x00 " * 30, ""])
     assert ids.shape == attend.shape == (3, 10)  # cut to txt_len
@@ -210,7 +210,7 @@ def test_tokenizer():
     assert 3 not in ids  # bytes: nothing is unknown
     assert torch.equal(net.tokenize(["a red picture"])[0][0], ids[0][attend[0] > 0])
     with pytest.raises(SystemExit, match="vocab 100"):
-        train_reward.train_tokenizer(text, 100, 10)
+        rewards.train_tokenizer(text, 100, 10)
 
 
 BAD = [

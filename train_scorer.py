@@ -1,0 +1,356 @@
+"""Distil a judge of edits into a small network: (source, edited, instruction) -> score (OmniEdit Sec. 3.3).
+
+    python train_scorer.py --data scenes:wrong=0.5 --aspects False --out out/scorer
+    torchrun --nproc_per_node=8 train_scorer.py --data pairs.jsonl --init imagereward:ImageReward.pt,vocab.txt
+
+The pairs are edit sets with scores from 0 to 10 (readers/edits.py), of a served judge or of people; those
+without one teach nothing. The same command again resumes. At the start and at the end the held-out pairs say
+what came of it: rank correlation, calibration, and what share of the pairs that it would keep (9 and more,
+Eq. 6) the judge would keep too. rewards.open_scorer opens the folder; scores are calibrated on those pairs.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as td
+import tyro
+from torch import Tensor
+
+import checkpoint
+import common
+import data
+import log
+import model
+import rewards
+from common import Verdict
+from log import Perf
+from readers.files import BadFile, clean_caption
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive forking workers
+
+
+@dataclass
+class Config:
+    data: str = "scenes:wrong=0.5"  # scored edit pairs, as train_omni.py --stage edit takes them
+    out: str = "out/scorer"  # run folder: checkpoints, metrics.jsonl
+    val_data: str | None = None  # held-out pairs; None: the held-out part of --data, by source pictures
+    preset: str = "tiny-p16"  # architecture, see REWARD_PRESETS in rewards.py; ignored with --init
+    init: str | None = None  # a reward's folder or imagereward:PATH,VOCAB, whose towers it starts from
+    aspects: bool = True  # whole pictures, squashed to the network's square as when scoring; False: crops
+    negatives: float = 0.25  # share of free wrong pairs in a batch, of score 0 (see `spoil`)
+    keep_score: float = 9.0  # pairs of this score and more are kept (OmniEdit Eq. 6)
+    batch_size: int = 64  # pairs per rank
+    steps: int = 2_000  # optimiser steps
+    lr: float = 5e-4  # peak learning rate of AdamW, cosine to 0; with --init take 1e-5
+    warmup: int = 50  # steps of linear warm-up
+    weight_decay: float = 0.01  # of matrices
+    grad_clip: float = 1.0  # global norm; 0 = off
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
+    seed: int = 0  # of weights, data order, negatives
+    workers: int = 1  # data processes per rank
+    device: str = "auto"  # auto, cpu, cuda
+    log_every: int = 50  # steps between rows of metrics
+    eval_every: int = 0  # steps between held-out reports; 0 = at the start and at the end
+    eval_pairs: int = 2_000  # held-out pairs, the first ones
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+    project: str = "feedback-editing"  # W&B project
+
+
+def main(cfg: Config) -> None:
+    common.check_bounds(
+        cfg, at_least_1=("batch_size", "steps", "log_every", "save_every", "eval_pairs"),
+        share=("negatives",), not_negative=(
+            "lr", "warmup", "grad_clip", "weight_decay", "workers", "eval_every", "keep"))
+    if cfg.preset not in rewards.REWARD_PRESETS:
+        common.refuse(cfg, "preset", f"use one of {', '.join(rewards.REWARD_PRESETS)}")
+    if not 0 < cfg.keep_score <= 10:
+        common.refuse(cfg, "keep_score", "scores go from 0 to 10")
+    dist = common.setup(cfg.device)
+    device, bf16 = dist.device, common.use_bf16(cfg.precision, dist)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    # 1) scored pairs, and those held out: no source picture is on both sides
+    source = data.open_edits(cfg.data, "train")
+    held = data.open_edits(cfg.val_data or cfg.data, "all" if cfg.val_data else "heldout")
+    if hasattr(held, "wrong") and not cfg.val_data:
+        held.wrong = source.wrong  # of scenes, where held-out pairs are else all right
+    picks = list(range(min(cfg.eval_pairs, len(held))))
+    for pairs, n in ((source, min(len(source), 10_000)), (held, len(picks))):
+        if not any(pairs.score(i) is not None for i in range(n)):
+            raise SystemExit(f"error: --data: {pairs.name}: not one of {n:,} pairs has a score: judge them "
+                             "first, or give them a column `score` from 0 to 10")
+
+    # 2) architecture and weights: those of --out if there is something to resume, of --init, or from scratch
+    torch.manual_seed(cfg.seed)
+    found, weights = checkpoint.latest(cfg.out), None
+    if found:
+        arch = model.config_from(rewards.RewardConfig, found[1].get("arch", {}), "scorer", cfg.out)
+        for key in ("preset", "init", "data"):
+            if found[1]["config"][key] != getattr(cfg, key):
+                raise SystemExit(f"error: {cfg.out}: began with --{key} {found[1]['config'][key]}, not "
+                                 f"{getattr(cfg, key)}: repeat that command, or give another --out")
+        checkpoint.warn_changed(cfg.out, found[1], asdict(cfg), bf16)
+    elif cfg.init:
+        arch, weights = opened(cfg.init)
+    else:
+        arch = rewards.REWARD_PRESETS[cfg.preset]
+        words = rewards.train_tokenizer(instructions(source), arch.vocab, arch.txt_len)
+        arch = replace(arch, tokenizer=words)
+    net = rewards.EditScorer(arch)
+    if weights:
+        head = {f"head.{k}": v for k, v in net.head.state_dict().items()}
+        checkpoint.load_state(net, rewards.widened(weights) | head, cfg.init)
+    net.to(device).train()
+    common.print0(f"scorer: {common.n_params(net) / 1e6:.1f} M parameters, {device}, {dist.world} rank(s)")
+
+    # 3) optimiser
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() <= 1]
+    opt = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
+                             {"params": others, "weight_decay": 0.0}], lr=cfg.lr, fused=True)
+    params = matrices + others
+
+    # 4) resume: the newest checkpoint of --out that verifies
+    step, val, before, run_id, state = 0, {}, {}, None, {"model": net, "optimizer": opt}
+    if manifest := checkpoint.resume(cfg.out, state):
+        step, meta = manifest["step"], manifest["meta"]
+        val, before, run_id = meta["val"], meta["before"], meta["run_id"]
+        common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
+    checkpoint.check_writable(cfg.out)
+    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
+
+    # 5) data: batch s is a function of (seed, s, rank, world). Tasks come equally often
+    batches = data.make_edit_loader(
+        source, arch.image_size, cfg.batch_size, seed=cfg.seed, rank=dist.rank, world=dist.world,
+        workers=cfg.workers, start_step=step, aspects=cfg.aspects, stride=arch.patch, p_region=0.0,
+        device=device, draw=partial(draws, cfg))
+    perf, verdict = Perf(device, bf16, f"--data {cfg.data}"), Verdict(dist, cfg.out, "lower --lr")
+    lost_saves = 0
+    if not step:
+        before = report(net, held, picks, cfg, dist, autocast)
+        metrics.flush(0, numbers_of(before))
+
+    bar = log.progress(cfg.steps, step, "scorer", dist)
+    while step < cfg.steps:
+        for group in opt.param_groups:
+            group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup, cfg.steps, "cosine")
+        with perf.wait():
+            batch = next(batches)
+        edited, captions, scores = spoil(batch)
+
+        # 6) cross-entropy to the judge's score; a pair without one weighs nothing
+        with autocast:
+            logits = net(batch["source"], edited, *net.tokenize(captions, device))
+        known = ~scores.isnan()
+        losses = rewards.scorer_loss(logits, scores.nan_to_num())
+        loss = (losses * known).sum() / known.sum().clamp(min=1)
+        loss.backward()
+        free = torch.tensor(batch["kind"], device=device) > 0
+        off = (net.score(logits.detach()) - scores).abs()
+        metrics.add(**{"loss/scorer": loss})
+        metrics.add_where(known & ~free, **{"train/off": off})
+        metrics.add_where(free, **{"train/off_negatives": off})
+        perf.add(len(losses) * dist.world)
+
+        # 7) one verdict for all ranks: a non-finite step changes nothing
+        common.average_gradients(params, dist.world)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or torch.inf)
+        opt.found_inf = verdict.give(step, grad_norm, loss)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        step += 1
+        bar.update()
+        last = step == cfg.steps
+        metrics.add(**{"grad_norm/scorer": grad_norm})
+        stop = verdict.read(last)
+
+        # 8) logs, held-out report, checkpoints
+        if step % cfg.log_every == 0 or last:
+            metrics.flush(step, {"lr": opt.param_groups[0]["lr"], **perf.read(),
+                                 "data/skipped": batches.stats()["skipped"]})
+        if last or cfg.eval_every and step % cfg.eval_every == 0:
+            val = report(net, held, picks, cfg, dist, autocast)
+            metrics.flush(step, numbers_of(val))
+        if step % cfg.save_every == 0 or last or stop:
+            meta = {"arch": net.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
+                    "samples": step * cfg.batch_size * dist.world, "val": val, "before": before,
+                    "run_id": metrics.run_id}
+            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
+            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
+        if stop:
+            common.print0(f"stopped by a signal at step {step}; the same command resumes")
+            break
+    bar.close()
+    if step == cfg.steps:
+        common.print0(table(before, val, cfg.keep_score))
+    common.print0(log.peak_memory())
+    metrics.close()
+    batches.close()
+    common.cleanup()
+
+
+#### data ####################################################################################################
+def opened(init: str) -> tuple[rewards.RewardConfig, dict[str, Tensor]]:
+    """--init -> architecture and weights of a PreferenceReward."""
+    name, colon, rest = init.partition(":")
+    if name == "imagereward" and rest.count(",") == 1:
+        net = rewards.load_imagereward(*rest.split(","))
+    elif colon and not os.path.exists(init):
+        raise SystemExit(f"error: --init: {init}: give a reward's folder, or imagereward:PATH,VOCAB")
+    else:
+        net = rewards.open_reward(init, what="--init")
+    return net.cfg, net.state_dict()
+
+
+def instructions(source, n: int = 2_000) -> list[str]:
+    """All wordings of up to n pairs, evenly spaced: what a tokenizer is learned from."""
+    found = []
+    for i in np.unique(np.linspace(0, len(source) - 1, min(n, len(source))).astype(int)).tolist():
+        try:
+            item = source.load(i, 16, 16)
+        except BadFile:
+            continue  # named and counted when it is trained on
+        found += [clean_caption(c)[0] for c in item.get("captions") or [item["caption"]]]
+    return list(dict.fromkeys(found))
+
+
+def draws(cfg: Config, batch: dict) -> dict:
+    """`kind` of each pair, list of int: 0 as it is, 1 the source in place of the edited picture, 2 the
+    instruction of the next pair. A function of (seed, step, global position)."""
+    gens = common.generators(cfg.seed, batch["step"], batch["position"])
+    return {"kind": [(1 + (u < cfg.negatives / 2)) * (u < cfg.negatives) for u in common.rand(gens).tolist()]}
+
+
+def spoil(batch: dict) -> tuple[Tensor, list[str], Tensor]:
+    """Edited pictures, instructions and scores of a batch, with its free negatives, whose score is 0: nothing
+    was done, or something else was asked for. Without them a scorer learns how good pictures look, and no
+    more (sets that are kept at 9 and more have no low scores at all)."""
+    kind, captions = batch["kind"], list(batch["caption"])
+    same = torch.tensor([k == 1 for k in kind], device=batch["image"].device)
+    edited = torch.where(same[:, None, None, None], batch["source"], batch["image"])
+    wrong = same.clone()
+    for i, k in enumerate(kind):
+        other = batch["caption"][(i + 1) % len(kind)]
+        if k == 2 and other != captions[i] and batch["task"][i] != batch["task"][(i + 1) % len(kind)]:
+            captions[i], wrong[i] = other, True
+    return edited, captions, torch.where(wrong, 0.0, batch["score"])
+
+
+#### the report ##############################################################################################
+@torch.no_grad()
+def report(net, held, picks: list[int], cfg: Config, dist: common.Dist, autocast) -> dict:
+    """What the scorer says of the held-out pairs -> see `compare`; all ranks get the same."""
+    loader = data.make_edit_eval_batches(
+        held, picks, net.cfg.image_size, cfg.batch_size, rank=dist.rank, world=dist.world,
+        workers=cfg.workers, aspects=cfg.aspects, stride=net.cfg.patch, device=dist.device)
+    rows = []
+    net.eval()
+    for batch in loader:
+        tokens = net.tokenize(batch["caption"], dist.device)
+        with autocast:
+            both = [net.score(net(batch["source"], batch[k], *tokens)).tolist() for k in ("image", "source")]
+        rows += zip(*both, batch["score"].tolist(), batch["task"])
+    net.train()
+    loader.close()
+    if dist.world > 1:
+        parts = [None] * dist.world
+        td.all_gather_object(parts, rows)
+        rows = [row for part in parts for row in part]
+    rows = [row for row in rows if not math.isnan(row[2])]
+    said, nothing_done, true, tasks = zip(*rows)
+    out = compare(np.array(said), np.array(true), np.array(tasks), cfg.keep_score)
+    return out | {"val/score_of_nothing_done": float(np.mean(nothing_done))}
+
+
+def compare(said: np.ndarray, true: np.ndarray, tasks: np.ndarray, keep: float) -> dict:
+    """Scores of the scorer and of the judge, [N] each -> Spearman's correlation, in all and by task; mean
+    error and calibration error, as they are and calibrated; precision and recall of keeping what reaches
+    `keep`, and the precision of keeping as many as the judge does. `knots`: the calibration, of all pairs.
+
+    What is calibrated is judged on the half that it was not fitted on. A precision of nothing kept is None.
+    """
+    half, fixed = np.arange(len(said)) % 2, np.zeros(len(said))
+    for h in (0, 1):
+        fixed[half == h] = np.interp(said[half == h], *isotonic(said[half != h], true[half != h]))
+    good = true >= keep
+    best = np.zeros(len(said), bool)
+    best[np.argsort(-said, kind="stable")[:good.sum()]] = True
+    out = {"val/pairs": len(said), "val/judge_keeps": float(good.mean()),
+           "val/spearman": spearman(said, true)}
+    for name, s in (("", said), ("calibrated_", fixed)):
+        kept = s >= keep
+        out |= {f"val/{name}off": float(np.abs(s - true).mean()), f"val/{name}ece": ece(s, true),
+                f"val/{name}kept": float(kept.mean()),
+                f"val/{name}precision": float(good[kept].mean()) if kept.any() else None,
+                f"val/{name}recall": float(kept[good].mean()) if good.any() else None}
+    out["val/precision_as_many"] = float(good[best].mean()) if good.any() else None
+    out |= {f"val/spearman_{t or 'no_task'}": spearman(said[tasks == t], true[tasks == t])
+            for t in sorted(set(tasks.tolist()))}
+    return out | {"knots": [k.tolist() for k in isotonic(said, true)]}
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks [N], those of equal values their mean."""
+    _, where, n = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(n) - (n - 1) / 2)[where]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation; None where one of them is constant."""
+    a, b = ranks(a) - (len(a) + 1) / 2, ranks(b) - (len(b) + 1) / 2
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale else None
+
+
+def ece(said: np.ndarray, true: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error: how far the means of both are apart in ten equal groups by `said`."""
+    groups = [g for g in np.array_split(np.argsort(said, kind="stable"), bins) if len(g)]
+    return float(sum(abs(said[g].mean() - true[g].mean()) * len(g) for g in groups) / len(said))
+
+
+def isotonic(said: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rising function nearest to `true` (pool adjacent violators) -> knots x, y for np.interp: the mean
+    of each pool, so that it rises between them."""
+    pools = []  # sum of x, sum of y, number
+    for i in np.argsort(said, kind="stable"):
+        pools.append([said[i], true[i], 1])
+        while len(pools) > 1 and pools[-2][1] * pools[-1][2] >= pools[-1][1] * pools[-2][2]:
+            pools[-2:] = [[a + b for a, b in zip(*pools[-2:])]]
+    x, y, n = np.array(pools, np.float64).T
+    return x / n, y / n
+
+
+def numbers_of(found: dict) -> dict:
+    return {k: v for k, v in found.items() if k.startswith("val/") and v is not None}
+
+
+def table(before: dict, after: dict, keep: float) -> str:
+    rows = {"spearman": "rank correlation with the judge", "off": "mean distance from its score",
+            "ece": "calibration error", "calibrated_ece": "  the same, calibrated",
+            "precision": f"of those it scores >= {keep:g}, the judge too", "recall": "  found of the judge's",
+            "calibrated_precision": "  the same, calibrated", "calibrated_recall": "  found of the judge's",
+            "precision_as_many": "of as many as the judge keeps",
+            "score_of_nothing_done": "score of the source in place of the edit"}
+    lines = [f"{after['val/pairs']:,} held-out pairs, the judge keeps {after['val/judge_keeps']:.1%}"
+             f"{'':<14}untrained   trained"]
+    for key, words in rows.items():
+        cells = ("none kept" if x.get(f"val/{key}") is None else f"{x[f'val/{key}']:.3f}"
+                 for x in (before, after))
+        lines.append(f"{words:<55}" + "".join(f"{c:>10}" for c in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        common.refuse_old_flags()
+        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
+        main(tyro.cli(Config, description=__doc__, config=cli))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command resumes at the newest checkpoint") from None
