@@ -87,9 +87,15 @@ def put(path, data):
     """Bytes -> a file that is whole or not there. SystemExit with one line when the disk is full."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        tmp.write_bytes(data)
-        checkpoint.fsync(tmp)
-        tmp.replace(path)
+        for last in (False, True):
+            try:
+                tmp.write_bytes(data)
+                checkpoint.fsync(tmp)
+                tmp.replace(path)
+                break
+            except FileNotFoundError:  # another rank has taken it for a dead process's, in `finish`
+                if last:
+                    raise
         checkpoint.fsync(path.parent)
     except OSError as e:
         tmp.unlink(missing_ok=True)
@@ -235,6 +241,8 @@ def finish(out, names):
     put(out / "manifest.json", text(plan | {
         "rows": sum(f["rows"] for f in files.values()), "made": sum(f["made"] for f in files.values()),
         "tasks": dict(sorted(tasks.items())), "rejected": dict(sorted(causes.items())), "files": files}))
+    for stale in out.glob("*.tmp"):  # of killed processes: all is written
+        stale.unlink(missing_ok=True)
     print(table(out, names), flush=True)
     return True
 
