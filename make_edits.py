@@ -15,7 +15,7 @@ row is a function of (seed, item, task, try).
 import json
 import math
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -179,6 +179,13 @@ def options(cfg: Stage) -> dict:
     return told
 
 
+def settled(cfg, dist) -> tuple:
+    """The precision that this hardware computes in becomes part of the plan: half a set in another one would
+    be another set. -> cfg, whether bf16."""
+    bf16 = common.use_bf16(cfg.precision, dist)
+    return replace(cfg, precision=common.PRECISION[bf16]), bf16
+
+
 def open_pipe(path: str, dist, needs: tuple, what: str, tokenizers: str | None) -> pipeline.Pipe:
     pipe = pipeline.open_editor(path, dist.device, needs, what, tokenizers=tokenizers)
     pipe.net.to(dist.device).eval().requires_grad_(False)
@@ -205,10 +212,9 @@ def shapes_of(source, items: range, size: int, stride: int) -> tuple[dict, list[
     return groups, lines
 
 
-def row_of(request: dict, key: str, task: str, attempt: int, made: dict, cfg) -> dict:
-    """A row of COLUMNS. made: as specialists.make gives it."""
+def row_of(request: dict, item: str, task: str, attempt: int, made: dict, cfg) -> dict:
+    """A row of COLUMNS. item: names the request and who made it; made: as specialists.make gives it."""
     h, w = made["image"].shape[:2]
-    item = f"{task}-{key}"
     source = request["source"]
     if source and made["drawn"]:  # the picture is no longer the scene
         source = json.dumps(json.loads(source) | {"drawn": True})
@@ -276,11 +282,10 @@ def specialist(cfg: Specialist, dist) -> None:
         raise SystemExit("error: --editor: None: style needs an instruction editor: name one, such as "
                          "assets/editnet")
     source = requests.open_requests(cfg.data, cfg.split, tasks, cfg.n, cfg.offset)
-    n = len(source)
+    n, (cfg, bf16) = len(source), settled(cfg, dist)
     plan = {"stage": "specialist", "options": options(cfg), "data": source.about, "items": n,
             "shards": -(-n // cfg.shard)}
     shards.keep_plan(cfg.out, plan)
-    bf16 = common.use_bf16(cfg.precision, dist)
     pipe = open_pipe(cfg.ckpt, dist, ("fill",), "--ckpt", cfg.tokenizers)
     editor = open_pipe(cfg.editor, dist, ("follow",), "--editor", cfg.tokenizers) if cfg.editor else None
     size, stride = cfg.image_size or pipe.size, pipe.space.stride * pipe.net.cfg.patch
@@ -300,7 +305,7 @@ def specialist(cfg: Specialist, dist) -> None:
         asked = {i: request for found in groups.values() for i, request in found}
         for (i, attempt), (made, ms) in sorted(made_of.items()):
             key, task = source.key(i), source.task(i)
-            row = row_of(asked[i], key, task, attempt, made, cfg)
+            row = row_of(asked[i], f"{task}-{key}", task, attempt, made, cfg)
             line = {"key": key, "task": task, "try": attempt, "status": "made", "cause": None, "ms": ms}
             if task != "remove" or keeps_removals:
                 rows.append(row)
@@ -323,15 +328,14 @@ def region(cfg: Region, dist) -> None:
                         not_negative=("n", "offset", "grow", "image_size", "quality"),
                         share=("p_soft", "strength"))
     tasks, *_ = requests.tasks_of(cfg.tasks)
-    if "add" in cfg.tasks or set(tasks) - set(requests.WHERE) - {"remove"}:
-        raise SystemExit(f"error: --tasks: {cfg.tasks}: a region needs an object's mask: use some of "
-                         f"{', '.join(requests.WHERE)}")
+    if "add" in cfg.tasks or set(tasks) - set(regions.TASKS):
+        raise SystemExit(f"error: --tasks: {cfg.tasks}: a region is an object's, or all around it: use some "
+                         f"of {', '.join(regions.TASKS)}")
     source = requests.open_requests(cfg.data, cfg.split, tasks, cfg.n, cfg.offset)
-    n = len(source)
+    n, (cfg, bf16) = len(source), settled(cfg, dist)
     plan = {"stage": "region", "options": options(cfg), "data": source.about, "items": n,
             "shards": -(-n // cfg.shard)}
     shards.keep_plan(cfg.out, plan)
-    bf16 = common.use_bf16(cfg.precision, dist)
     pipe = open_pipe(cfg.ckpt, dist, ("fill", "draw"), "--ckpt", cfg.tokenizers)
     clip = refining.open_clip(cfg.clip, dist.device) if cfg.clip else None
     size, stride = cfg.image_size or pipe.size, pipe.space.stride * pipe.net.cfg.patch
@@ -396,7 +400,7 @@ def region(cfg: Region, dist) -> None:
             lines.append({"key": key, "task": task, "try": attempt, "ms": ms, "cause": told["cause"],
                           "status": "rejected" if told["cause"] else "made"})
             if not told["cause"]:
-                rows.append(row_of(request, key, task, attempt, made, cfg)
+                rows.append(row_of(request, f"region-{task}-{key}", task, attempt, made, cfg)
                             | {k: v for k, v in told.items() if k != "cause"})
         return rows, lines
 
@@ -421,11 +425,13 @@ def score_stage(cfg: Score, dist) -> None:
                        "status": row["judge_status"], "o_score": row["o_score"],
                        "cause": None if row["o_score"] is not None else row["judge_status"]} for row in rows]
 
-    if run(cfg, plan, make, dist, folder):
-        wanted = ["task", "item", "try", "o_score"]
-        light = [row for s in range(plan["shards"])
-                 for row in shards.read(Path(cfg.out) / shards.name_of(s), wanted)]
-        print(score.yield_table(score.yields(light, cfg.min_score), cfg.min_score), flush=True)
+    run(cfg, plan, make, dist, folder)
+    there = [Path(cfg.out) / shards.name_of(s) for s in range(plan["shards"])]
+    there = [path for path in there if path.with_suffix(".json").is_file()]
+    light = [row for path in there for row in shards.read(path, ["task", "item", "try", "o_score"])]
+    if light:
+        common.print0(f"{len(there)} of {plan['shards']} shards, min_score {cfg.min_score:g}:\n"
+                      + score.yield_table(score.yields(light, cfg.min_score), cfg.min_score))
 
 
 ########################################## 5. refine #########################################################
@@ -437,8 +443,8 @@ def refine(cfg: Refine, dist) -> None:
     steps = common.numbers(cfg.steps, "steps", 0)
     if len(steps) > 2 or sum(steps) < 1:
         raise SystemExit(f"error: --steps: {cfg.steps}: use those of the base and of the second model: 18,15")
+    cfg, bf16 = settled(cfg, dist)
     folder, plan = follow_up(cfg, ("specialist", "region", "score"), "refine")
-    bf16 = common.use_bf16(cfg.precision, dist)
     pipes = [open_pipe(cfg.ckpt, dist, ("draw",), "--ckpt", cfg.tokenizers)]
     pipes += [open_pipe(cfg.second, dist, ("draw",), "--second", cfg.tokenizers) if cfg.second else pipes[0]]
     space, shift = pipes[0].space, pipes[0].shift

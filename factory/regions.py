@@ -14,6 +14,7 @@ import flow
 import pipeline
 from scenes.draw import pick
 
+TASKS = ("swap", "remove", "attribute", "background")  # that are done in a region
 SOFT = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8)  # of the ring, as in its code
 LARGE, SMALL, PIECES = 0.9, 0.01, 500  # its limits: share of the picture; contours
 HULLS, BOXED = 150, 500  # below: ring up to the hulls; up to: hulls, and a ring up to the box

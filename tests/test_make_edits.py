@@ -84,12 +84,12 @@ def test_killed_anywhere_and_resumed_by_another_world_gives_the_same_bytes(tmp_p
     whole = files_of(tmp_path / "whole")
     assert {"00003.parquet", "manifest.json", "plan.json", "sheet.png"} <= whole.keys()
     ends = []
-    for stop in (0, 1, 3, 4, 5, 9, 17, 26, 28):
+    for stop in (0, 3, 5, 17, 26, 28):
         out = tmp_path / str(stop)
         ends.append(produce(out, 4, 2, stop=stop))
         assert files_of(out) != whole
         produce(out, 4, 3, ranks=(1, 0))
-        # shard 2 is the last that rank 2 has to make, and the first run's rank 0 makes it by its 14th operation
+        # of three ranks the last one has shard 2, which the first run had made by its 14th operation
         assert (out / "manifest.json").exists() == (stop >= 14)
         produce(out, 4, 3)
         assert files_of(out) == whole, f"killed at {stop}"
@@ -289,7 +289,7 @@ def test_stages_refuse_what_they_cannot_do(base, tmp_path, specialist):
     for name, flags, words in (
             ("specialist", {"out": tmp_path / "a", "tasks": "style", "ckpt": base}, "--editor"),
             ("specialist", {"out": tmp_path / "a", "tasks": "swap,jump"}, "jump"),
-            ("region", {"out": tmp_path / "a", "tasks": "style"}, "object's mask"),
+            ("region", {"out": tmp_path / "a", "tasks": "style"}, "a region is"),
             ("score", {"out": tmp_path / "a", "data": specialist[0], "judge": "me"}, "not a judge"),
             ("score", {"out": specialist[0], "data": specialist[0]}, "is what is read"),
             ("score", {"out": tmp_path / "a", "data": specialist[0], "judge": "http://127.0.0.1:9/v1"},
@@ -500,6 +500,7 @@ def test_refine_stage(specialist, base, tmp_path):
     assert all(a["edited_img"] != b["edited_img"] for a, b in zip(rows, other))
 
 
+@pytest.mark.slow
 def test_clip_filter(tmp_path):
     """The numbers are rewards.clip_similarity's and clip_direction's; each threshold rejects by its name, and
     captions that are alike have no direction."""
@@ -540,7 +541,8 @@ def light(k, task="swap", o=9.5, item=None, attempt=0, family=None, source=None,
 def test_what_pack_keeps():
     rows = [light(0, o=9.2, item="a"), light(1, o=9.8, item="a", attempt=1), light(2, o=None),
             light(3, o=8.9), light(4, changed=0.0), light(5, "style", changed=0.0),
-            light(6, hashes=(5, 9), said="Do it!"), light(7, hashes=(4, 8), said="do  it"), light(8, hashes=(4, 8), said="another"),
+            light(6, hashes=(5, 9), said="Do it!"), light(7, hashes=(4, 8), said="do  it"),
+            light(8, hashes=(4, 8), said="another"),
             *[light(10 + k, source="one", said=f"say {k}") for k in range(5)],
             light(20, o=9.8, item="a", attempt=2)]
     kept, cause = pack.choose(rows, 9.0)
