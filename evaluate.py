@@ -154,7 +154,7 @@ class Config:
     region: bool = False  # edits: show the editor which region changes
     aspects: str = "1:1"  # width:height, with commas; edits: each is judged on its own; parser: it sees all
     image_size: int = 0  # edits: side of the square of equal area; 0 = what the editor was trained at
-    solver: Literal["euler", "heun"] = "euler"  # of the sampler
+    solver: Literal["euler", "heun", "dpm"] = "euler"  # of the sampler
     seeds: str = "0"  # noise seeds, with commas
     batch_size: int = 64  # pictures sampled together; parser: scenes in a training batch
     lr: float = 2e-3  # parser: peak learning rate, cosine

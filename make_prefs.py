@@ -36,7 +36,7 @@ from readers.files import BadFile, clean_caption, too_many
 from scenes import dataset
 from scenes import text as scene_text
 from scenes.draw import Scene, pick, rng_for
-from scenes.judge import gradient, to_float, to_uint8
+from scenes.judge import to_float, to_uint8, truth_distance
 
 
 @dataclass
@@ -60,9 +60,8 @@ class Config:
     k: int = 4  # pictures for each prompt, of which the best and the worst are kept
     steps: str = "20"  # of sampling, for each of the k in turn, with commas
     guidance: float = 1.0  # classifier-free guidance; 1 = off
-    solver: Literal["euler", "heun"] = "euler"  # of the sampler
-    margin: float = 0.25  # best and worst are a pair if the worst's error is larger by this fraction;
-    #   by a reward: if it is lower by so many standard deviations of held-out scores
+    solver: Literal["euler", "heun", "dpm"] = "euler"  # of the sampler
+    margin: float = 0.25  # a pair's least gap: of the worst's error, as a fraction; of a reward's score, in std
     mismatched: float = 0.67  # share of false captions that are another scene's; the rest: one fact
     batch_size: int = 64  # pictures sampled together
     seed: int = 0  # of masks, prompts, noise and false captions
@@ -71,21 +70,6 @@ class Config:
 
 
 PROMPT_FREE = 0.25  # share of aesthetic preferences without a prompt: the editor outpaints without one
-
-
-def truth_distance(x: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
-    """How far pictures [N, 3, H, W] are from the truth in the hole, [N], in [0, 1] units; 0 for the truth
-    itself.
-
-    Pixel L1 plus twice the L1 between local gradient energies (5 x 5 means). Pixel or gradient L1 alone
-    would prefer blur to a sharp texture that lies a little off; local energy counts lost and invented
-    detail alike. The judge's parser has no part in it.
-    """
-    def energy(y: Tensor) -> Tensor:
-        return F.avg_pool2d(gradient(y), 5, 1, 2, count_include_pad=False)
-
-    d = (x - truth).abs().mean(1, keepdim=True) + 2 * (energy(x) - energy(truth)).abs()
-    return (d * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1) / 2
 
 
 def _blur(x: Tensor, rng: np.random.Generator) -> Tensor:

@@ -234,11 +234,12 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(width, heads, qk_norm, dual=dual)
 
     def forward(self, img: Tensor, txt: Tensor, silu_c: Tensor, memory: Memory | None = None,
-                keep: list | None = None) -> tuple[Tensor, Tensor | None]:
+                keep: list | None = None, share: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """img [B, L, D], txt [B, Lt, D], silu_c [B, D] -> img, txt (None after the last block).
 
         memory: keys and values of further image tokens, attended to as this block's own; keep: a list to
-        which this call appends those of its image tokens, to be another call's memory.
+        which this call appends those of its image tokens, to be another call's memory. share [B]: the row
+        whose image tokens' queries and keys a row takes in place of its own (see MMDiT.forward).
         """
         x, c = self.x_block, self.context_block
         mi, mt = x.modulation(silu_c), c.modulation(silu_c)
@@ -246,11 +247,15 @@ class JointBlock(nn.Module):
 
         # 1) attention over both streams
         qi, ki, vi = x.attn(modulate(img, mi[0], mi[1]))
+        if share is not None:
+            qi, ki = qi[share], ki[share]
         qt, kt, vt = c.attn(modulate(txt, mt[0], mt[1]))
         norms = [x.attn.norms, c.attn.norms]
         ai, at = attend([qi, None if c.pre_only else qt], [ki, kt], [vi, vt], norms, far)
         if x.dual:  # fed from the same input of the block, not from attention's result
             q2, k2, v2 = x.attn2(modulate(img, mi[6], mi[7]))
+            if share is not None:
+                q2, k2 = q2[share], k2[share]
             (a2,) = attend([q2], [k2], [v2], [x.attn2.norms], far2)
         if keep is not None:
             keep.append((x.attn.memory(ki, vi), x.attn2.memory(k2, v2) if x.dual else None))
@@ -326,14 +331,18 @@ class MMDiT(nn.Module):
         """The last tokens [B, hw, D] -> [B, C, H, W]."""
         return unpatchify(self.final_layer(img, silu_c), h, w, self.patch)
 
-    def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor, share: Tensor | None = None) -> Tensor:
         """x [B, C_in, H, W], t [B] in [0, 1], txt [B, Lt, txt_dim], vec [B, vec_dim] -> [B, C, H, W].
 
-        H and W are multiples of the patch; any aspect ratio the position table can hold.
+        H and W are multiples of the patch; any aspect ratio the position table can hold. share int64 [B]:
+        Prompt-to-Prompt of a joint attention (Shin et al. 2025, arXiv 2508.07519): in every block row i asks
+        with the image tokens' queries and keys of row share[i], its values and its text are its own. A
+        picture then keeps the layout of that row.
         """
         img, txt, silu_c = self.embed(x, t, txt, vec)
         for block in self.joint_blocks:
-            img, txt = self.run(block, img, txt, silu_c)
+            shared = () if share is None else (None, None, share)
+            img, txt = self.run(block, img, txt, silu_c, *shared)
         return self.unembed(img, silu_c, x.shape[-2] // self.patch, x.shape[-1] // self.patch)
 
 
@@ -467,15 +476,16 @@ class Editor(nn.Module):
         ids = captions if isinstance(captions, Tensor) else self.text.tokenize(captions)
         return self.text(ids.to(self.mmdit.pos_embed.device))
 
-    def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor,
-                mask: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor, mask: Tensor | None = None,
+                masked: Tensor | None = None, share: Tensor | None = None) -> Tensor:
         """Velocity at x_t.
 
         x [B, C, H, W] at times t [B] in [0, 1]; mask [B, 1, H, W], 1 = regenerate; masked [B, C, H, W] is
         x_0 (1 - mask). Without a mask an inpainting model generates the whole picture (mask of ones,
-        ByteEdit's global mask). -> v [B, C, H, W]
+        ByteEdit's global mask). share: as in MMDiT.forward. -> v [B, C, H, W]
         """
-        return self.to_velocity(x, t, self.mmdit(self.network_input(x, mask, masked), t, txt, vec))
+        shared = () if share is None else (share,)
+        return self.to_velocity(x, t, self.mmdit(self.network_input(x, mask, masked), t, txt, vec, *shared))
 
     def network_input(self, x: Tensor, mask: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """x, or x | mask | masked along channels, [B, C_in, H, W]."""

@@ -96,7 +96,7 @@ class Config:
     steps: int = 20  # sampler steps (ByteEdit: 20 for the base, 8 once accelerated)
     guidance: float | None = None  # classifier-free guidance; default 1 (off, as PeFL trains), for edit 3
     image_guidance: float = 1.5  # edit: the same towards the source picture; 1 = off
-    solver: Literal["euler", "heun"] = "euler"  # heun: second order, two evaluations a step
+    solver: Literal["euler", "heun", "dpm"] = "euler"  # heun, dpm: second order; heun calls twice a step
     shift: float | None = None  # moves the steps towards noise; default the checkpoint's
     size: int | None = None  # working resolution: side of the square of equal area; default the checkpoint's
     crop: Literal["auto", "mask", "none"] = "auto"  # work on windows around the mask; auto: if larger there
@@ -152,7 +152,7 @@ def main(cfg: Config) -> None:
 
     # 3) sample: a few batches of inputs at a time, those of one shape together
     mine = items[dist.rank::dist.world]
-    calls = cfg.steps if cfg.solver == "euler" else 2 * cfg.steps - 1
+    calls = 2 * cfg.steps - 1 if cfg.solver == "heun" else cfg.steps
     evaluations = sum(len(item["files"]) for item in mine) * cfg.num_samples * calls
     bar = log.progress(evaluations, desc=f"{cfg.task} steps", dist=dist)
     settings = dict(ts=flow.timesteps(cfg.steps, shift), guidance=cfg.guidance, solver=cfg.solver,
@@ -501,8 +501,8 @@ def load_job(item: dict, cfg: Config, size: int, arch: model.EditorConfig, strid
                              f"takes at most {arch.pos_max * token} a side: give a smaller --size")
         return H, W
 
-    job = Job(item["name"], texts[0], item["seed"], source, canvas, mask, task != "edit", [], (), canvas, mask,
-              about, work, own, item=item, regions=regions)
+    job = Job(item["name"], texts[0], item["seed"], source, canvas, mask, task != "edit", [], (), canvas,
+              mask, about, work, own, item=item, regions=regions)
     return start(job, cfg, size)
 
 

@@ -69,8 +69,9 @@ TASK_NAMES = {word: task for task, words in TASK_WORDS.items() for word in words
 Preset = namedtuple("Preset", "source target instruction mask task score key size alpha described",
                     defaults=[(), None, ()])
 PRESETS = {
-    "omniedit": Preset(("src_img",), ("edited_img",), ("edited_prompt_list",), (), ("task",), ("o_score",),
-                       ("omni_edit_id",), ("height", "width")),
+    "omniedit": Preset(("src_img",), ("edited_img",), ("edited_prompt_list",), ("mask_image",), ("task",),
+                       ("o_score",), ("family", "omni_edit_id"), ("height", "width"),
+                       described=("target_caption",)),
     "ip2p": Preset(("original_image", "input_image"), ("edited_image",), ("edit_prompt",), (), (), (),
                    ("original_prompt", "edit_prompt"), described=("edited_prompt",)),
     "magicbrush": Preset(("source_img",), ("target_img",), ("instruction",), ("mask_img",), (), (),

@@ -209,10 +209,14 @@ def add(scene, rng):
         size, place = of.sizes[0], free_place(scene.objects, of.sizes[0], u[9:], -99.0)
     new = Object(pick(of.shapes, u[1]), pick(_colours_on(scene), u[2]), pick(of.materials, u[3]), size,
                  round(place[0], 4), round(place[1], 4), round((u[4] - 0.5) * 24, 2))  # fmt: skip
-    material = pick(MATERIAL_WORDS[new.material], u[6])
-    what = article(f"{pick(SIZE_WORDS[size], u[7])} {new.colour} {material} {new.shape}")
-    text = pick(ADD_TEXTS, u[5]).format(what, _where(place_of(new), u[8]))
-    return Edit("add", replace(scene, objects=(*scene.objects, new)), text, (len(scene.objects) + 1,))
+    return Edit("add", replace(scene, objects=(*scene.objects, new)), addition(new, u[5:9]),
+                (len(scene.objects) + 1,))
+
+
+def addition(new, u):
+    """An instruction that adds the object `new`; u: four uniform draws."""
+    what = f"{pick(SIZE_WORDS[new.size], u[2])} {new.colour} {pick(MATERIAL_WORDS[new.material], u[1])} "
+    return pick(ADD_TEXTS, u[0]).format(article(what + new.shape), _where(place_of(new), u[3]))
 
 
 def crowded(edit):

@@ -154,8 +154,8 @@ def test_blur_and_noise_are_seen(cases):
         of_blur, of_noise = judge_holes.judge(blurred, c, net), judge_holes.judge(noisy, c, net)
         assert of_blur["sharpness"].mean() < 0.75 and of_noise["sharpness"].mean() > 1.25
         assert min(np.nanmean(of_blur["hole"]), np.nanmean(of_noise["hole"])) > 0.01
-        far = make_prefs.truth_distance(blurred, c.truth, c.mask)
-        assert (far > 0).all() and (make_prefs.truth_distance(c.truth, c.truth, c.mask) == 0).all()
+        far = judge.truth_distance(blurred, c.truth, c.mask)
+        assert (far > 0).all() and (judge.truth_distance(c.truth, c.truth, c.mask) == 0).all()
 
 
 def test_parser_judges_true_and_wrong_pictures(source, cases, judge_net):
@@ -222,7 +222,7 @@ def test_degradations_are_worse_and_stay_in_the_hole(cases):
         y, name = make_prefs.degrade(c.truth[i], c.truth[i], c.mask[i], np.random.default_rng(i))
         seen.add(name)
         assert torch.equal(y * (1 - c.mask[i]), c.truth[i] * (1 - c.mask[i]))
-        assert make_prefs.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
+        assert judge.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
     assert seen == set(make_prefs.DEGRADATIONS)
 
 

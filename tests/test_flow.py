@@ -134,8 +134,8 @@ def test_heun_is_better_to_the_end_and_costs_two_calls_a_step():
         err[solver] = abs(flow.sample(counted, x, flow.timesteps(16), solver).item() - 0.5)
         assert len(calls) == (16 if solver == "euler" else 31) and min(calls) > 0
     assert err["heun"] < err["euler"] / 2
-    with pytest.raises(SystemExit, match="error: .*'dpm'"):
-        flow.sample(curved, x, [1.0, 0.0], "dpm")
+    with pytest.raises(SystemExit, match="error: .*'ddim'"):
+        flow.sample(curved, x, [1.0, 0.0], "ddim")
 
 
 def test_one_step_of_euler_from_any_time_is_the_x0_prediction():
@@ -274,3 +274,84 @@ def test_dual_guidance(text, image, rows):
     assert list(weights) == rows and calls == [4 * len(rows)]
     assert torch.allclose(got, naive, atol=1e-5)
     assert len(rows) > 1 or torch.equal(got, v[rows[0]])
+
+
+# ---- DPM-Solver++(2M), and times as Karras spaces them -------------------------------------------
+
+
+def gaussian(m=0.7, s=0.4):
+    """Pictures N(m, s^2), whose velocity is known, and where a point flows: v(x, t), end(x, t, u)."""
+    def spread(t):
+        return math.sqrt((1 - t) ** 2 * s**2 + t**2)
+
+    def v(x, t):
+        t = float(t[0])
+        z = (x - (1 - t) * m) / spread(t)
+        return -m + z * (t - (1 - t) * s**2) / spread(t)
+
+    return v, lambda x, t, u: (1 - u) * m + (x - (1 - t) * m) / spread(t) * spread(u)
+
+
+def solved(solver, n, start=0.911, stop=0.05):
+    """Largest error at `stop` after n steps even in ln((1 - t) / t), in float64."""
+    v, exact = gaussian()
+    a, b = (math.log((1 - t) / t) for t in (start, stop))
+    ts = [1 / (1 + math.exp(a + (b - a) * i / n)) for i in range(n + 1)]
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
+    got = flow.sample(v, x, ts, solver)
+    assert got.dtype == torch.float64
+    return float((got - exact(x, ts[0], ts[-1])).abs().max())
+
+
+def test_dpm_is_of_second_order_and_euler_of_first():
+    orders = {s: [math.log2(solved(s, n) / solved(s, 2 * n)) for n in (20, 40)] for s in ("euler", "dpm")}
+    assert all(0.85 < p < 1.15 for p in orders["euler"]), orders
+    assert all(1.85 < p < 2.2 for p in orders["dpm"]), orders
+    assert solved("dpm", 20) < solved("euler", 20) / 10
+
+
+def test_dpm_begins_and_ends_as_euler():
+    """From t = 1 ln((1 - t) / t) grows by infinity: two steps, and the one to 0, are of first order."""
+    v, exact = gaussian()
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
+    euler = flow.sample(v, x, [1.0, 0.8, 0.5])
+    assert torch.allclose(flow.sample(v, x, [1.0, 0.8, 0.5], "dpm"), euler, atol=1e-12, rtol=0)
+    far = flow.sample(v, x, flow.timesteps(40), "dpm") - exact(x, 1.0, 0.0)
+    assert far.isfinite().all() and far.abs().max() < 0.01
+    last = flow.sample(v, x, [0.5, 0.0], "dpm")
+    assert torch.allclose(last, x - 0.5 * v(x, [0.5]))
+
+
+def test_dpm_under_guidance_is_dpm_of_the_guided_velocity():
+    v, _ = gaussian()
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
+
+    def rows(x, t):
+        return torch.cat([v(part, t) * k for k, part in enumerate(x.chunk(2), 1)])
+
+    ts = flow.edm_times(12, 0.911)
+    guided = flow.sample(flow.guide(rows, {"both": 3.0, "none": -2.0}), x, ts, "dpm")
+    assert torch.allclose(guided, flow.sample(lambda x, t: 3 * v(x, t) - 4 * v(x, t), x, ts, "dpm"))
+
+
+def test_dpm_puts_the_known_region_back():
+    x0, noise, _ = pictures(2)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., 4:] = 1
+    got = flow.sample(lambda x, t: x * 0.3, noise, flow.timesteps(5), "dpm", x0, noise, mask)
+    assert torch.allclose(got[..., :4], x0[..., :4]) and not torch.allclose(got[..., 4:], x0[..., 4:])
+
+
+def test_edm_times():
+    """Entry 16 of Karras' list of 50 from 80 to .002 is the log-SNR at which the refinement paper begins."""
+    start = flow.t_from_logsnr(-4.649)
+    assert abs(start - 0.9109) < 1e-4
+    whole = flow.edm_times(50, 80 / 81, sigma_min=0.002)
+    assert len(whole) == 51 and whole[-1] == 0 and abs(whole[16] - start) < 1e-5
+    ts = flow.edm_times(33, start)
+    assert ts[0] == start and len(ts) == 34 and abs(ts[-2] / (1 - ts[-2]) - 0.03) < 1e-9
+    assert all(a > b for a, b in zip(ts, ts[1:]))
+    assert flow.edm_times(1, 0.5) == [0.5, 0.0]
+    for start in (1.0, 0.01):
+        with pytest.raises(SystemExit, match="Karras"):
+            flow.edm_times(3, start)

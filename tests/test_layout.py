@@ -9,8 +9,9 @@ FLOORS = (  # from the ground up; a folder is one name
     {"model", "flow", "checkpoint", "log", "masks", "windows", "common"},
     {"readers", "pretrained", "scenes"},
     {"pipeline", "data", "rewards"},
+    {"factory"},
     {"train_reward", "train_scorer", "train_pefl", "train_omni", "make_cache", "make_pack", "make_prefs",
-     "sample", "evaluate"},
+     "make_edits", "sample", "evaluate"},
     {"runs", "tests"},
 )
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}
@@ -34,7 +35,8 @@ def imported(path, modules):
 
 def house():
     files = [p for p in ROOT.glob("*.py")]
-    files += [p for name in ("kernels", "readers", "pretrained", "scenes", "runs", "tests")
+    files += [p for name in ("kernels", "readers", "pretrained", "scenes", "factory", "runs",
+                                                "tests")
               for p in (ROOT / name).glob("*.py")]
     modules = {module_of(p): p for p in files}
     return {name: imported(path, set(modules)) - {name} for name, path in modules.items()}

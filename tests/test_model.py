@@ -620,3 +620,31 @@ def test_blocks_are_compiled_once_for_all_depths():
         traced[depth] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
     assert traced[3] == traced[6] <= 4, traced
+
+
+@pytest.mark.parametrize("dual", [0, 1])
+def test_shared_queries_and_keys(dual):
+    """A row that shares with itself changes nothing; one that shares with another takes its queries and keys
+    in every attention of the image tokens, and no value: the reference swaps them by hand."""
+    torch.manual_seed(0)
+    cfg = model.EditorConfig(depth=2, heads=2, head_dim=8, patch=2, channels=3, pos_max=8, txt_dim=16,
+                             vec_dim=16, dual=dual, qk_norm=True)
+    net = model.MMDiT(cfg)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.6, 0.6])
+    txt, vec = torch.randn(2, 5, 16), torch.randn(2, 16)
+    own, share = net(x, t, txt, vec), torch.tensor([0, 0])
+    assert torch.equal(net(x, t, txt, vec, torch.tensor([0, 1])), own)
+    got = net(x, t, txt, vec, share)
+    assert torch.equal(got[0], own[0]) and (got[1] - own[1]).abs().max() > 1e-3
+
+    def swapped(attn):
+        plain = attn.forward
+        return lambda y: (lambda q, k, v: (q[share], k[share], v))(*plain(y))
+
+    for block in net.joint_blocks:
+        for name in ("attn", "attn2")[:1 + block.x_block.dual]:
+            attn = getattr(block.x_block, name)
+            attn.forward = swapped(attn)
+    assert torch.equal(net(x, t, txt, vec), got)

@@ -226,6 +226,10 @@ VOCAB = 2 * len(BYTES) + 2 + 2
 
 @pytest.fixture
 def clip_words(tmp_path):
+    return clip_vocabulary(tmp_path)
+
+
+def clip_vocabulary(tmp_path):
     """A folder with a small CLIP's vocab.json and merges.txt: bytes, two merges, the two special tokens."""
     merges = [("r", "e"), ("re", "d</w>")]
     tokens = [*BYTES, *(b + "</w>" for b in BYTES), *("".join(m) for m in merges), "<|startoftext|>",
