@@ -61,7 +61,7 @@ class Config:
     steps: str = "20"  # of sampling, for each of the k in turn, with commas
     guidance: float = 1.0  # classifier-free guidance; 1 = off
     solver: Literal["euler", "heun", "dpm"] = "euler"  # of the sampler
-    margin: float = 0.25  # a pair's least gap: of the worst's error, as a fraction; of a reward's score, in std
+    margin: float = 0.25  # least gap of a pair: a fraction of the error; of a reward, std of its scores
     mismatched: float = 0.67  # share of false captions that are another scene's; the rest: one fact
     batch_size: int = 64  # pictures sampled together
     seed: int = 0  # of masks, prompts, noise and false captions
