@@ -193,7 +193,7 @@ def frozen_pairs(full: bool, args: argparse.Namespace):
         net.requires_grad_(False)
     z.requires_grad_()
     yield ("vae decode, gradient",
-           stepper(ours, lambda z, _: ours.decoder(z, False, None), (z, image), False, dtype, like=1),
+           stepper(ours, lambda z, _: ours.decoder(z, False), (z, image), False, dtype, like=1),
            stepper(theirs, lambda z, _: theirs.decoder(z), (z, image), False, dtype, like=1))
     del ours, theirs
 

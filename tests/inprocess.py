@@ -14,6 +14,11 @@ from types import SimpleNamespace
 
 import torch
 
+from kernels import dispatch
+
+# What long runs compute in: a CPU without bf16 instructions emulates them, ten times slower
+NATIVE = "bf16" if dispatch.has_bf16(torch.device("cpu")) else "fp32"
+
 
 def run_script(path, *args):
     """`python PATH ARGS` in this process -> returncode, stdout and stderr, as subprocess.run has them.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inprocess import NATIVE
 
 from kernels import bench
 from model import PRESETS
@@ -151,7 +152,7 @@ def test_as_a_command(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--adamw"], ["--precision", "bf16", "--compile"], ["--editnet"],
+@pytest.mark.parametrize("flags", [["--adamw"], ["--precision", NATIVE, "--compile"], ["--editnet"],
                                    ["--frozen"], ["--forward"]], ids=" ".join)
 def test_whole_networks(flags, tmp_path, threads, monkeypatch):
     pytest.importorskip("diffusers")

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from inprocess import NATIVE
 from test_sd3 import flags_of as flags_of_sd3
 from test_sd3 import imagereward, pefl, sd3, vgg  # noqa: F401  (sd3: a fixture)
 from test_sharded import children
@@ -65,7 +66,7 @@ def test_pefl_on_sd3(sd3, tmp_path):  # noqa: F811
 def test_sharded_run_resumes(made, tmp_path, script):  # noqa: F811
     """kill -9 of torchrun and both ranks, the same command: as without; then the same on one rank."""
     long = {"steps": 12} if script is train_omni else {"phases": "5/4/2x12"}
-    flags = flags_of(made, script) | long | dict(batch_size=2, fsdp=True, precision="bf16")
+    flags = flags_of(made, script) | long | dict(batch_size=2, fsdp=True, precision=NATIVE)
     run(command(made, tmp_path / "whole", script, **flags), ranks=2)
     out = tmp_path / "cut"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

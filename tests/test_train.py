@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from inprocess import run_ranks, run_script
+from inprocess import NATIVE, run_ranks, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
@@ -175,7 +175,7 @@ def test_omni_resumes(made, tmp_path):
 
 @pytest.mark.slow
 def test_omni_base_resumes(made, tmp_path):
-    more = dict(precision="bf16", lr_schedule="cosine", aspects=True, muon_lr=2e-3)
+    more = dict(precision=NATIVE, lr_schedule="cosine", aspects=True, muon_lr=2e-3)
     resumes(made, tmp_path, train_omni, OMNI_FILES, stage="base", **more)
 
 
@@ -186,7 +186,7 @@ def test_pefl_resumes(made, tmp_path):
 
 @pytest.mark.slow
 def test_pefl_lora_resumes(made, tmp_path):
-    more = dict(lora=4, precision="bf16", workers=1)
+    more = dict(lora=4, precision=NATIVE, workers=1)
     resumes(made, tmp_path, train_pefl, PEFL_FILES | {"lora", "lora_ema"}, **more)
 
 

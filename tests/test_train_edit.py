@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from inprocess import NATIVE
 from PIL import Image
 from test_train import (
     OMNI_FILES,
@@ -71,7 +72,7 @@ def test_edit_resumes(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(tune_base="lora", lora=2), dict(variant="concat", aspects=True),
-                                   dict(fixed_source=True, precision="bf16")])
+                                   dict(fixed_source=True, precision=NATIVE)])
 def test_variants_resume(made, tmp_path, flags):
     files = OMNI_FILES | ({"lora", "lora_ema"} if "lora" in flags else set())
     resumes(made, tmp_path, train_omni, files, **edit(made, **flags))
