@@ -243,15 +243,20 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
     return {"items": len(items), "captions": len(captions), "skipped": bad, "clear": wins}
 
 
-def main(cfg: Config) -> None:
-    started = time.time()
+def check(cfg: Config) -> None:
+    """Refuse values that cannot work, before anything is loaded."""
     common.check_bounds(cfg, at_least_1=("batch_size",), not_negative=("n", "captions", "offset", "margin"),
                         share=("mismatched",))
-    if common.ranks()[1] > 1:
-        raise SystemExit("error: torchrun: several processes would make the same: start one, without it")
     common.numbers(cfg.steps, "steps", 1)
     if cfg.k < 2:
         common.refuse(cfg, "k", "ranking needs at least 2 pictures")
+
+
+def main(cfg: Config) -> None:
+    started = time.time()
+    check(cfg)
+    if common.ranks()[1] > 1:
+        raise SystemExit("error: torchrun: several processes would make the same: start one, without it")
     dist = common.setup(cfg.device)
     cfg = replace(cfg, precision=common.PRECISION[common.use_bf16(cfg.precision, dist)])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
