@@ -92,7 +92,7 @@ def ranks():
     found = {}
     for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
         text = os.environ.get(name, str(default))
-        if not re.fullmatch(r"\d{1,6}", text):
+        if not re.fullmatch(r"[0-9]{1,6}", text):
             raise SystemExit(f"error: {name}: {text[:40]!r}: is no number: unset it, or start with torchrun")
         found[name] = int(text)
     rank, world, local_rank = found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
@@ -176,7 +176,7 @@ def refuse_old_flags():
 def numbers(text, what, low):
     """A flag such as "20,8" -> [20, 8]; SystemExit below `low`. what: its name."""
     words, most = text.split(","), MOST["seed"] if what.startswith("seed") else 10**6
-    if len(words) > 1000 or not all(re.fullmatch(r"\s*-?\d{1,20}\s*", x) for x in words):
+    if len(words) > 1000 or not all(re.fullmatch(r"\s*-?[0-9]{1,20}\s*", x) for x in words):
         raise SystemExit(f"error: --{what}: {text[:80]!r}: use whole numbers with commas between them")
     found = [int(x) for x in words]
     if min(found) < low or max(found) > most:

@@ -616,9 +616,14 @@ def run_compare(cfg: Config, device: torch.device) -> None:
     finish(cfg, started, [a, b], cases, seeds, {"a": a.name, "b": b.name, "tasks": report})
 
 
-def main(cfg: Config) -> None:
+def check(cfg: Config) -> None:
+    """Refuse values that cannot work, before anything is loaded."""
     common.check_bounds(cfg, at_least_1=("batch_size", "train_steps"), not_negative=(
         "n", "offset", "guidance", "image_guidance", "image_size", "rows", "lr", "tie"))
+
+
+def main(cfg: Config) -> None:
+    check(cfg)
     if common.ranks()[1] > 1:
         raise SystemExit("error: torchrun: several processes would judge the same: start one, without it")
     dist = common.setup(cfg.device)

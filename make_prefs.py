@@ -368,24 +368,31 @@ def from_labels(cfg: Config) -> None:
     print(f"wrote {study.write_ranked(cfg.out, items)}: {len(items):,} of {asked:,} items decided")
 
 
-def main(cfg: Config) -> None:
-    started = time.time()
+def check(cfg: Config) -> None:
+    """Refuse values that cannot work, before anything is loaded."""
     common.check_bounds(cfg, at_least_1=("batch_size", "clusters", "neighbours"),
                         not_negative=("n", "captions", "offset", "margin"),
                         share=("mismatched", "gold", "repeats"))
     if cfg.labels:
-        return from_labels(cfg)
-    if common.ranks()[1] > 1:
-        raise SystemExit("error: torchrun: several processes would make the same: start one, without it")
+        return  # what is asked of models does not matter there
     common.numbers(cfg.steps, "steps", 1)
     if cfg.k < 2:
         common.refuse(cfg, "k", "ranking needs at least 2 pictures")
+    if cfg.texts and cfg.judge == "people" and cfg.k > 4:
+        common.refuse(cfg, "k", "people compare at most 4 pictures")
+
+
+def main(cfg: Config) -> None:
+    started = time.time()
+    check(cfg)
+    if cfg.labels:
+        return from_labels(cfg)
+    if common.ranks()[1] > 1:
+        raise SystemExit("error: torchrun: several processes would make the same: start one, without it")
     dist = common.setup(cfg.device)
     cfg = replace(cfg, precision=common.PRECISION[common.use_bf16(cfg.precision, dist)])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # setup() defers it for loops that save
     if cfg.texts:
-        if cfg.judge == "people" and cfg.k > 4:
-            common.refuse(cfg, "k", "people compare at most 4 pictures")
         out = open_out(cfg.out)
         counts = from_texts(cfg, out, dist.device)
         write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})

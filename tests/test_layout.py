@@ -35,8 +35,8 @@ def imported(path, modules):
 
 def house():
     files = [p for p in ROOT.glob("*.py")]
-    files += [p for name in ("kernels", "readers", "pretrained", "scenes", "factory", "runs",
-                                                "tests")
+    files += [p for name in ("kernels", "readers", "pretrained", "scenes", "factory", "runs", "tests",
+                                                "tests/hostile")
               for p in (ROOT / name).glob("*.py")]
     modules = {module_of(p): p for p in files}
     return {name: imported(path, set(modules)) - {name} for name, path in modules.items()}

@@ -283,4 +283,4 @@ def test_flops_of_a_formula_are_those_that_are_counted(monkeypatch):
     for net in (model.Editor(cfg), editnet(cfg=cfg), editnet(cfg=model.replace(cfg, dual=1))):
         wide = memory.omni(net, (4, 3, 64, 64), "cpu", False, words=50).flops
         formula = model.flops(net, 4, 32 * 32, 50)
-        assert 0.97 * wide < formula < wide, (formula, wide)
+        assert 0.97 * wide < formula < 1.01 * wide, (formula, wide)

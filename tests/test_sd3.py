@@ -14,6 +14,7 @@ from test_text_encoders import CLIPS, SMALL_T5, files  # noqa: F401  (a fixture)
 from test_train import rows, tensors
 
 import checkpoint
+import evaluate
 import make_cache
 import model
 import rewards
@@ -23,7 +24,8 @@ import train_pefl
 from pretrained import text as text_encoders
 from pretrained.vae import VAE, VAEConfig
 
-PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT.parent / "shared" / "data" / "photos"
 TINY = model.EditorConfig(depth=2, heads=2, patch=2, channels=16, pos_max=24, learn_pos=False, txt_dim=192,
                           vec_dim=160, qk_norm=False, txt_bytes=0)
 SMALL_VAE = VAEConfig(width=32)
@@ -159,6 +161,10 @@ def test_inpainting_on_sd3(sd3, tmp_path):
     pefl(sd3, tmp_path, base=str(tmp_path / "inpaint"), phases="3/2/1x1")
     sample.main(sample.Config("outpaint", str(tmp_path / "pefl"), out=str(tmp_path / "made"), aspect="2:1",
                               image=picture(tmp_path), prompt="a cat", steps=2, device="cpu", sd3=sd3["sd3"]))
+    evaluate.main(evaluate.Config("scenes", str(tmp_path / "inpaint"), str(tmp_path / "judged"), n=2, steps="1",
+                                  parser=str(ROOT / "assets/parser"), device="cpu"))
+    found = json.loads((tmp_path / "judged/results.json").read_text())["tasks"]["edit"]
+    assert found["truth"]["named"]["mean"] > found[f"{tmp_path}/inpaint@1"]["named"]["mean"]
 
 
 def test_text_to_image_from_the_public_file(sd3, tmp_path):

@@ -1,0 +1,213 @@
+"""Hostile inputs and faults: the campaign of tests/hostile, its fast part whole, of its kills a few (slow).
+And what a run does to its machine: workers, streams, locks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import common
+import data
+import log
+from tests.hostile import faults, inputs
+from tests.hostile.__main__ import campaign, judge
+
+ROOT = Path(__file__).parents[1]
+GROUPS = {"flags": 500, "commands": 10, "texts": 20, "environment": 30, "manifests": 400, "resumes": 10,
+          "weights": 100, "pickles": 30, "parquets": 20}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_inputs(group, tmp_path, monkeypatch, capsys):
+    """None is wrong: each is refused in one line, or does no harm."""
+    monkeypatch.chdir(tmp_path)
+    told = campaign((group, name, act) for name, act in getattr(inputs, group)(tmp_path))[group]
+    assert not told["wrong"], capsys.readouterr().out
+    assert told.total() >= GROUPS[group] and told["survived"] >= 1
+
+
+def test_the_campaign_sees_what_is_wrong(capsys):
+    def ends(e):
+        raise e
+
+    acts = [lambda: None, lambda: ends(SystemExit("error: a: b")), lambda: ends(SystemExit("error: a\nb")),
+            lambda: ends(SystemExit(0)), lambda: ends(ValueError("x")), lambda: ends(MemoryError()),
+            lambda: ends(inputs.Accepted()), lambda: time.sleep(5)]
+    told = campaign((("it", str(i), act) for i, act in enumerate(acts)), 1)["it"]
+    assert told == Counter(survived=1, refused=1, wrong=6)
+    assert capsys.readouterr().out.count("WRONG") == 6
+
+
+FEW = ("diverges", "two runs in one --out", "the disk fills", "a rank dies in a collective", "a slow rank",
+       "another --lr", "killed in the rename, call 1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEW)
+def test_faults(name, tmp_path):
+    found = {n: act for _, n, act in faults.cases(tmp_path, 100)}
+    assert judge(found[name], 100) == "survived"
+
+
+def batches(n, workers, kill=()):
+    loader, out = data.make_loader(data.open_source("scenes"), 16, 2, workers=workers), []
+    for i in range(n):
+        out.append(next(loader))
+        if i in kill:
+            os.kill(loader._batches._workers[0].pid, signal.SIGKILL)
+    return loader, out
+
+
+def test_killed_workers_are_replaced_and_no_batch_is_lost(capfd):
+    (a, whole), (b, cut) = batches(12, 1), batches(12, 1, (1, 6))
+    for x, y in zip(whole, cut, strict=True):
+        assert torch.equal(x["image"], y["image"]) and torch.equal(x["index"], y["index"])
+    assert capfd.readouterr().err.count("a data worker died (signal 9)") == 2
+    workers = [w for loader in (a, b) for w in loader._batches._workers]
+    a.close(), b.close(), b.close()
+    assert all(w.exitcode is not None for w in workers)
+
+
+def test_the_third_dead_worker_ends_the_run():
+    with pytest.raises(SystemExit, match="for the third time"):
+        batches(20, 1, (1, 6, 11))
+
+
+@pytest.mark.parametrize("problem", [OSError(30, "Read-only file system"), RuntimeError(
+    "unable to write to file </torch_1_2_3>: No space left on device (28)")])
+def test_without_shared_memory_the_trainer_loads_alone(monkeypatch, capsys, problem):
+    def fails(*args):
+        raise problem
+
+    whole = batches(3, 0)[1]
+    monkeypatch.setattr(torch.multiprocessing.get_context(), "Semaphore", fails)
+    found = batches(3, 1)[1]
+    assert all(torch.equal(x["image"], y["image"]) for x, y in zip(whole, found, strict=True))
+    assert "cannot share memory" in capsys.readouterr().err
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they look for their parent every 5 s")
+def test_workers_end_with_the_trainer(tmp_path):
+    """One that is killed, and one whose stdout goes away at once: it goes on, and all of it ends."""
+    command = [sys.executable, "train_omni.py", "--preset", "test", "--image_size", "16", "--batch_size", "2",
+               "--sample_every", "0", "--device", "cpu", "--wandb", "off", "--workers", "2", "--log_every",
+               "1"]
+    run = subprocess.Popen([*command, "--out", str(tmp_path / "a")], cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL)
+    while not next(iter(run.stdout.readline, b"")).startswith(b"step"):
+        pass
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(children) == 2
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    until = time.monotonic() + 5
+    while any(map(alive, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, children))
+    run = subprocess.Popen([*command, "--steps", "3", "--out", str(tmp_path / "b")], cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert "going on without it" in run.communicate(timeout=60)[1]
+    assert run.returncode == 0 and (tmp_path / "b/step_00000003/manifest.json").exists()
+
+
+def test_a_stream_that_is_closed_or_full_ends_nothing(monkeypatch, capsys):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", common._Lossy(full))
+        print("one\n")
+        common.print0("two")
+        monkeypatch.undo()
+        full.detach()
+    assert capsys.readouterr().err.count("going on without it") == 1
+    common._Lossy(None).write("no stream at all")
+
+
+def test_a_lock_is_not_left_behind(tmp_path):
+    """By a process that is gone; and one process may claim its folder twice."""
+    child = faults.forked(lambda: (checkpoint.claim(tmp_path), faults.die()), tmp_path / "said")
+    assert faults.ended(child) == -signal.SIGKILL and (tmp_path / "run.lock").read_text()
+    checkpoint.claim(tmp_path)
+    checkpoint.claim(tmp_path)
+    child = faults.forked(lambda: (checkpoint._locks.clear(), checkpoint.claim(tmp_path)), tmp_path / "said")
+    assert faults.ended(child) == 1
+    assert f"another run writes there (process {os.getpid()} on" in (tmp_path / "said").read_text()
+
+
+def test_a_disk_that_cannot_lock_says_so(tmp_path, monkeypatch, capsys):
+    def cannot(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", cannot)
+    checkpoint.claim(tmp_path)
+    assert "cannot be locked there (No locks available)" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    assert checkpoint.save(tmp_path, 1, {"model": net}, {})
+    with torch.no_grad():
+        net.bias[0] = float("nan")
+    with pytest.raises(SystemExit, match="bias is not finite: not saved"):
+        checkpoint.save(tmp_path, 2, {"model": net}, {}, keep=1)
+    assert checkpoint.save(tmp_path, 2, {"model": net}, {}, 1, bad=True) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_paths_without_names_of_users(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    found = common.portable({"data": f"jsonl:{tmp_path}/pairs/a.jsonl", "lr": 0.1,
+                             "init": "/home/someone/sd3.safetensors", "sd3": "/data/sd3", "out": "out/x"})
+    assert found == {"data": "jsonl:pairs/a.jsonl", "init": "~/sd3.safetensors", "lr": 0.1,
+                     "sd3": "/data/sd3", "out": "out/x"}
+
+
+def test_wandb_out_of_reach_is_not_waited_for(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert "refused" in log._unreachable()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:x")
+    assert "ValueError" in log._unreachable()
+
+
+def test_metrics_of_a_folder_that_was_deleted(tmp_path, capsys):
+    metrics = log.Metrics(tmp_path / "out", common.Dist(), {}, "off")
+    (tmp_path / "out/metrics.jsonl").unlink()
+    (tmp_path / "out").rmdir()
+    metrics.flush(1, {"a": 1.0})
+    metrics.close()
+    assert "was deleted; begun anew" in capsys.readouterr().out
+    assert (tmp_path / "out/metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_help_is_no_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrained", "--help"])
+    import runpy
+
+    runpy.run_module("pretrained", run_name="__main__")
+    assert "usage: python -m pretrained show" in capsys.readouterr().out
+
+
+def test_what_torch_says_of_ranks_and_memory_is_one_line():
+    for e in (torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+              RuntimeError("[enforce fail] can't allocate memory: you tried"), RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"),
+              RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")):
+        assert common.ended(e).startswith("error: ") and "\n" not in common.ended(e)
+    assert common.ended(RuntimeError("shape mismatch")) is None
