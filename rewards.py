@@ -294,14 +294,14 @@ class EditScorer(nn.Module):
     """(source, edited, instruction) -> a score from 0 to 10: a judge of edits, distilled (OmniEdit Sec. 3.3,
     where it is an 8B language model; this one is PreferenceReward's size, default ours).
 
-    One image tower sees source and edited as six channels, so that it can compare pixel by pixel; the text
+    One image tower sees edited, source and how far they are apart, pixel by pixel, as nine channels; the text
     tower looks at its patches; [CLS] becomes logits of the whole scores 0 to 10, whose mean is the score.
     """
 
     def __init__(self, cfg: RewardConfig):
         super().__init__()
         self.cfg = cfg
-        self.vit = ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth, cfg.vit_heads, 6)
+        self.vit = ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth, cfg.vit_heads, 9)
         self.text = MedText(cfg)
         for m in self.modules():
             if isinstance(m, nn.Linear | nn.Embedding):
@@ -330,6 +330,7 @@ class EditScorer(nn.Module):
             if image.shape[-2:] != size:
                 image = F.interpolate(image.float(), size, mode="bicubic", antialias=True)
             pair.append(((image + 1) / 2 - self.mean) / self.std)
+        pair.append((pair[0] - pair[1]).abs())
         txt = self.text(ids, attend, self.vit(torch.cat(pair, 1)))
         with torch.autocast(source.device.type, enabled=False):
             return self.head(txt[:, 0].to(self.head.weight.dtype)).float()
@@ -350,12 +351,12 @@ def scorer_loss(logits: Tensor, scores: Tensor) -> Tensor:
 
 
 def widened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A PreferenceReward's towers as an EditScorer's: the edited picture is seen as before, the source at
-    first not at all (as InstructPix2Pix widens a network). The head is left out."""
+    """A PreferenceReward's towers as an EditScorer's: the edited picture is seen as before, source and
+    difference at first not at all (as InstructPix2Pix widens a network). The head is left out."""
     out = {k.replace("blip.visual_encoder.", "vit.").replace("blip.text_encoder.", "text."): v
            for k, v in weights.items() if k.startswith("blip.")}
     patch = out["vit.patch_embed.proj.weight"]
-    return out | {"vit.patch_embed.proj.weight": torch.cat([patch, torch.zeros_like(patch)], 1)}
+    return out | {"vit.patch_embed.proj.weight": F.pad(patch, (0, 0, 0, 0, 0, 6))}
 
 
 def open_scorer(path: str, device: Device = "cpu", what: str = "--judge") -> EditScorer:

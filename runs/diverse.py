@@ -59,6 +59,16 @@ def draw_pool(n: int, skewed: bool, seed: int) -> tuple[list, list[str]]:
     return scenes, list(texts)
 
 
+def as_long(texts: list[str], chosen: np.ndarray, seed: int) -> np.ndarray:
+    """Blindly chosen texts of as many words as the chosen ones: whether it is only their length."""
+    rng, words = np.random.default_rng([seed, 2]), np.array([len(t.split()) for t in texts])
+    out = []
+    for n in words[chosen]:
+        like = np.setdiff1d(np.flatnonzero(words == n), out)
+        out.append(rng.choice(like if len(like) else np.setdiff1d(np.arange(len(texts)), out)))
+    return np.sort(out)
+
+
 def main(cfg: Config) -> None:
     started, rows = time.time(), []
     torch.set_num_threads(1)
@@ -70,19 +80,20 @@ def main(cfg: Config) -> None:
             spaces = {"words": make_prefs.features_of(texts, None),
                       "encoder": make_prefs.features_of(texts, pipe)}
             for space, x in spaces.items():
-                for how in prompts.SELECT:
-                    k = 150 if how == "votek" else cfg.neighbours
-                    chosen = prompts.select(x, cfg.n, how, cfg.clusters, k, seed)
-                    met = set().union(*(facts(scenes[i]) for i in chosen))
+                chosen = {how: prompts.select(x, cfg.n, how, cfg.clusters, 150 if how == "votek" else
+                                              cfg.neighbours, seed) for how in prompts.SELECT}
+                chosen["as long"] = as_long(texts, chosen["knn"], seed)
+                for how, these in chosen.items():
+                    met = set().union(*(facts(scenes[i]) for i in these))
                     rows.append({"seed": seed, "pool": "skewed" if skewed else "even", "features": space,
                                  "select": how, "facts": len(met) / len(every), "of": len(every),
-                                 "distance": prompts.coverage(x, chosen),
-                                 "words": float(np.mean([len(texts[i].split()) for i in chosen]))})
+                                 "distance": prompts.coverage(x, these),
+                                 "words": float(np.mean([len(texts[i].split()) for i in these]))})
     print(f"share of the pool's facts in {cfg.n} of {cfg.pool:,} texts, mean [least, most] of {cfg.seeds} "
           "seeds; distance of a text from the nearest chosen one; words of a chosen text")
     for pool in ("even", "skewed"):
         for space in ("words", "encoder"):
-            for how in prompts.SELECT:
+            for how in (*prompts.SELECT, "as long"):
                 these = [r for r in rows if (r["pool"], r["features"], r["select"]) == (pool, space, how)]
                 f, far, words = ([r[key] for r in these] for key in ("facts", "distance", "words"))
                 print(f"{pool:<8}{space:<9}{how:<8}{np.mean(f):.3f} [{min(f):.3f}, {max(f):.3f}]  "

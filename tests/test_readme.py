@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {  # appended to a command: the last value of a flag wins
     "train_omni.py": "--steps 2 --batch_size 4 --warmup 1 --sample_every 0 --wandb off --image_size 32",
     "train_reward.py": "--steps 2 --batch_size 4 --wandb off --eval_pairs 8",
+    "train_scorer.py": "--steps 2 --batch_size 4 --wandb off --eval_pairs 8 --workers 0",
     "train_pefl.py": "--phases 20/15/10x1,8/6/3x1 --batch_size 2 --sample_every 0 --wandb off "
                      "--image_size 32",
     "make_prefs.py": "--n 12 --steps 2",
@@ -76,6 +77,9 @@ def public_files(folder: Path) -> Path:
     rows = [{"source": f"photos/{i}.png", "edited": f"photos/{i + 3}.png", "instruction": "move it"}
             for i in range(20)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [f"a {c} {s} on {b}" for c in ("red", "blue") for s in ("star", "box", "cross")
+             for b in ("grass", "sand", "snow")]
+    (folder / "prompts.txt").write_text("\n".join(texts))
     write_sd3(folder / "sd3.safetensors", small_tokenizers(folder / "words"))
     imagereward(folder)
     torch.save(random_state(rewards.VGG16(), 9), folder / "vgg16.pth")

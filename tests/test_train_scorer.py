@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inprocess import run_script
+from inprocess import run_ranks, run_script
 from PIL import Image
 
 import rewards
@@ -64,16 +64,31 @@ def test_learns(folder, tmp_path):
 
 
 def test_resume_is_exact(folder, tmp_path):
-    flags = {"data": folder / "pairs.jsonl", "batch_size": 4, "eval_pairs": 8, "save_every": 2}
-    run(tmp_path / "a", steps=4, **flags)
-    run(tmp_path / "b", steps=4, **flags)
-    at = "step_00000004/model.safetensors"
+    flags = {"data": folder / "pairs.jsonl", "batch_size": 4, "eval_pairs": 4, "save_every": 2, "steps": 3}
+    run(tmp_path / "a", **flags)
     (tmp_path / "c").mkdir()
-    (tmp_path / "b/step_00000002").rename(tmp_path / "c/step_00000002")
-    text = run(tmp_path / "c", steps=4, **flags)
+    (tmp_path / "a/step_00000002").rename(tmp_path / "c/step_00000002")
+    text = run(tmp_path / "c", **flags)
     assert "resumed" in text and "rank correlation with the judge" in text
+    at = "step_00000003/model.safetensors"
     assert (tmp_path / "a" / at).read_bytes() == (tmp_path / "c" / at).read_bytes()
-    assert "began with --preset test" in run(tmp_path / "a", fails=True, preset="tiny", **flags)
+    assert "began with --preset test" in run(tmp_path / "a", fails=True, **flags | {"preset": "tiny"})
+
+
+@pytest.mark.slow
+def test_two_ranks(folder, tmp_path):
+    """Each scores its half of the held-out pairs; the report is of all of them."""
+    flags = {"data": folder / "pairs.jsonl", "val_data": folder / "held.jsonl", "preset": "test", "steps": 2,
+             "batch_size": 4, "workers": 0, "device": "cpu", "wandb": "off", "out": tmp_path / "two"}
+    done = run_ranks(2, [train_scorer.__file__, *(f"--{k}={v}" for k, v in flags.items())])
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two/step_00000002/manifest.json").read_text())
+    assert two["meta"]["before"]["val/pairs"] == 40 and two["samples"] == 16
+    same = {k: getattr(train_scorer.Config, k) for k in ("lr", "warmup", "aspects")}
+    run(tmp_path / "one", **{k: v for k, v in flags.items() if k != "out"} | same | {"batch_size": 8})
+    one = json.loads((tmp_path / "one/step_00000002/manifest.json").read_text())
+    assert one["meta"]["before"]["val/off"] == pytest.approx(two["meta"]["before"]["val/off"], abs=1e-4)
+    assert one["meta"]["val"]["val/off"] == pytest.approx(two["meta"]["val"]["val/off"], abs=1e-3)
 
 
 def test_starts_from_a_reward():
