@@ -13,8 +13,10 @@ JUDGE=${JUDGE:-truth} JUDGE_MODEL=${JUDGE_MODEL:-}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 judge="--judge $JUDGE --judge_model=$JUDGE_MODEL"
 
-# 1) seven specialists, several tries each; an addition is its removal backwards
+# 1) seven specialists, several tries each; an addition is its removal backwards. --behind False: assets/base has learned to
+#    erase by a prompt of its own; a model that has not is told what is behind
 $RUN make_edits.py specialist --data "$DATA" --ckpt "$BASE" --editor "$EDITOR" --n "$N" --tries "$TRIES" --steps 10 --solver dpm \
+    --behind "${BEHIND:-False}" \
     --tasks swap,remove,add,attribute,background,environment,style --out "$OUT/made"
 # 2) regions: soft masks, alternating blend
 $RUN make_edits.py region --data "$DATA" --ckpt "$BASE" --n $((N / 7)) --tries "$TRIES" --steps 10 --out "$OUT/regions"

@@ -207,7 +207,8 @@ def test_help_is_no_error(monkeypatch, capsys):
 
 def test_what_torch_says_of_ranks_and_memory_is_one_line():
     for e in (torch.OutOfMemoryError("CUDA out of memory.\nTried"),
-              RuntimeError("[enforce fail] can't allocate memory: you tried"), RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"),
+              RuntimeError("[enforce fail] can't allocate memory: you tried"),
+              RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"),
               RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")):
         assert common.ended(e).startswith("error: ") and "\n" not in common.ended(e)
     assert common.ended(RuntimeError("shape mismatch")) is None

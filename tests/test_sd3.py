@@ -161,8 +161,8 @@ def test_inpainting_on_sd3(sd3, tmp_path):
     pefl(sd3, tmp_path, base=str(tmp_path / "inpaint"), phases="3/2/1x1")
     sample.main(sample.Config("outpaint", str(tmp_path / "pefl"), out=str(tmp_path / "made"), aspect="2:1",
                               image=picture(tmp_path), prompt="a cat", steps=2, device="cpu", sd3=sd3["sd3"]))
-    evaluate.main(evaluate.Config("scenes", str(tmp_path / "inpaint"), str(tmp_path / "judged"), n=2, steps="1",
-                                  parser=str(ROOT / "assets/parser"), device="cpu"))
+    evaluate.main(evaluate.Config("scenes", str(tmp_path / "inpaint"), str(tmp_path / "judged"), n=2,
+                                  steps="1", parser=str(ROOT / "assets/parser"), device="cpu"))
     found = json.loads((tmp_path / "judged/results.json").read_text())["tasks"]["edit"]
     assert found["truth"]["named"]["mean"] > found[f"{tmp_path}/inpaint@1"]["named"]["mean"]
 
