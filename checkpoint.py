@@ -192,19 +192,16 @@ def one_line_of(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def save(out_dir, step, state, meta, keep=2, dist=Dist(), bad=False):
+def save(out_dir, step, state, meta, keep=2, dist=Dist()):
     """Write OUT/step_STEP, then delete all but the `keep` newest (0: none). All ranks call it, rank 0 writes.
 
-    bad: the last step was not finite (Verdict.bad): nothing is written and nothing deleted, for the
-    checkpoints there may be the last good ones. SystemExit if a weight is not finite.
+    SystemExit if a weight is not finite. After a step that was not finite (Verdict.bad) trainers call this at
+    their end only, with keep=0: the checkpoints there may be the last good ones.
     state: as for `tensors_of`. meta: JSON-able; its arch, config, precision and samples become entries of the
     manifest itself, the rest stands under "meta". Returns the folder on every rank, or None after one printed
     line when the disk is full or failing: training goes on, and the caller counts failures in a row.
     """
     folder = Path(out_dir) / f"step_{step:08d}"
-    if bad:
-        print0(f"warning: checkpoint {folder} not saved: the last step was not finite; the ones before stay")
-        return None
     tensors = tensors_of(state)
     for pause in (1, 2, None):
         flaw, full = "", False

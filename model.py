@@ -737,18 +737,19 @@ def flops(net: Editor | EditNet, batch: int, img: int, txt: int, backward: bool 
     img, txt: tokens of a picture and of its text. backward: and those of the backward pass, gradients of
     inputs everywhere and of the weights that train; what checkpointing recomputes is not counted.
     """
-    def linears(module: nn.Module, tokens: int) -> float:
+    def linears(module: nn.Module, tokens: int, backward: bool = backward) -> float:
         return sum(2 * batch * tokens * m.weight.numel() * (1 + backward * (1 + m.weight.requires_grad))
                    for name, m in module.named_modules() if isinstance(m, nn.Linear) and "adaLN" not in name)
 
-    def block(joint: JointBlock, tokens: int) -> float:
+    def block(joint: JointBlock, tokens: int, backward: bool = backward) -> float:
         scores = (tokens + txt) ** 2 + tokens**2 * hasattr(joint.x_block, "attn2")
-        return (linears(joint.x_block, tokens) + linears(joint.context_block, txt)
+        return (linears(joint.x_block, tokens, backward) + linears(joint.context_block, txt, backward)
                 + 4 * batch * scores * net.cfg.width * (1 + 2 * backward))
 
     base, source = getattr(net, "base", net), img * (getattr(net, "variant", "") == "editnet")
+    trains = any(p.requires_grad for p in base.parameters())  # else no gradient before the branch joins
     beside = (("img_out", img), ("src_out", img), ("txt_out", txt))
-    return (sum(block(b, img) for b in base.mmdit.joint_blocks)
+    return (sum(block(b, img, backward and (trains or i > 0)) for i, b in enumerate(base.mmdit.joint_blocks))
             + sum(block(b, img + source) for b in getattr(net, "branch", ()))
             + sum(linears(getattr(net, name), tokens) for name, tokens in beside if hasattr(net, name)))
 

@@ -204,11 +204,12 @@ def main(cfg: Config) -> None:
         if due and (cfg.fsdp or common.is_main(dist)):  # shards: all ranks compute the sheet
             with ema.swapped(), torch.no_grad():
                 metrics.images(step, {"samples": sample_sheet(cfg, editor, space, grid, bf16)})
-        if step % cfg.save_every == 0 or step == cfg.steps or stop:
+        ends = step == cfg.steps or stop
+        if ends or step % cfg.save_every == 0 and not verdict.bad:
             meta = {"arch": editor.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
                     "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings}
-            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist, verdict.bad)
-            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, step == cfg.steps or stop)
+            saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
+            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, ends)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break

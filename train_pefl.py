@@ -289,11 +289,12 @@ def main(cfg: Config) -> None:
             extra |= alarms
         if due or step % cfg.log_every == 0 or step == total:
             metrics.flush(step, extra | perf.read() | {"data/skipped": loader.stats()["skipped"]})
-        if step % cfg.save_every == 0 or step == total or stop:
+        ends = step == total or stop
+        if ends or step % cfg.save_every == 0 and not verdict.bad:
             trained_at = asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T}
             meta |= {"config": trained_at, "samples": step * cfg.batch_size * cfg.accum * dist.world}
-            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist, verdict.bad)
-            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, step == total or stop)
+            saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
+            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, ends)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")
             break

@@ -201,11 +201,11 @@ def main(cfg: Config) -> None:
             result = accuracy(reward, held, every, cfg, dist, autocast)
             val = {**result, "val/best": max(result["val/acc"], val.get("val/best", 0.0))}
             metrics.flush(step, val)
-        if step % cfg.save_every == 0 or last or stop:
+        if last or stop or step % cfg.save_every == 0 and not verdict.bad:
             meta = {"arch": reward.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
                     "samples": step * cfg.batch_size * dist.world * cfg.accum, "val": val,
                     "run_id": metrics.run_id}
-            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist, verdict.bad)
+            saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")

@@ -178,11 +178,11 @@ def main(cfg: Config) -> None:
         if last or cfg.eval_every and step % cfg.eval_every == 0:
             val = report(net, held, picks, cfg, dist, autocast)
             metrics.flush(step, numbers_of(val))
-        if step % cfg.save_every == 0 or last or stop:
+        if last or stop or step % cfg.save_every == 0 and not verdict.bad:
             meta = {"arch": net.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
                     "samples": step * cfg.batch_size * dist.world, "val": val, "before": before,
                     "run_id": metrics.run_id}
-            saved = checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
+            saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:
             common.print0(f"stopped by a signal at step {step}; the same command resumes")

@@ -366,7 +366,7 @@ def test_a_cpu_joins_the_streams(limit, monkeypatch):
 def test_the_tiles_that_ship(arch, head_dim, monkeypatch):
     """Tiles of 128 with tails, as on the GPU: a stream of tails alone, one that has whole tiles too."""
     chosen = attention.tiles
-    monkeypatch.setattr(attention, "tiles", lambda kernel, D, _: chosen(kernel, D, arch))
+    monkeypatch.setattr(attention, "tiles", lambda kernel, D, _, *longest: chosen(kernel, D, arch, *longest))
     c = case((77, 5, 131), norm="all", bias="-inf", attends=CACHED, batch=1, heads=1, head_dim=head_dim)
     forward, backward = compare(c, torch.float32, "triton")
     assert forward <= TOLERANCE[torch.float32][0] and backward <= TOLERANCE[torch.float32][1]

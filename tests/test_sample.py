@@ -44,7 +44,7 @@ def at(tmp_path_factory):
     save("run/step_00000005", True, ("model", "ema"))  # as a train script leaves it
     save("shipped", True, ("model",))  # as assets/ have it
     save("t2i_only", False, ("model",))
-    save("other_kind", True, ("model",), kind="reward")
+    save("other_kind", True, ("model",), kind="reward", vit_width=8, txt_width=8, vocab=8)
     shutil.copytree(root / "shipped", root / "flipped")
     raw = bytearray((root / "flipped/model.safetensors").read_bytes())
     raw[-5] ^= 1
@@ -430,7 +430,7 @@ def test_exit_code(tmp_path):
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "gone: no such" in done.stderr and "Traceback" not in done.stderr
     wrong = run("inpaint", "--ckpt", "gone", "--imgae", "a.png", "--out", tmp_path)
-    assert wrong.returncode == 2 and "--imgae" in wrong.stderr
+    assert wrong.returncode == 1 and "--imgae: there is no such flag: use --image" in wrong.stderr
 
 
 def test_one_line(at, tmp_path):
