@@ -131,6 +131,7 @@ def test_faults_are_seen():
         assert word in found
 
 
+@pytest.mark.slow
 def test_the_command_refuses_what_it_cannot_do():
     for interpret, args, words in (("1", [], "TRITON_INTERPRET: is set"), ("0", ["sm_70"], "'sm_70'")):
         done = subprocess.run([sys.executable, "-m", "kernels.aot", *args], cwd=ROOT, capture_output=True,

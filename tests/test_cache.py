@@ -328,7 +328,7 @@ def environment():
     return os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
-@pytest.mark.parametrize("stage", ["text", "latents"])
+@pytest.mark.parametrize("stage", [pytest.param("text", marks=pytest.mark.slow), "latents"])
 def test_kill_and_resume(base, edits, tmp_path, stage, capsys):
     path, spec = edits
     flags = dict(edits=True, split="all", aspects=True)

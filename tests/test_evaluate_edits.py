@@ -219,6 +219,7 @@ def test_text_to_image(level, net):
                 assert away <= 0.3 * draw.RADIUS[size] + 1e-4
 
 
+@pytest.mark.slow
 def test_what_is_drawn_needs_no_place(net):
     """The one object counts wherever it stands, and not in another shape or colour."""
     source = dataset.Scenes("heldout")
@@ -336,6 +337,7 @@ def test_seeds_as_one_row(folders, tmp_path, capsys):
         table["main"](str(tmp_path), ["edit"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 def test_region_and_level(folders, tmp_path):
     flags = dict(ckpt="concat", n=2, steps="1")
@@ -353,6 +355,7 @@ def test_region_and_level(folders, tmp_path):
             assert torch.equal(image, judge.to_float(want)), (kind, data)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 def test_text_to_image_from_checkpoints(folders, tmp_path, capsys):
     flags = dict(task="t2i", ckpt="base,concat,inpaint", steps="2,2,1", n=5, batch_size=4, seeds="0,1")

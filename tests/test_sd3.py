@@ -154,6 +154,7 @@ def test_editnet_on_sd3(sd3, tmp_path):
     assert len(list((tmp_path / "made").glob("a*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_inpainting_on_sd3(sd3, tmp_path):
     """Text to image first; then a mask input, which PeFL and sample.py take without a word."""
     omni(sd3, tmp_path / "base", stage="base", steps=2)

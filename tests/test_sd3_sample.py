@@ -69,7 +69,8 @@ def draw(h, w, dtype):
     return torch.randn(2, 4, h, w, generator=torch.Generator().manual_seed(3), dtype=F64).to(dtype)
 
 
-@pytest.mark.parametrize("kind", ["sd3", pytest.param("sd3.5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd3", "sd3.5"])
 def test_four_steps_equal_diffusers(kind, peers, folders, words):  # noqa: F811
     """Tokens, text encoders, transformer, guidance, steps and decoder in float64, in 9:16 and square."""
     pipe = pipeline(peers, words, kind, F64)

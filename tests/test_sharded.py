@@ -65,6 +65,7 @@ def test_two_ranks_equal_one(tmp_path, kind, more):
         assert k.endswith("qkv.bias") or (a[k].float() - b[k].float()).abs().max() < 2e-5, k
 
 
+@pytest.mark.slow
 def test_a_bad_step_of_one_rank_changes_nothing(tmp_path):
     """A loss of NaN on rank 1: both ranks' shards of weights, moments and averages stay, bit for bit."""
     clean = run(2, out=tmp_path / "clean", steps=2, save=[2])

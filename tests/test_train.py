@@ -194,7 +194,7 @@ def test_pefl_lora_resumes(made, tmp_path):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (train_omni, {}), (train_pefl, {}),
+    (train_omni, {}), pytest.param(train_pefl, {}, marks=pytest.mark.slow),
     pytest.param(train_pefl, {"lora": 4, "accum": 2}, marks=pytest.mark.slow)])
 def test_two_ranks(made, tmp_path, script, flags):
     two_ranks_agree(made, tmp_path, script, flags)

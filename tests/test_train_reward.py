@@ -89,6 +89,7 @@ def test_learns(folder, tmp_path, file, precision):
         assert better > worse
 
 
+@pytest.mark.slow
 def test_plateau(folder, tmp_path):
     """ImageReward's initialisation waits at ln 2 where ours learns, and says so."""
     flags = dict(lr=1e-5, steps=50, lr_schedule="constant", plateau_warn=30, dropout=0, val_fraction=0)

@@ -605,6 +605,7 @@ def test_files_that_cannot_be_read(states, tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_kind_of_flipped_bit_in_the_header_is_found(states, tmp_path):
     """All bits of its length and 600 others; values that stay finite are nobody's to find."""
     path = Path(single(tmp_path / "a.safetensors", states, "sd3", ()))
@@ -784,6 +785,7 @@ print(size, ours, theirs)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory accounting")
 def test_loading_holds_one_copy(states, tmp_path):
     """Memory that is no mapped file, from fp16 to fp32: the model and a tensor, not two models."""
