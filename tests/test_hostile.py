@@ -1,6 +1,7 @@
 """Hostile inputs and faults: the campaign of tests/hostile, its fast part whole, of its kills a few (slow).
 And what a run does to its machine: workers, streams, locks."""
 
+import io
 import os
 import signal
 import subprocess
@@ -128,14 +129,18 @@ def test_workers_end_with_the_trainer(tmp_path):
 
 
 def test_a_stream_that_is_closed_or_full_ends_nothing(monkeypatch, capsys):
-    with open("/dev/full", "w", buffering=1) as full:
-        monkeypatch.setattr(sys, "stdout", common._Lossy(full))
-        print("one\n")
-        common.print0("two")
-        monkeypatch.undo()
-        full.detach()
-    assert capsys.readouterr().err.count("going on without it") == 1
+    """/dev/full and a closed file: a line on stderr, once each."""
+    closed = open(os.devnull, "w")
+    closed.close()
+    full = open("/dev/full", "wb", buffering=0)
+    for stream in (io.TextIOWrapper(full, write_through=True), closed):
+        with monkeypatch.context() as m:
+            m.setattr(sys, "stdout", common._Lossy(stream))
+            print("one\n")
+            common.print0("two")
+    assert capsys.readouterr().err.count("going on without it") == 2
     common._Lossy(None).write("no stream at all")
+    full.close()
 
 
 def test_a_lock_is_not_left_behind(tmp_path):
@@ -207,7 +212,8 @@ def test_help_is_no_error(monkeypatch, capsys):
 
 def test_what_torch_says_of_ranks_and_memory_is_one_line():
     for e in (torch.OutOfMemoryError("CUDA out of memory.\nTried"),
-              RuntimeError("[enforce fail] can't allocate memory: you tried"), RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"),
+              RuntimeError("[enforce fail] can't allocate memory: you tried"),
+              RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"),
               RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")):
         assert common.ended(e).startswith("error: ") and "\n" not in common.ended(e)
     assert common.ended(RuntimeError("shape mismatch")) is None
