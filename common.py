@@ -343,7 +343,7 @@ def cleanup():
             os._exit(0)
 
 
-def die_with_parent():
+def die_with_parent(number=0):
     """Called in a child process: SIGKILL when the process that started it is gone, however it went. Linux;
     elsewhere torch's workers look for their parent every 5 s."""
     if sys.platform == "linux":

@@ -309,7 +309,8 @@ def make_latents(cfg: Config, source, todo: dict[str, range], vae, dist) -> None
     order = [i for indices in todo.values() for i in indices]
     loader = iter(torch.utils.data.DataLoader(
         Pictures(cfg, source), batch_size=None, sampler=order, num_workers=cfg.workers,
-        prefetch_factor=4 if cfg.workers else None, collate_fn=dict, generator=torch.Generator()))
+        prefetch_factor=4 if cfg.workers else None, worker_init_fn=common.die_with_parent,
+        collate_fn=dict, generator=torch.Generator()))
     bar = log.progress(len(order), 0, "latents", dist)
     bad = read = 0
     for name, indices in todo.items():
