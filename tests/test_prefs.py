@@ -47,6 +47,7 @@ def config(made, out, **changes):
     return make_prefs.Config(**flags)
 
 
+@pytest.mark.slow
 def test_people(made, tmp_path, capsys):
     """Texts -> page -> answers of four, one blind -> pairs, and what was left out is said."""
     make_prefs.main(config(made, tmp_path / "s"))
