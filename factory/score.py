@@ -28,8 +28,10 @@ from scenes.judge_edits import ask, edit_cases, judge_edit, kept_facts
 
 Judge = Callable[[list[dict]], list[Verdict]]
 # of `truth`, ours: changed by this much outside the edit, nothing is left of sc_2; so far from the truth in
-# it (scenes.judge.truth_distance), a picture is as well made as the truth; so far, not at all
-OVER, NEAR, FAR = 0.2, 0.10, 0.60
+# it (scenes.judge.truth_distance) a picture is as well made as the truth: the same object moved by three
+# hundredths of the side, median of 30 swaps at 64 pixels (tilted by 12 degrees: .10; left out: .33); so far,
+# not at all
+OVER, NEAR, FAR = 0.2, 0.19, 0.60
 
 
 def overall(sc_1: float, sc_2: float, pq: float) -> float:
@@ -41,7 +43,7 @@ def truth(parser) -> Judge:
 
     sc_1: 10 if all that was asked reads as asked, else 0. sc_2: the share of the other facts that read as
     they should, less for pixels changed outside the edit. pq: by the distance to the true target where the
-    edit is. An addition is its removal read backwards: its target is a real picture, pq 10.
+    edit is. An addition is its removal read backwards, and its true target the real picture.
     """
 
     def judge(rows):
@@ -65,7 +67,9 @@ def truth(parser) -> Judge:
                                           for (k, _), cell in zip(places, cells)]) for i in (0, 1))
             m = judge_edit(after, replace(c, image=before), asked, parser)
             asks = kept_facts(c, asked.pictures, asked.objects) > 0
-            far = truth_distance(after, c.truth, c.region.float())
+            # of an addition the target is the real picture, and after refinement something near it
+            made, right = (before, c.image) if back else (after, c.truth)
+            far = truth_distance(made, right, c.region.float())
             for j, (k, _) in enumerate(places):
                 if math.isnan(m["edit"][j]):
                     out[k] = Verdict(judge_status="unreadable: the source reads as edited")
@@ -73,13 +77,13 @@ def truth(parser) -> Judge:
                 share = float(m["kept_share"][j]) if asks[j] else 1.0
                 over = 0.0 if math.isnan(m["over"][j]) else float(m["over"][j])
                 sc_2 = 10 * share * max(0.0, 1 - over / OVER)
-                pq = 10.0 if back else 10 * min(1.0, max(0.0, (FAR - float(far[j])) / (FAR - NEAR)))
+                pq = 10 * min(1.0, max(0.0, (FAR - float(far[j])) / (FAR - NEAR)))
                 done = "done" if m["edit"][j] else "not done"
                 sc_1 = 10.0 * float(m["edit"][j])
                 out[k] = Verdict(
                     overall(sc_1, sc_2, pq), sc_1, sc_2,
                     f"{done}; {share:.0%} of the other facts kept; changed by {over:.3f} outside", pq,
-                    "a real picture" if back else f"{float(far[j]):.3f} from the truth")
+                    f"{float(far[j]):.3f} from the truth")
         return out
 
     return judge

@@ -328,8 +328,9 @@ def test_truth_judges(tmp_path):
             rows.append(as_row(task, pair, x, y))
             kinds.append(kind)
         if task == "remove":
-            rows += [as_row("add", pair, b, a), as_row("add", pair, a, a)]
-            kinds += ["exact", "source"]
+            spoilt = np.where(area, rng.integers(0, 255, a.shape), a).astype(np.uint8)
+            rows += [as_row("add", pair, b, a), as_row("add", pair, a, a), as_row("add", pair, b, spoilt)]
+            kinds += ["exact", "source", "noisy"]
     rows.append(rows[0] | {"source": None})
     rows.append(rows[0] | {"source": json.dumps(json.loads(rows[0]["source"]) | {"drawn": True})})
     told = score.scored(rows, judge, "truth")
@@ -604,3 +605,26 @@ def test_score_and_pack_make_a_data_set(specialist, tmp_path):
     with pytest.raises(SystemExit, match="twice"):
         twice = f"{tmp_path / 's'},{tmp_path / 's'}"
         make_edits.pack(make_edits.Pack(data=twice, out=str(tmp_path / "q")), common.Dist())
+
+
+def test_a_distilled_scorer_is_asked(specialist, tmp_path):
+    """One number a pair, and no parts that it did not say; pairs of every size."""
+    import rewards
+
+    torch.manual_seed(0)
+    words = rewards.train_tokenizer(["remove the red star", "make it snow"], 300, 16)
+    net = rewards.EditScorer(rewards.RewardConfig(
+        image_size=16, patch=8, vit_width=32, vit_depth=1, vit_heads=2, txt_width=32, txt_depth=1,
+        txt_heads=2, txt_hidden=64, vocab=300, txt_len=16, positions=16, tokenizer=words))
+    checkpoint.write(tmp_path / "net", 0, {"model": net.state_dict()}, {"arch": net.arch})
+    judge = score.open_judge(f"scorer:{tmp_path / 'net'}", "", torch.device("cpu"))
+    rows = rows_of(specialist[0])[:6]
+    rows[2] = rows[2] | {"width": 32, "height": 32} | {
+        k: shards.picture(np.kron(shards.pixels(rows[2][k]), np.ones((2, 2, 1), np.uint8)))
+        for k in ("src_img", "edited_img")}
+    told = score.scored(rows, judge, "scorer")
+    assert all(0 <= r["o_score"] <= 10 and r["sc_score_1"] is None for r in told)
+    assert {r["judge_status"] for r in told} == {"ok"}
+    assert len({r["o_score"] for r in told}) > 1
+    alone = score.scored(rows[2:3], judge, "scorer")[0]["o_score"]
+    assert abs(alone - told[2]["o_score"]) < 1e-4
