@@ -509,8 +509,9 @@ def load_job(item: dict, cfg: Config, size: int, arch: model.EditorConfig, strid
                              f"{arch.pos_max * token} a side: give a smaller --size")
         return H, W
 
-    job = Job(item["name"], texts[0], item["seed"], source, canvas, mask, task != "edit", [], (), canvas, mask,
-              mask, about, work, own, item=item, regions=regions)
+    job = Job(item["name"], texts[0], item["seed"], source, canvas, mask, task != "edit", [],
+              windows.Window(0, 0, *mask.shape), canvas, mask, mask, about, work, own, item=item,
+              regions=regions)
     return start(job, cfg, size)
 
 
