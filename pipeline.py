@@ -246,14 +246,14 @@ def denoiser(net: model.Editor | model.EditNet, text: tuple[Tensor, Tensor], nul
 def sample(net: model.Editor | model.EditNet, space: Space, captions: list[str], mask: Tensor, image: Tensor,
            noise: Tensor, ts: list[float], guidance: float = 1.0, image_guidance: float = 1.0,
            solver: str = "euler", blend: str = "none", bf16: bool = False,
-           tick: Callable[[], object] = lambda: None) -> Tensor:
+           tick: Callable[[], object] = lambda: None, begin: Tensor | None = None) -> Tensor:
     """Fill holes, follow instructions, or draw captions -> pictures [B, 3, H, W], fp32, not clamped, nothing
     pasted, on the device of `net`.
 
     captions [B] (or instructions); mask, image: as for `conditions`, on any device; text to image: ones and
     zeros. noise [B, C, h, w] of the space. ts: flow.timesteps. guidance 1: off. blend: put what the mask
     keeps back after "every" step, or every second one ("alternate"; flow.sample). bf16: autocast. tick: is
-    called at every evaluation.
+    called at every evaluation. begin [B, 3, H, W]: what to start from at ts[0] < 1, instead of noise alone.
     """
     device = next(net.parameters()).device
     noise = noise.to(device)
@@ -270,5 +270,8 @@ def sample(net: model.Editor | model.EditNet, space: Space, captions: list[str],
         if blend != "none":
             known, kept = condition if isinstance(net, model.EditNet) else condition[::-1]
             back = dict(known=known, noise=noise, mask=kept, alternate=blend == "alternate")
-        z0 = flow.sample(denoise, noise, ts, solver, **back)
+        x = noise
+        if begin is not None:
+            x = flow.interpolate(space.encode(begin.to(device)), noise, noise.new_full((len(noise),), ts[0]))
+        z0 = flow.sample(denoise, x, ts, solver, **back)
     return space.decode(z0)

@@ -15,9 +15,9 @@ stay the same, bit for bit. --out also gets samples.jsonl (a row per result: inp
 and the contact sheet sheet.png.
 
 --crop: a hole in a large photo is worked on in a window around it (windows.py), holes far apart in windows
-of their own, a long one (the rim of an outpainting) in several that overlap, each seeing what those before it
-made. "auto" does so when it gives the hole more pixels (not with --paste False: that is of the whole
-picture), "mask" always, "none" never. A prompt counts for every window.
+of their own, a large or long one (the rim of an outpainting) once more in tiles that overlap and add detail.
+"auto" does so when it gives the hole more pixels (not with --paste False: that is of the whole picture),
+"mask" always, "none" never. The prompt counts for every window.
 
 Pictures in another colour space (Display P3, CMYK, ...) are converted, results are sRGB and say so. A picture
 with alpha is shown to the model on white, and comes back with its alpha as it was (opaque where outpainting
@@ -32,6 +32,7 @@ folder of their pictures. --layout names the results as a benchmark's scorer exp
 import json
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
@@ -120,6 +121,7 @@ TAKES = {  # what each task takes; flags of another task are refused, keys of a 
 }
 NEEDS = {task: ("draw",) if task == "t2i" else ("follow",) if task == "edit" else ("fill",) for task in TAKES}
 GUIDANCE = {"edit": 3.0}  # default of --guidance, else 1. For large models: InstructPix2Pix 7.5, CosXL-Edit 5
+TILE = 0.2  # share of the steps that a tile goes through, from the noise it starts with (default ours)
 SHEET_ROWS, SHEET_RESULTS, THUMB = 24, 8, 256  # contact sheet: inputs, results of each, longest side
 
 
@@ -172,7 +174,7 @@ def main(cfg: Config) -> None:
                 skipped += 1
                 bar.total -= len(item["files"]) * cfg.num_samples * calls
                 tqdm.write(f"skipped: {printable(str(e)).removeprefix('error: ')}")
-        bar.total += sum(len(job.windows) for job in jobs) * cfg.num_samples * calls
+        bar.total += sum(extra(job, cfg) for job in jobs) * cfg.num_samples
         todo = [(job, k) for job in jobs for k in range(cfg.num_samples)]
         while todo:  # a second time and more for further windows, and for chains of instructions
             later = []
@@ -183,8 +185,11 @@ def main(cfg: Config) -> None:
                 gens = [common.generators(job.seed, job.place, [k])[0] for job, k in batch]
                 noise = common.randn(gens, (space.channels, *(side // space.stride
                                                               for side in mask.shape[2:])))
-                x0 = pipeline.sample(net, space, [job.prompt for job in jobs_here], mask, image, noise,
-                                     tick=lambda: bar.update(len(batch)), **settings)
+                how = settings | {"tick": lambda: bar.update(len(batch))}
+                if jobs_here[0].window.tile:
+                    how["begin"] = torch.stack([job.begin for job in jobs_here])
+                    how["ts"] = settings["ts"][-1 - tile_steps(cfg):]
+                x0 = pipeline.sample(net, space, [job.prompt for job in jobs_here], mask, image, noise, **how)
                 if not x0.isfinite().all():
                     raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --precision fp32")
                 for (job, k), picture in zip(batch, x0.cpu()):
@@ -199,7 +204,7 @@ def main(cfg: Config) -> None:
                         job.results[k, job.turn] = thumb(result)
                     if job.turn + 1 < len(job.item["files"]):
                         later.append((next_turn(job, result, cfg, size), k))
-                        bar.total += len(later[-1][0].windows) * calls
+                        bar.total += extra(later[-1][0], cfg)
             todo = later
         sheet += [row for job in jobs[:SHEET_ROWS - len(sheet)] for row in sheet_rows(job)]
     bar.close()
@@ -230,9 +235,9 @@ def main(cfg: Config) -> None:
 
 
 def batches(pairs: list[tuple["Job", int]], batch_size: int) -> Iterator[list[tuple["Job", int]]]:
-    """All (job, sample number) by working shape, at most batch_size at once."""
-    def shape(pair: tuple["Job", int]) -> torch.Size:
-        return pair[0].mask_in.shape
+    """All (job, sample number) by working shape, tiles apart, at most batch_size at once."""
+    def shape(pair: tuple["Job", int]) -> tuple:
+        return pair[0].window.tile, pair[0].mask_in.shape
 
     for _, group in groupby(sorted(pairs, key=shape), shape):
         group = list(group)
@@ -440,12 +445,14 @@ class Job:
     window: windows.Window
     layer: np.ndarray  # uint8 [h, w, 3], what was generated so far, elsewhere the canvas
     trust: np.ndarray  # float32 [h, w], 0 = still to be generated, 1 = done or not to be touched
+    kept: np.ndarray  # the same as it was at first
     about: dict  # for samples.jsonl
     work: Callable[[int, int], tuple[int, int]]  # working shape of a window of (h, w)
     own: np.ndarray | None = None  # uint8 [h, w, 4], the canvas as it was read, if it has an alpha channel
     box: tuple[int, int, int, int] = ()  # top, left, height, width of the window within the working shape
     mask_in: Tensor | None = None  # [1, H, W] in {0, 1}, for an edit [0, 1]
     masked: Tensor | None = None  # [3, H, W], for an edit the whole picture
+    begin: Tensor | None = None  # [3, H, W], what a tile starts from
     item: dict = field(default_factory=dict)
     turn: int = 0  # of a chain of instructions
     place: int = 0  # number of the window
@@ -497,12 +504,14 @@ def load_job(item: dict, cfg: Config, size: int, arch: model.EditorConfig, strid
         if task == "edit" and aspects:  # it must not go to the margin: rather a shape between two buckets
             H, W = shapes(size, token, (min(max(h / w, 1 / 4), 4),))[0]
         if max(H, W) > arch.pos_max * token:
-            raise SystemExit(f"error: --size: {size}: {printable(item['name'])} needs {W}x{H}, the model "
-                             f"takes at most {arch.pos_max * token} a side: give a smaller --size")
+            name = printable(item["name"])
+            raise SystemExit(f"error: --size: {size}: {name} needs {W}x{H}, the model takes at most "
+                             f"{arch.pos_max * token} a side: give a smaller --size")
         return H, W
 
-    job = Job(item["name"], texts[0], item["seed"], source, canvas, mask, task != "edit", [], (), canvas,
-              mask, about, work, own, item=item, regions=regions)
+    job = Job(item["name"], texts[0], item["seed"], source, canvas, mask, task != "edit", [],
+              windows.Window(0, 0, *mask.shape), canvas, mask, mask, about, work, own, item=item,
+              regions=regions)
     return start(job, cfg, size)
 
 
@@ -511,31 +520,47 @@ def start(job: Job, cfg: Config, size: int) -> Job:
     shape, found = job.mask.shape, [windows.Window(0, 0, *job.mask.shape)]
     if cfg.crop == "mask" or cfg.crop == "auto" and cfg.paste and cfg.task != "t2i":
         near = windows.plan(job.mask, size)
-        scale = [min(a / b for a, b in zip(job.work(h, w), (h, w))) for _, _, h, w in (*found, *near)]
-        # several holes may gain differently: one that loses pixels keeps all on the whole picture
-        if cfg.crop == "mask" or min(1, *scale[1:]) > min(1, scale[0]):
+        sizes = [(h, w) for _, _, h, w, _ in (*found, *near)]
+        scale = [min(1, *(a / b for a, b in zip(job.work(*size), size))) for size in sizes]
+        if cfg.crop == "mask" or max(scale[1:]) > scale[0]:
             found = near
-    if found[0][2:] != shape:
-        common.print0(f"{printable(job.name)}: worked on in {len(found)} window(s) of "
-                      f"{found[0].width}x{found[0].height} of its {shape[1]}x{shape[0]} pixels")
-    trust = np.zeros(shape, np.float32)
+    if len(found) > 1 or found[0][2:4] != shape:
+        sizes = ", ".join(f"{n} of {w}x{h}" + " in tiles" * tile for (h, w, tile), n in
+                          Counter(w[2:] for w in found).items())
+        common.print0(f"{printable(job.name)}: {shape[1]}x{shape[0]} is worked on in windows: {sizes}")
+    kept = np.zeros(shape, np.float32)
     if cfg.paste:
-        trust[~masks.dilate(job.mask > 0, cfg.seam)] = 1
-    return to_window(replace(job, windows=found, layer=job.canvas, trust=trust, place=-1))
+        kept[~masks.dilate(job.mask > 0, cfg.seam)] = 1
+    return to_window(replace(job, windows=found, window=found[0], layer=job.canvas, trust=kept, kept=kept,
+                             place=-1))
 
 
 def to_window(job: Job) -> Job:
-    """The job at the first of its windows: what the model is given of it."""
+    """The job at the next of its windows: what the model is given of it."""
     window, *rest = job.windows
-    at = cut(window)
-    mask = np.where(job.trust[at] < 0.5, job.mask[at], 0)
-    fitted = to_work(job.layer[at], mask, *job.work(*window[2:]), hide=job.hide)
-    return replace(job, windows=rest, window=window, place=job.place + 1,
-                   **dict(zip(("box", "mask_in", "masked"), fitted)))
+    at, begin, work = cut(window), None, job.work(*window[2:4])
+    trust = job.kept if window.tile and not job.window.tile else job.trust  # tiles go over it all again
+    mask = np.where(trust[at] < 0.5, job.mask[at], 0)
+    box, mask_in, masked = to_work(job.layer[at], mask, *work, hide=job.hide)
+    if window.tile:
+        begin = to_work(job.layer[at], mask, *work, hide=False)[2]
+    return replace(job, windows=rest, window=window, place=job.place + 1, trust=trust, box=box,
+                   mask_in=mask_in, masked=masked, begin=begin)
+
+
+def extra(job: Job, cfg: Config) -> int:
+    """Evaluations that the windows after the first take."""
+    steps = [tile_steps(cfg) if w.tile else cfg.steps for w in job.windows]
+    return sum(n if cfg.solver == "euler" else 2 * n - 1 for n in steps)
+
+
+def tile_steps(cfg: Config) -> int:
+    """How many of the last steps a tile goes through."""
+    return max(1, round(TILE * cfg.steps))
 
 
 def cut(window: windows.Window) -> tuple[slice, slice]:
-    top, left, h, w = window
+    top, left, h, w, _ = window
     return slice(top, top + h), slice(left, left + w)
 
 
@@ -643,8 +668,8 @@ def place(x0: Tensor, job: Job) -> Job:
     Where windows overlap the earlier fades into the later, as the trust in it falls towards its border."""
     top, left, h, w = job.box
     x = x0[:, top:top + h, left:left + w]
-    if (h, w) != job.window[2:]:
-        x = F.interpolate(x[None], job.window[2:], mode="bicubic", antialias=True)[0]
+    if (h, w) != job.window[2:4]:
+        x = F.interpolate(x[None], job.window[2:4], mode="bicubic", antialias=True)[0]
     x = ((x.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     at, layer, trust = cut(job.window), job.layer.copy(), job.trust.copy()
     mine = windows.trust(job.window, job.mask.shape)

@@ -4,11 +4,14 @@ A hole of 100 pixels in a photo of 4000, shrunk as a whole to the model's size, 
 back is a flat patch. Here every hole gets a window of its own (default ours, papers silent):
 
     compact     one window, twice as wide as the hole, so that a quarter of it is hole and the rest is context
-    long        (a rim, a strip, a frame: over 3 times as long as it is thick) windows along it, twice as wide
-                as it is thick, each overlapping the next by half
+    long        (a rim, a strip, a frame: over 3 times as long as it is thick) the whole picture first, which
+                decides what is where, then tiles along it, twice as wide as it is thick
+    large       (compact, but larger than the model's size) its window first, then tiles of the model's size,
+                at most 4 along it
     never       smaller than the model's size: nothing is scaled up to be worked on
 
-Holes that fit into one such window share it. Pure functions of a mask.
+Tiles overlap by half. They start from what the first pass left, with noise upon it, so that they add detail
+and no second object. Holes that fit into one such window share it. Pure functions of a mask.
 """
 
 from collections import namedtuple
@@ -17,7 +20,9 @@ import numpy as np
 
 CELLS = 128  # cells along the longer side, in which holes are told apart
 LONG = 3  # length over thickness from which a hole is tiled
-Window = namedtuple("Window", "top left height width")
+TILES = 4  # along a large hole
+# tile: starts from what an earlier window has made
+Window = namedtuple("Window", "top left height width tile", defaults=(False,))
 
 
 def parts(mask):
@@ -76,16 +81,17 @@ def tiles(mask, bounds, side, shape):
             here = mask[y:min(y + step, bottom), x:min(x + step, right)]
             if here.any():
                 w = around((y, x, min(y + step, bottom), min(x + step, right)), side, shape)
+                w = w._replace(tile=True)
                 share = mask[w.top:w.top + w.height, w.left:w.left + w.width].mean()
                 found.append((share, w))
     return [w for _, w in sorted(found)]
 
 
 def plan(mask, size):
-    """Mask [h, w], the model's size in pixels -> windows, in the order in which they are to be filled; one
-    of the whole picture where no smaller one would do. No window is empty of what is to be regenerated."""
+    """Mask [h, w], the model's size in pixels -> windows in the order in which they are to be filled, first
+    those that start from noise, then tiles. None is empty of what is to be regenerated."""
     mask, shape = mask > 0, mask.shape
-    whole, holes, out = Window(0, 0, *shape), [], []  # holes: (bounds, side) of compact ones
+    whole, holes, rims = Window(0, 0, *shape), [], []  # holes: (bounds, side) of compact ones; rims: tiles
     if mask.all():
         return [whole]
     for cells, cell in parts(mask):
@@ -97,12 +103,10 @@ def plan(mask, size):
         longest, thick = max(bounds[2] - bounds[0], bounds[3] - bounds[1]), thickness(cells) * cell
         if longest <= max(LONG * thick, size // 2):
             holes.append((bounds, max(size, 2 * longest)))
-        elif 2 * thick >= max(shape):
-            return [whole]
         else:
             alone = np.zeros_like(mask)
             alone[top:top + here.shape[0], left:left + here.shape[1]] = here
-            out += tiles(alone, bounds, max(size, 2 * thick), shape)
+            rims += tiles(alone, bounds, max(size, 2 * thick), shape)
     shared = []
     for a, side in sorted(holes):
         for i, (b, other) in enumerate(shared):
@@ -112,16 +116,21 @@ def plan(mask, size):
                 break
         else:
             shared.append((a, side))
-    if any(side >= max(shape) for _, side in shared):
-        return [whole]
-    return list(dict.fromkeys([around(bounds, side, shape) for bounds, side in shared] + out)) or [whole]
+    first, fine = [around(bounds, side, shape) for bounds, side in shared if side < max(shape)], list(rims)
+    if rims or len(first) < len(shared):
+        first.append(whole)
+    for bounds, _ in shared:
+        longest = max(bounds[2] - bounds[0], bounds[3] - bounds[1])
+        if longest > size:
+            fine += tiles(mask, bounds, max(size, longest // TILES), shape)
+    return list(dict.fromkeys(first + fine))
 
 
 def trust(window, shape):
     """float32 [height, width] of a window in a picture of (h, w): 1 inside, falling to 0 over a quarter of
     its side towards the borders beyond which the picture goes on."""
     falls = []
-    for start, length, n in zip(window[:2], window[2:], shape):
+    for start, length, n in zip(window[:2], window[2:4], shape):
         at, band = np.arange(length) + 0.5, max(1, length // 4)
         before = at / band if start > 0 else np.full(length, np.inf)
         after = (length - at) / band if start + length < n else np.full(length, np.inf)

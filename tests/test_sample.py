@@ -287,8 +287,8 @@ def test_same_size_is_not_resampled():
     canvas = rng.integers(0, 256, (16, 16, 3), np.uint8)
     box, hole, masked = sample.to_work(canvas, np.zeros((16, 16), np.float32), 16, 16)
     mask, window = np.ones((16, 16), np.float32), windows.Window(0, 0, 16, 16)
-    job = sample.Job("a", "", 0, canvas, canvas, mask, True, [], window, canvas * 0, mask * 0, {}, None,
-                     box=box)
+    job = sample.Job("a", "", 0, canvas, canvas, mask, True, [], window, canvas * 0, mask * 0, mask * 0, {},
+                     None, box=box)
     assert np.array_equal(sample.finish(sample.place(masked, job), 0), canvas)
 
 
