@@ -13,7 +13,6 @@ row is a function of (seed, item, task, try).
 """
 
 import json
-import math
 import signal
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -579,9 +578,6 @@ Command = (Annotated[Specialist, named("specialist")] | Annotated[Region, named(
 
 
 def main(cfg: Stage) -> None:
-    for name, value in asdict(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            common.refuse(cfg, name, "must be a number")
     dist = common.setup(getattr(cfg, "device", "cpu"))
     for s in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(s, signal.SIG_DFL)  # what is on disk is all the state there is: nothing to save
@@ -590,7 +586,4 @@ def main(cfg: Stage) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Command, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on") from None
+    common.command(main, Command, __doc__, "the same command goes on")

@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as td
-import tyro
 from torch import Tensor
 
 import checkpoint
@@ -348,9 +347,4 @@ def table(before: dict, after: dict, keep: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        common.refuse_old_flags()
-        cli = (tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)
-        main(tyro.cli(Config, description=__doc__, config=cli))
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command resumes at the newest checkpoint") from None
+    common.command(main, Config, __doc__)
