@@ -15,6 +15,7 @@ import masks
 import model
 import sample
 import windows
+from runs import crops
 from windows import Window, plan
 
 
@@ -199,3 +200,13 @@ def test_odd_names_are_one_line_each(at, tmp_path, capfd, task):
     assert len(rows) == 1 and "1 result(s)" in said and "13 input(s) skipped" in said
     assert said.count("skipped: ") == 13 and "two keys named mask" in said
     assert not set(said) & set("\x1b\0\ud800") and max(map(len, said.split("\n"))) < 1000
+
+
+def test_crops_measures_both(at, tmp_path, capsys):
+    small = dict(n=2, height=96, width=128, hole=12, rim=16, steps=1)
+    crops.main(crops.Config(str(at / "fill"), str(tmp_path), **small))
+    said = capsys.readouterr().out
+    assert all(f"| {task} | {crop} |" in said for task in ("hole", "rim") for crop in ("none", "auto"))
+    truth, got = (np.asarray(Image.open(tmp_path / f / "000.png")) for f in ("hole", "rim"))
+    assert truth.shape == (96, 128, 3) and np.array_equal(got[:, -1], truth[:, -17])
+    assert crops.gradient(np.tile(np.arange(0, 60, 3, dtype=np.uint8)[:, None, None], (1, 9, 3))).mean() == 3
