@@ -13,6 +13,7 @@ from torch import Tensor
 import flow
 import pipeline
 import rewards
+from pretrained import towers
 
 
 def lanczos(image: np.ndarray, h: int, w: int) -> np.ndarray:
@@ -59,7 +60,7 @@ def redraw(pipes: list[pipeline.Pipe], captions: list[str], image: Tensor, noise
     return space.decode(x).float().cpu()
 
 
-def clip_filter(clip: rewards.Clip, source: Tensor, image: Tensor, before: list[str], after: list[str],
+def clip_filter(clip: towers.Clip, source: Tensor, image: Tensor, before: list[str], after: list[str],
                 least: dict[str, float]) -> list[dict]:
     """Pairs [B, 3, H, W] in [-1, 1] -> dict(clip_sim_image, clip_sim_dir, cause) each; cause None: kept.
 
@@ -76,9 +77,9 @@ def clip_filter(clip: rewards.Clip, source: Tensor, image: Tensor, before: list[
     return out
 
 
-def open_clip(spec: str, device: torch.device) -> rewards.Clip:
+def open_clip(spec: str, device: torch.device) -> towers.Clip:
     """"WEIGHTS,TOKENIZER,openai" or "...,laion" (quick GELU or not: no weight tells)."""
     parts = spec.split(",")
     if len(parts) != 3 or parts[2] not in ("openai", "laion"):
         raise SystemExit(f"error: --clip: {spec}: say WEIGHTS,TOKENIZER,openai or WEIGHTS,TOKENIZER,laion")
-    return rewards.load_clip(parts[0], parts[1], parts[2] == "openai", rewards.IP2P_PREP, device=device)
+    return towers.load_clip(parts[0], parts[1], parts[2] == "openai", towers.IP2P_PREP, device=device)

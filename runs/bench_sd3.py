@@ -41,8 +41,8 @@ import model  # noqa: E402
 import rewards  # noqa: E402
 from common import clip_grad_norm  # noqa: E402
 from kernels.bench import chosen, limits, machine, quantiles, save  # noqa: E402
+from pretrained.towers import VGG16  # noqa: E402
 from pretrained.vae import VAE, VAEConfig  # noqa: E402
-from rewards import VGG16  # noqa: E402
 from runs import memory  # noqa: E402
 from runs.bench_models import diffusers_twin, run_twin  # noqa: E402
 

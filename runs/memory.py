@@ -40,8 +40,9 @@ import model  # noqa: E402
 import pipeline  # noqa: E402
 import train_omni  # noqa: E402
 import train_pefl  # noqa: E402
+from pretrained.towers import load_vgg16  # noqa: E402
 from pretrained.vae import VAE  # noqa: E402
-from rewards import PreferenceReward, load_vgg16, open_coherence, open_reward  # noqa: E402
+from rewards import PreferenceReward, open_coherence, open_reward  # noqa: E402
 
 ########################################## 1. live bytes #####################################################
 

@@ -510,9 +510,10 @@ def test_clip_filter(tmp_path):
     from test_towers import CAPTIONS, TINY, clip_peer, clip_vocabulary, save
 
     import rewards
+    from pretrained import towers
 
     words = clip_vocabulary(tmp_path)
-    clip = rewards.load_clip(save(tmp_path, clip_peer().state_dict()), words, True, TINY)
+    clip = towers.load_clip(save(tmp_path, clip_peer().state_dict()), words, True, TINY)
     a, b = torch.rand(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     before, after = list(CAPTIONS[:3]), [*CAPTIONS[1:3], CAPTIONS[2]]
     got = refine.clip_filter(clip, a, b, before, after, {"image": -1.0, "dir": -1.0})

@@ -12,6 +12,7 @@ import model
 import rewards
 from kernels import joint_attention, modulate, rms_norm
 from model import PRESETS, Editor, EditorConfig, MMDiT
+from pretrained import towers
 from pretrained.sd3 import to_diffusers
 from rewards import REWARD_PRESETS
 from runs.bench_models import diffusers_twin, randomize, run_twin
@@ -428,7 +429,7 @@ def test_preference_reward_takes_any_size(h, w):
 
 
 def test_vit_position_table_is_resized():
-    vit = rewards.ViT(4, 4, 32, 1, 2)
+    vit = towers.ViT(4, 4, 32, 1, 2)
     assert vit(torch.randn(1, 3, 16, 16)).shape == (1, 17, 32)
     assert vit(torch.randn(1, 3, 24, 12)).shape == (1, 19, 32)
 

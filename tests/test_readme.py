@@ -19,7 +19,7 @@ from test_text_encoders import small_tokenizers
 
 import checkpoint
 import model
-import rewards
+from pretrained import towers
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {  # appended to a command: the last value of a flag wins
@@ -82,7 +82,7 @@ def public_files(folder: Path) -> Path:
     (folder / "prompts.txt").write_text("\n".join(texts))
     write_sd3(folder / "sd3.safetensors", small_tokenizers(folder / "words"))
     imagereward(folder)
-    torch.save(random_state(rewards.VGG16(), 9), folder / "vgg16.pth")
+    torch.save(random_state(towers.VGG16(), 9), folder / "vgg16.pth")
     return folder
 
 

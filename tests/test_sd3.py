@@ -22,6 +22,7 @@ import sample
 import train_omni
 import train_pefl
 from pretrained import text as text_encoders
+from pretrained import towers
 from pretrained.vae import VAE, VAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def imagereward(folder):
 
 
 def vgg(tmp_path):
-    net = rewards.VGG16()
+    net = towers.VGG16()
     save_file(random_state(net, 9), tmp_path / "vgg16.safetensors")
     return str(tmp_path / "vgg16.safetensors")
 

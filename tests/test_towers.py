@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 
 import rewards
-from pretrained import files, sd3
+from pretrained import files, sd3, towers
 from pretrained import text as text_encoders
 
 transformers = pytest.importorskip("transformers")
@@ -170,7 +170,7 @@ def test_dino_equals_transformers(version, tmp_path, monkeypatch):
     weights = published_dino(theirs, names)
     assert ("mask_token" in weights) == (version != "v1")
     assert same(split_qkv(rename(weights, names), "attn.qkv", QKV), theirs.state_dict())  # and back
-    ours = rewards.load_dino(save(tmp_path, weights), dtype=F64)
+    ours = towers.load_dino(save(tmp_path, weights), dtype=F64)
     assert not any(p.requires_grad for p in ours.parameters())
 
     peer = run_peer(theirs, version)
@@ -188,19 +188,19 @@ def test_dino_equals_transformers(version, tmp_path, monkeypatch):
 
 def test_published_resizing_of_positions():
     """(n + 0.1) / side as the scale, as DINO and DINOv2 without registers are published."""
-    net = randomize(rewards.Dino(4, 8, 128, 1, 2, scaled=True, registers=0)).double()
+    net = randomize(towers.Dino(4, 8, 128, 1, 2, scaled=True, registers=0)).double()
     table = net.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     expected = F.interpolate(table, scale_factor=(6.1 / 4, 3.1 / 4), mode="bicubic")
     expected = expected.flatten(2).transpose(1, 2)
     assert torch.equal(net.positions(6, 3), expected)
     exact = F.interpolate(table, (6, 3), mode="bicubic").flatten(2).transpose(1, 2)
     assert error(exact, expected) > 1e-3
-    assert not rewards.Dino(4, 8, 128, 1, 2, scaled=True, registers=4).offset
+    assert not towers.Dino(4, 8, 128, 1, 2, scaled=True, registers=4).offset
 
 
 def test_dino_is_vit_under_the_same_names():
     """model.ViT (BLIP, coherence) and DINO are one network where no position is resized."""
-    a, b = rewards.ViT(4, 8, 128, 2, 2), rewards.Dino(4, 8, 128, 2, 2, scaled=False, registers=0)
+    a, b = towers.ViT(4, 8, 128, 2, 2), towers.Dino(4, 8, 128, 2, 2, scaled=False, registers=0)
     b.load_state_dict(randomize(a).state_dict())
     x = pixels(32)
     assert torch.equal(a.double()(x), b.double()(x))
@@ -209,10 +209,10 @@ def test_dino_is_vit_under_the_same_names():
 @pytest.mark.parametrize("nest", [lambda w: w, lambda w: {"student": {}, "teacher": {
     **{f"module.backbone.{k}": v for k, v in w.items()}, "module.head.last_layer.weight_v": torch.ones(3)}}])
 def test_dino_files(nest, tmp_path):
-    weights = randomize(rewards.Dino(4, 8, 128, 1, 2, scaled=False, registers=0)).state_dict()
+    weights = randomize(towers.Dino(4, 8, 128, 1, 2, scaled=False, registers=0)).state_dict()
     path = tmp_path / "dino.pth"
     torch.save(nest(weights), path)
-    assert same(rewards.load_dino(str(path)).state_dict(), weights)
+    assert same(towers.load_dino(str(path)).state_dict(), weights)
 
 
 ####################################################################################################
@@ -260,7 +260,7 @@ def image_features(peer):
 def test_clip_image_tower_equals_transformers(heads, quick, tmp_path):
     theirs = clip_peer(quick, heads=heads)
     path = save(tmp_path, theirs.state_dict())
-    ours = rewards.load_clip(path, None, quick, heads=heads, dtype=F64).vision
+    ours = towers.load_clip(path, None, quick, heads=heads, dtype=F64).vision
     kept = {k: v for k, v in theirs.state_dict().items() if k.startswith("vis")}
     assert same(ours.state_dict(), kept)  # every key once, and back by the same names
     x, peer = pixels(32), image_features(theirs)
@@ -337,10 +337,10 @@ def test_open_clip_names(nest, tmp_path, clip_words):
     theirs = randomize(OpenClip()).double().eval()
     published = {**theirs.state_dict(), "input_resolution": torch.tensor(224)}
     torch.save(nest(published), path := str(tmp_path / "open_clip.pt"))
-    clip = rewards.load_clip(path, clip_words, quick_gelu=False, dtype=F64)
+    clip = towers.load_clip(path, clip_words, quick_gelu=False, dtype=F64)
     assert clip.logit_scale == theirs.logit_scale
     assert agree(clip.vision, theirs.encode_image, pixels(32)) < TOLERANCE
-    weights = rewards.clip_names(files.read_weights(path))
+    weights = towers.clip_names(files.read_weights(path))
     assert weights.keys() == clip_peer().state_dict().keys()  # every key once
     ids = text_encoders.tokenize(clip.tokenizer, CAPTIONS)
     ids[:, 1:][(ids == VOCAB - 1)[:, :-1]] = 0  # open_clip pads with 0, which nothing reads
@@ -350,7 +350,7 @@ def test_open_clip_names(nest, tmp_path, clip_words):
     swapped = dict(weights)
     q, k = (f"vision_model.encoder.layers.0.self_attn.{n}_proj.weight" for n in "qk")
     swapped[q], swapped[k] = weights[k], weights[q]
-    wrong = rewards.load_clip(save(tmp_path, swapped), None, False, dtype=F64)
+    wrong = towers.load_clip(save(tmp_path, swapped), None, False, dtype=F64)
     assert agree(wrong.vision, theirs.encode_image, pixels(32)) > TOLERANCE
 
 
@@ -527,7 +527,7 @@ def test_imagereward_equals_transformers(vocab, tmp_path):
     image = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     with torch.no_grad():
         a = single.normalised(image, ids, attend)
-        b = peer(rewards.prepare(image.double(), rewards.Prep(32, 32)), ids, attend)
+        b = peer(towers.prepare(image.double(), towers.Prep(32, 32)), ids, attend)
     assert error(a, b) < 1e-4
 
 
@@ -544,27 +544,27 @@ def test_pictures_equal_clip_image_processor(size):
     theirs = transformers.CLIPImageProcessorPil()
     p = picture(*size)
     expected = theirs(p, return_tensors="pt")["pixel_values"]
-    ours = rewards.prepare_pictures([p], rewards.PICKSCORE_PREP)
+    ours = towers.prepare_pictures([p], towers.PICKSCORE_PREP)
     assert ours.dtype == torch.float32 and (ours - expected).abs().max() < 1e-6
     # torchvision's centre, where it differs: half pixels are rounded to even, here 1.5 -> 2
-    shifted = (rewards.prepare_pictures([p], rewards.CLIP_PREP) - expected).abs().max() > 0.1
-    h, w, top, left = rewards.placed(rewards.CLIP_PREP, *size)
-    assert shifted == ((top, left) != rewards.placed(rewards.PICKSCORE_PREP, *size)[2:])
+    shifted = (towers.prepare_pictures([p], towers.CLIP_PREP) - expected).abs().max() > 0.1
+    h, w, top, left = towers.placed(towers.CLIP_PREP, *size)
+    assert shifted == ((top, left) != towers.placed(towers.PICKSCORE_PREP, *size)[2:])
     assert shifted == (size in [(227, 224), (224, 227), (97, 301), (31, 57)])
 
 
 def test_placing():
     """Sizes and crops as torchvision's Resize and CenterCrop give them: the long side is cut, not rounded."""
-    assert rewards.placed(rewards.CLIP_PREP, 500, 333) == (336, 224, 56, 0)  # 336.3
-    assert rewards.placed(rewards.CLIP_PREP, 333, 499) == (224, 335, 0, 56)  # 335.7; 55.5 -> 56
-    assert rewards.placed(rewards.PICKSCORE_PREP, 333, 499) == (224, 335, 0, 55)
-    assert rewards.placed(rewards.DINO_PREP, 600, 600) == (256, 256, 16, 16)
-    assert rewards.placed(rewards.HPS_PREP, 300, 600) == (112, 224, -56, 0)
-    assert rewards.placed(rewards.IP2P_PREP, 300, 600) == (224, 224, 0, 0)
+    assert towers.placed(towers.CLIP_PREP, 500, 333) == (336, 224, 56, 0)  # 336.3
+    assert towers.placed(towers.CLIP_PREP, 333, 499) == (224, 335, 0, 56)  # 335.7; 55.5 -> 56
+    assert towers.placed(towers.PICKSCORE_PREP, 333, 499) == (224, 335, 0, 55)
+    assert towers.placed(towers.DINO_PREP, 600, 600) == (256, 256, 16, 16)
+    assert towers.placed(towers.HPS_PREP, 300, 600) == (112, 224, -56, 0)
+    assert towers.placed(towers.IP2P_PREP, 300, 600) == (224, 224, 0, 0)
 
 
-PREPS = {"clip": rewards.CLIP_PREP, "pickscore": rewards.PICKSCORE_PREP, "hps": rewards.HPS_PREP,
-         "dino": rewards.DINO_PREP}
+PREPS = {"clip": towers.CLIP_PREP, "pickscore": towers.PICKSCORE_PREP, "hps": towers.HPS_PREP,
+         "dino": towers.DINO_PREP}
 
 
 @pytest.mark.parametrize("size", [(300, 401), (129, 64), (224, 224)])
@@ -573,8 +573,8 @@ def test_differentiable_preparation_equals_pil(prep, size):
     """Up to the 8 bits that PIL rounds to twice, once for each direction."""
     ramp = torch.linspace(0.2, 0.8, size[0])[:, None] * torch.linspace(0.3, 1, size[1])  # no overshoot
     p = Image.fromarray((ramp[..., None].repeat(1, 1, 3) * 255).byte().numpy())
-    pil, x = rewards.prepare_pictures([p], prep), as_tensor(p).requires_grad_()
-    ours = rewards.prepare(x, prep)
+    pil, x = towers.prepare_pictures([p], prep), as_tensor(p).requires_grad_()
+    ours = towers.prepare(x, prep)
     assert ours.shape == pil.shape == (1, 3, 224, 224)
     inside = slice(None) if prep.fit == "crop" else slice(115, 120)  # an edge to padding overshoots
     assert (ours - pil)[..., inside, inside].abs().max() < 1.5 / 255 / min(prep.std)
@@ -584,19 +584,19 @@ def test_differentiable_preparation_equals_pil(prep, size):
 
 def test_padding_and_squares():
     p = Image.new("RGB", (448, 224), (255, 0, 0))
-    x = rewards.prepare_pictures([p], rewards.HPS_PREP)
-    black = (0 - torch.tensor(rewards.CLIP_MEAN)) / torch.tensor(rewards.CLIP_STD)
+    x = towers.prepare_pictures([p], towers.HPS_PREP)
+    black = (0 - torch.tensor(towers.CLIP_MEAN)) / torch.tensor(towers.CLIP_STD)
     assert torch.allclose(x[0, :, 10, 10], black) and torch.allclose(x[0, 1:, 112, 100], black[1:])
-    assert torch.allclose(x, rewards.prepare(as_tensor(p).float(), rewards.HPS_PREP), atol=1e-5)
+    assert torch.allclose(x, towers.prepare(as_tensor(p).float(), towers.HPS_PREP), atol=1e-5)
     y = as_tensor(picture(300, 500))
     expected = F.interpolate((y + 1) / 2, (224, 224), mode="bicubic", align_corners=False)  # IP2P's
-    mean, std = (y.new_tensor(v)[:, None, None] for v in (rewards.CLIP_MEAN, rewards.CLIP_STD))
+    mean, std = (y.new_tensor(v)[:, None, None] for v in (towers.CLIP_MEAN, towers.CLIP_STD))
     expected = (expected - mean) / std
-    assert (rewards.prepare(y, rewards.IP2P_PREP) - expected).abs().max() < TOLERANCE
-    other = rewards.prepare(y, replace(rewards.IP2P_PREP, antialias=True))
+    assert (towers.prepare(y, towers.IP2P_PREP) - expected).abs().max() < TOLERANCE
+    other = towers.prepare(y, replace(towers.IP2P_PREP, antialias=True))
     assert (other - expected).abs().max() > 0.1
     modes = [Image.new("L", (30, 20), 7), Image.new("RGBA", (9, 99))]
-    modes = rewards.prepare_pictures(modes, rewards.CLIP_PREP)
+    modes = towers.prepare_pictures(modes, towers.CLIP_PREP)
     assert modes.shape == (2, 3, 224, 224)
 
 
@@ -604,13 +604,13 @@ def test_padding_and_squares():
 # Rewards and judges
 ####################################################################################################
 
-TINY = rewards.Prep(32, 32)
+TINY = towers.Prep(32, 32)
 
 
 @pytest.fixture
 def clip_pair(tmp_path, clip_words):
     theirs = clip_peer()
-    return rewards.load_clip(save(tmp_path, theirs.state_dict()), clip_words, True, TINY, dtype=F64), theirs
+    return towers.load_clip(save(tmp_path, theirs.state_dict()), clip_words, True, TINY, dtype=F64), theirs
 
 
 def peer_text(clip, theirs, captions):
@@ -625,7 +625,7 @@ def test_scores_equal_transformers(clip_pair):
 
     def logits(x):
         ids = text_encoders.tokenize(clip.tokenizer, CAPTIONS)
-        out = theirs(input_ids=ids, pixel_values=rewards.prepare(x, TINY))
+        out = theirs(input_ids=ids, pixel_values=towers.prepare(x, TINY))
         return out.logits_per_image.diagonal()
 
     assert agree(lambda x: rewards.pickscore(clip, x, CAPTIONS), logits, x) < TOLERANCE
@@ -659,7 +659,7 @@ def test_direction_and_similarities(clip_pair, tmp_path):
     source, edited = (torch.rand(3, 3, 32, 32, dtype=F64, generator=g) * 2 - 1 for _ in range(2))
 
     def embed(x):
-        y = image_features(theirs)(rewards.prepare(x, TINY))
+        y = image_features(theirs)(towers.prepare(x, TINY))
         return y / y.norm(dim=-1, keepdim=True)
 
     def embed_text(captions):
@@ -680,15 +680,15 @@ def test_direction_and_similarities(clip_pair, tmp_path):
                  lambda x: (embed(x) * embed(source)).sum(-1), edited) < TOLERANCE
 
     peer, names = dino_peer("v1")
-    dino = rewards.load_dino(save(tmp_path, published_dino(peer, names), "dino.safetensors"), dtype=F64)
+    dino = towers.load_dino(save(tmp_path, published_dino(peer, names), "dino.safetensors"), dtype=F64)
     dino.offset = 0.0
 
     def cls(x):
-        return run_peer(peer, "v1")(rewards.prepare(x, rewards.DINO_PREP))[:, 0]
+        return run_peer(peer, "v1")(towers.prepare(x, towers.DINO_PREP))[:, 0]
 
     peers = lambda x: F.cosine_similarity(cls(source), cls(x))  # noqa: E731
     assert agree(lambda x: rewards.dino_similarity(dino, source, x), peers, edited) < TOLERANCE
-    mean = lambda x: F.cosine_similarity(*(dino(rewards.prepare(y, rewards.DINO_PREP)).mean(1)  # noqa: E731
+    mean = lambda x: F.cosine_similarity(*(dino(towers.prepare(y, towers.DINO_PREP)).mean(1)  # noqa: E731
                                            for y in (source, x)))
     assert agree(mean, peers, edited) > TOLERANCE  # another pooling must not pass
 
@@ -701,7 +701,7 @@ def test_aesthetic_head(clip_pair, tmp_path):
     x = torch.rand(2, 3, 32, 32, dtype=F64) * 2 - 1
 
     def peer(x, unit=True):
-        y = image_features(theirs)(rewards.prepare(x, TINY))
+        y = image_features(theirs)(towers.prepare(x, TINY))
         y = y / y.norm(dim=-1, keepdim=True) if unit else y
         for i in (0, 2, 4, 6, 7):
             y = y @ published.layers[i].weight.double().T + published.layers[i].bias.double()
@@ -725,7 +725,7 @@ class Bomb:
 
 
 def test_bad_files(tmp_path, capsys):
-    good = randomize(rewards.Dino(4, 8, 128, 1, 2, scaled=False, registers=0)).state_dict()
+    good = randomize(towers.Dino(4, 8, 128, 1, 2, scaled=False, registers=0)).state_dict()
     whole = Path(save(tmp_path, good))
     cases = {"cut.safetensors": whole.read_bytes()[:-100], "empty.safetensors": b"", "empty.pt": b"",
              "text.pt": b"not weights"}
@@ -739,7 +739,7 @@ def test_bad_files(tmp_path, capsys):
     for name in (*cases, "bomb.pt", "list.pt", "numbers.pt", "other.safetensors", "int8.safetensors",
                  "absent.pt"):
         with pytest.raises(SystemExit) as e:
-            rewards.load_dino(str(tmp_path / name))
+            towers.load_dino(str(tmp_path / name))
         line = str(e.value)
         assert line.startswith("error: ") and name in line and "\n" not in line and "give" in line, line
         assert "weights_only" not in line and "option" not in line  # torch's advice is to execute the file
@@ -751,17 +751,17 @@ def test_half_precision_files_and_folders(tmp_path, clip_words):
     theirs = clip_peer()
     (tmp_path / "folder").mkdir()
     save(tmp_path / "folder", {k: v.half() for k, v in theirs.state_dict().items()}, "model.safetensors")
-    clip = rewards.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
+    clip = towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
     assert {p.dtype for p in clip.parameters()} == {torch.float32}
     assert clip.prep.size == 32  # read from the shapes, as a ViT-L/14@336 is
-    half = rewards.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True, dtype=torch.bfloat16)
+    half = towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     a, b = (rewards.pickscore(c, pixels(32).float().clamp(-1, 1), CAPTIONS[:2]) for c in (clip, half))
     assert a.dtype == b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2
     (Path(clip_words) / "merges.txt").write_text("#version: 0.2\n")
     (Path(clip_words) / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
     with pytest.raises(SystemExit, match="error: .*tokenizer: 2 tokens, but .* give"):
-        rewards.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
+        towers.load_clip(str(tmp_path / "folder"), clip_words, quick_gelu=True)
 
 
 def test_rewards_by_name(tmp_path, vocab, clip_words):
@@ -793,9 +793,9 @@ def test_imagereward_takes_pictures_of_any_size(tmp_path, vocab):
     ids, attend = net.tokenize(CAPTIONS)
     with torch.no_grad():
         a = rewards.imagereward(net, x, CAPTIONS)
-        b = blip_peer(net)(rewards.prepare(x.double(), rewards.Prep(side, side)), ids, attend)
+        b = blip_peer(net)(towers.prepare(x.double(), towers.Prep(side, side)), ids, attend)
     assert error(a, b) < 1e-4
-    assert rewards.placed(rewards.Prep(side, side), 41, 59) == (32, 46, 0, 7)
+    assert towers.placed(towers.Prep(side, side), 41, 59) == (32, 46, 0, 7)
 
 
 def test_blip_weights(tmp_path):
@@ -827,12 +827,12 @@ def test_convert_command(tmp_path, vocab):
 def test_published_sizes():
     """Parameter counts of the published networks, built from their shapes alone."""
     with torch.device("meta"):
-        nets = {"dino_vits16": rewards.Dino(14, 16, 384, 12, 6, False, 0),
-                "dino_vitb8": rewards.Dino(28, 8, 768, 12, 12, False, 0),
-                "dinov2_vitb14": rewards.Dino(37, 14, 768, 12, 12, True, 0),
-                "clip_b32": rewards.ClipVision(7, 32, 768, 12, 12, 3072, 512, True),
-                "clip_l14": rewards.ClipVision(16, 14, 1024, 24, 16, 4096, 768, True),
-                "clip_h14": rewards.ClipVision(16, 14, 1280, 32, 16, 5120, 1024, False)}
+        nets = {"dino_vits16": towers.Dino(14, 16, 384, 12, 6, False, 0),
+                "dino_vitb8": towers.Dino(28, 8, 768, 12, 12, False, 0),
+                "dinov2_vitb14": towers.Dino(37, 14, 768, 12, 12, True, 0),
+                "clip_b32": towers.ClipVision(7, 32, 768, 12, 12, 3072, 512, True),
+                "clip_l14": towers.ClipVision(16, 14, 1024, 24, 16, 4096, 768, True),
+                "clip_h14": towers.ClipVision(16, 14, 1280, 32, 16, 5120, 1024, False)}
     sizes = {k: sum(p.numel() for p in net.parameters()) for k, net in nets.items()}
     assert sizes == {"dino_vits16": 21_665_664, "dino_vitb8": 85_807_872, "dinov2_vitb14": 86_579_712,
                      "clip_b32": 87_849_216, "clip_l14": 303_966_208, "clip_h14": 632_076_800}

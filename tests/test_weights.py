@@ -24,10 +24,9 @@ from test_frozen import to_diffusers as vae_to_diffusers
 from test_model import fp64_rms, inputs
 
 import checkpoint
-import rewards
 from model import PRESETS, Editor, EditorConfig, MMDiT, inpainting
 from pretrained import __main__ as cli
-from pretrained import files, sd3
+from pretrained import files, sd3, towers
 from pretrained import text as text_encoders
 from pretrained.files import PARTS, Stored, header_hash, is_public, open_part, open_safetensors
 from pretrained.text import CLIP_G, CLIP_L, T5_XXL, ClipText, T5Encoder
@@ -721,18 +720,18 @@ def test_encoders_that_do_not_fit(states, tokenizers, tmp_path):
 
 def test_vgg16(tmp_path, capsys):
     """torchvision's file with its classifier, pickled or not; a bomb; a tensor less."""
-    net = rewards.VGG16()
+    net = towers.VGG16()
     state = {**net.state_dict(), "features.24.weight": torch.ones(1), "classifier.0.bias": torch.ones(2)}
     torch.save(state, tmp_path / "vgg.pth")
     cli.convert(str(tmp_path / "vgg.pth"), str(tmp_path / "vgg.safetensors"))
     x = torch.rand(1, 3, 16, 16)
     for name in ("vgg.pth", "vgg.safetensors"):
-        ours = rewards.load_vgg16(str(tmp_path / name))
+        ours = towers.load_vgg16(str(tmp_path / name))
         assert all(torch.equal(a, b) for a, b in zip(ours(x), net(x))) and not ours.training
     torch.save({"x": Bomb()}, tmp_path / "bomb.pth")
     torch.save({k: v for k, v in state.items() if k != "features.5.bias"}, tmp_path / "less.pth")
-    one_line(rewards.load_vgg16, str(tmp_path / "bomb.pth"), why="--vgg: .*bomb.pth: cannot be read")
-    one_line(rewards.load_vgg16, str(tmp_path / "less.pth"), why="--vgg: .*missing .features.5.bias")
+    one_line(towers.load_vgg16, str(tmp_path / "bomb.pth"), why="--vgg: .*bomb.pth: cannot be read")
+    one_line(towers.load_vgg16, str(tmp_path / "less.pth"), why="--vgg: .*missing .features.5.bias")
     assert "executed" not in capsys.readouterr().out
     one_line(cli.convert, str(tmp_path / "vgg.pth"), str(tmp_path / "no/x.safetensors"), why="be written")
     assert (tmp_path / "vgg.safetensors").stat().st_mode & 0o777 == 0o644
