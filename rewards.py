@@ -416,7 +416,8 @@ def load_imagereward(path: str, vocab: str, dtype: torch.dtype = torch.float32,
     cfg = reward_config(weights, path, vocab, what)
     with torch.device("meta"):
         net = PreferenceReward(cfg)
-    net.mean, net.std = (torch.tensor(v, device=device)[:, None, None] for v in (towers.CLIP_MEAN, towers.CLIP_STD))
+    spread = towers.CLIP_MEAN, towers.CLIP_STD
+    net.mean, net.std = (torch.tensor(v, device=device)[:, None, None] for v in spread)
     net.score_mean, net.score_std = IMAGEREWARD_MEAN, IMAGEREWARD_STD
     return fill(net, weights, path, what, dtype, device)
 

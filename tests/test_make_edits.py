@@ -246,7 +246,8 @@ def test_prompt_to_prompt(pipe):
     assert torch.allclose(free[0], shared[0], atol=1e-5)  # the source row is never touched
     assert not torch.allclose(free[1], shared[1], atol=1e-3)
     assert torch.allclose(run(a, b, share_until=1.01)[1], free[1], atol=1e-5)  # t = 1 is below 1.01
-    image, mask = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, 1, 16, 16)
+    g = torch.Generator().manual_seed(1)
+    image, mask = torch.rand(2, 3, 16, 16, generator=g) * 2 - 1, torch.zeros(2, 1, 16, 16)
     mask[..., 8:] = 1
     source, held = run(a, b, image=image, mask=mask)
     assert torch.allclose(source, image, atol=1e-5)
@@ -429,8 +430,9 @@ def test_region_keeps_what_the_mask_keeps(pipe):
     assert torch.allclose(every[..., :6], image[..., :6], atol=1e-5)
     assert not torch.allclose(odd[..., :6], image[..., :6], atol=1e-3)
     assert not torch.allclose(even[..., 8:], image[..., 8:], atol=1e-2)
-    weak = run(10, True, 0.2)
-    assert (weak - image).abs().mean() < (run(10, True) - image).abs().mean()
+    weak = run(10, True, 0.2)  # two steps, from t = .2
+    assert torch.allclose(weak[..., :6], image[..., :6], atol=1e-5)
+    assert not torch.allclose(weak[..., 8:], run(10, True)[..., 8:], atol=1e-2)
 
 
 def test_region_stage(base, tmp_path):
