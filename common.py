@@ -12,6 +12,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import inspect
 import io
 import math
 import multiprocessing
@@ -241,8 +242,8 @@ def parse(what, **settings):
     told with the nearest one."""
     import tyro  # half the scripts' helpers are imported without a command line
 
-    names = [f.name for f in fields(what)] if is_dataclass(what) else []
-    for f in fields(what) if names else ():
+    names = list(inspect.signature(what).parameters) if callable(what) else []
+    for f in fields(what) if is_dataclass(what) else ():
         for note in getattr(f.type, "__metadata__", ()):
             names += [a.lstrip("-") for a in getattr(note, "aliases", None) or ()]
     for word in sys.argv[1:] if names else ():
@@ -289,7 +290,7 @@ class _Lossy:
         self._try(self.stream.flush)
 
 
-def command(main, config, about, interrupted="the same command resumes at the newest checkpoint"):
+def command(main, config, about, interrupted="the same command resumes at the newest checkpoint", prog=None):
     """A script's last line: its flags from the command line, main(cfg), and one line for what ends it that is
     no fault of the code: a full disk, want of memory, a rank or a worker that died, Ctrl-C."""
     sys.stdout, sys.stderr = _Lossy(sys.stdout), _Lossy(sys.stderr)
@@ -297,7 +298,7 @@ def command(main, config, about, interrupted="the same command resumes at the ne
 
     try:
         refuse_old_flags()
-        main(parse(config, description=about, config=(tyro.conf.FlagConversionOff,)))
+        main(parse(config, description=about, config=(tyro.conf.FlagConversionOff,), prog=prog))
     except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
         raise SystemExit(f"interrupted: {interrupted}") from None
     except MemoryError:
@@ -310,6 +311,27 @@ def command(main, config, about, interrupted="the same command resumes at the ne
         if not (line := ended(e)):
             raise
         raise SystemExit(line) from None
+
+
+def commands(functions, prog):
+    """The last line of a file with several: `PROG NAME --flags` calls functions[NAME]; else as `command`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        return print("usage: " + "\n       ".join(f"python {prog} {n} --help" for n in functions))
+    if name not in functions:
+        near = difflib.get_close_matches(name, functions, 1, 0.5) or functions
+        raise SystemExit(f"error: command line: {name[:80]!r}: use " + " or ".join(near))
+    del sys.argv[1]
+    command(lambda run: run(), later(functions[name]), None, "what is written stays", f"{prog} {name}")
+
+
+def later(function):
+    """The same flags, but a function without any: tyro calls what it parses for, and holds what it prints."""
+    @functools.wraps(function)
+    def begin(*args, **kwargs):
+        return lambda: function(*args, **kwargs)
+
+    return begin
 
 
 def ended(e):

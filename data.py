@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import common
 from common import begin_worker
 from log import contact_sheet
 from masks import ERASE_PROMPT, PROMPT_FREE, TASKS, task_mask
@@ -873,6 +874,4 @@ def check_edits(source, image_size, stride, limit, out):
 
 
 if __name__ == "__main__":
-    import tyro
-
-    tyro.extras.subcommand_cli_from_dict({"check": check})
+    common.commands({"check": check}, "data.py")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import common
 import data
 from common import die_with_parent
 from data import bucket
@@ -226,6 +227,4 @@ def replace(path, write):
 
 
 if __name__ == "__main__":
-    import tyro
-
-    tyro.cli(pack, config=(tyro.conf.FlagConversionOff,))
+    common.command(lambda run: run(), common.later(pack), None, "the same command goes on")

@@ -720,7 +720,7 @@ def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dic
            **{key: getattr(cfg, key) for key in keys}, **more}
     if "shown" in job.item and job.turn == 0:
         write(out, job.item["shown"], Image.fromarray(job.canvas))
-    write(out, file, Image.fromarray(result), json.dumps(row) + "\n")
+    write(out, file, Image.fromarray(result), json.dumps(common.portable(row)) + "\n")
 
 
 def write(out: Path, file: str, picture: Image.Image, row: str = "") -> None:

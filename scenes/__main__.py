@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+import common
 from scenes.dataset import EditScenes, Scenes
 from scenes.draw import draw, rng_for
 from scenes.edits import chain
@@ -140,7 +141,4 @@ def save(page, out):
 
 
 if __name__ == "__main__":
-    import tyro
-
-    tyro.extras.subcommand_cli_from_dict({"sheet": sheet, "export": export, "edits": edits, "chain": chained},
-                                         prog="python -m scenes")
+    common.commands({"sheet": sheet, "export": export, "edits": edits, "chain": chained}, "-m scenes")
