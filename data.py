@@ -63,7 +63,7 @@ RATIOS = SCENE_RATIOS + (1 / 2, 2, 1 / 3, 3, 1 / 4, 4)
 def shapes(image_size, stride, ratios=RATIOS):
     """(h, w) of every ratio h / w: multiples of `stride` with about image_size**2 pixels."""
     if image_size < stride or image_size % stride:
-        raise SystemExit(f"error: image_size: {image_size}: use a multiple of {stride}")
+        raise SystemExit(f"error: --image_size: {image_size}: use a multiple of {stride}")
     sides = [[round(image_size * s / stride) * stride or stride for s in (r**0.5, r**-0.5)] for r in ratios]
     return tuple(dict.fromkeys(map(tuple, sides)))
 

@@ -187,8 +187,8 @@ def frozen_pairs(full: bool, args: argparse.Namespace):
     theirs.load_state_dict({places[k].names[0]: v.flatten(1) if places[k].flat else v
                             for k, v in ours.state_dict().items()})
     image, z = torch.randn(1, 3, side, side), torch.randn(1, cfg.channels, side // 8, side // 8)
-    yield "vae encode", *paired(ours.encoder, theirs.encoder, (image, False, None), (image,), dtype)
-    yield "vae decode", *paired(ours.decoder, theirs.decoder, (z, False, None), (z,), dtype)
+    yield "vae encode", *paired(ours.encoder, theirs.encoder, (image, False), (image,), dtype)
+    yield "vae decode", *paired(ours.decoder, theirs.decoder, (z, False), (z,), dtype)
     for net in (ours, theirs):
         net.requires_grad_(False)
     z.requires_grad_()

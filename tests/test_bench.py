@@ -152,8 +152,8 @@ def test_as_a_command(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--adamw"], ["--precision", NATIVE, "--compile"], ["--editnet"],
-                                   ["--frozen"], ["--forward"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--adamw"], ["--editnet"], ["--frozen"],
+                                   ["--forward", "--precision", NATIVE, "--compile"]], ids=" ".join)
 def test_whole_networks(flags, tmp_path, threads, monkeypatch):
     pytest.importorskip("diffusers")
     from dataclasses import replace

@@ -216,3 +216,24 @@ def test_what_torch_says_of_ranks_and_memory_is_one_line():
               RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")):
         assert common.ended(e).startswith("error: ") and "\n" not in common.ended(e)
     assert common.ended(RuntimeError("shape mismatch")) is None
+
+
+@pytest.mark.parametrize("line, words", [
+    ("chek scenes", "'chek': use check"), ("check scenes --limitt 3", "--limitt: there is no such flag: use --limit,"),
+    ("check scenes --limit three", "three")])
+def test_files_with_several_commands(monkeypatch, line, words):
+    monkeypatch.setattr(sys, "argv", ["data.py", *line.split()])
+    with pytest.raises(SystemExit) as e:
+        common.commands({"check": data.check}, "data.py")
+    assert str(e.value).startswith("error: ") and words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_command_runs_outside_of_what_parses_it(monkeypatch, capsys):
+    """What it prints is seen, and a wrong value is the command's own line."""
+    monkeypatch.setattr(sys, "argv", ["x", "go", "--n", "3"])
+
+    def go(n: int = 1):
+        print("n is", n, file=sys.stderr)
+
+    common.commands({"go": go}, "x")
+    assert capsys.readouterr().err == "n is 3\n"

@@ -545,6 +545,8 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_pefl, "tasks", dict(p_outpaint=0.0, p_edit=0.0, p_inpaint=0.0, p_erase=0.0)),
     (train_pefl, "p_edit|edit=", dict(p_edit=-1.0)),
     (train_pefl, "--disc_width: 100", dict(disc_width=100)),
+    (train_pefl, "--disc_patch: 5: must divide --image_size, 32", dict(disc_patch=5)),
+    (train_pefl, "--image_size: 20: .*multiple", dict(image_size=20)),
     (train_pefl, "--disc_init: .*base: holds a 'editor'", dict(disc_init="base")),
     (train_pefl, "--reward_noise: -1", dict(reward_noise=-1.0)),
     (train_pefl, "--lora: -1", dict(lora=-1)),

@@ -48,11 +48,12 @@ def run(out, fails=False, **flags):
 @pytest.mark.slow
 def test_learns(folder, tmp_path):
     pairs = {"data": folder / "pairs.jsonl", "val_data": folder / "held.jsonl"}
-    text = run(tmp_path / "a", **pairs)
-    manifest = json.loads((tmp_path / "a/step_00000100/manifest.json").read_text())
+    text = run(tmp_path / "a", **pairs, steps=300, lr=1e-3)
+    manifest = json.loads((tmp_path / "a/step_00000300/manifest.json").read_text())
     before, after = manifest["meta"]["before"], manifest["meta"]["val"]
     assert after["val/spearman"] > 0.8 > abs(before["val/spearman"]) and after["val/pairs"] == 40
     assert after["val/precision_as_many"] > 0.9 and after["val/off"] < 1.5 < before["val/off"]
+    assert after["val/calibrated_off"] < 1.5 and after["val/calibrated_precision"] > 0.9
     assert after["val/score_of_nothing_done"] < 1 and "untrained   trained" in text
     net = rewards.open_scorer(str(tmp_path / "a"))
     flat = {k: torch.tensor(v)[None, :, None, None].expand(1, 3, 24, 40) / 127.5 - 1
