@@ -219,7 +219,8 @@ def test_what_torch_says_of_ranks_and_memory_is_one_line():
 
 
 @pytest.mark.parametrize("line, words", [
-    ("chek scenes", "'chek': use check"), ("check scenes --limitt 3", "--limitt: there is no such flag: use --limit,"),
+    ("chek scenes", "'chek': use check"),
+    ("check scenes --limitt 3", "--limitt: there is no such flag: use --limit,"),
     ("check scenes --limit three", "three")])
 def test_files_with_several_commands(monkeypatch, line, words):
     monkeypatch.setattr(sys, "argv", ["data.py", *line.split()])

@@ -72,7 +72,8 @@ def test_edit_resumes(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    dict(tune_base="lora", lora=2, fixed_source=True, precision=NATIVE), dict(variant="concat", aspects=True)])
+    dict(tune_base="lora", lora=2, fixed_source=True, precision=NATIVE),
+    dict(variant="concat", aspects=True)])
 def test_variants_resume(made, tmp_path, flags):
     files = OMNI_FILES | ({"lora", "lora_ema"} if "lora" in flags else set())
     resumes(made, tmp_path, train_omni, files, **edit(made, **flags))
