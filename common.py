@@ -242,7 +242,8 @@ def parse(what, **settings):
     told with the nearest one."""
     import tyro  # half the scripts' helpers are imported without a command line
 
-    names = list(inspect.signature(what).parameters) if callable(what) else []
+    plain = is_dataclass(what) or inspect.isfunction(what)  # not a union of several
+    names = list(inspect.signature(what).parameters) if plain else []
     for f in fields(what) if is_dataclass(what) else ():
         for note in getattr(f.type, "__metadata__", ()):
             names += [a.lstrip("-") for a in getattr(note, "aliases", None) or ()]
