@@ -1,5 +1,6 @@
 """Edit pairs, made: the data half of OmniEdit, UltraEdit and generative data refinement.
 
+    python make_edits.py instruct --data photos.jsonl --judge http://HOST/v1 --out requests.jsonl
     python make_edits.py specialist --n 700 --tries 4 --out out/made              # OmniEdit's seven
     python make_edits.py region --n 100 --tries 4 --out out/regions               # UltraEdit's
     python make_edits.py score --data out/made --out out/scored                   # 0 to 10, as its judges
@@ -25,13 +26,32 @@ import tyro
 import common
 import pipeline
 from data import bucket
+from factory import instruct as instructing
 from factory import pack as packing
 from factory import refine as refining
 from factory import regions, requests, score, shards, specialists
-from readers.files import BadFile, printable, too_many
+from readers import prompts, served
+from readers.files import BadFile, checked, json_lines, printable, too_many
 from scenes.judge import to_float, to_uint8
 
 Solver = Literal["euler", "heun", "dpm"]
+
+
+@dataclass
+class Instruct:
+    """Requests for your own pictures, written by a served vision-language model (factory/instruct.py)."""
+
+    data: str  # JSON lines: source, caption, objects (name, and mask, or segments and label, or box)
+    out: str  # JSON lines of requests, in the same folder: specialist and region take them as --data
+    judge: str  # the served model, http://HOST/v1
+    judge_model: str = ""  # its name; its key is read from the variable JUDGE_API_KEY
+    budget: int | None = None  # requests to it, retries counted; None: no end
+    tasks: str = "swap,remove,attribute,background,environment,style"  # of which it proposes
+    edits: int = 4  # proposals for a picture
+    seeds: str | None = None  # instructions of people, a text file with one a line; each question shows some
+    most: int = 10  # times that the same words may be an instruction
+    n: int = 0  # pictures; 0: all
+    seed: int = 0  # of the examples
 
 
 @dataclass
@@ -159,7 +179,7 @@ class Pack:
     group: int = 100  # rows of a row group: viewers want less than 300 MB
 
 
-Stage = Specialist | Region | Score | Refine | Pack
+Stage = Instruct | Specialist | Region | Score | Refine | Pack
 
 ########################################## 1. what stages share ##############################################
 
@@ -270,7 +290,41 @@ def run(cfg, plan: dict, make, dist, folder: Path | None = None) -> bool:
     return True
 
 
-########################################## 2. specialist #####################################################
+########################################## 2. instruct #######################################################
+
+
+def instruct(cfg: Instruct, dist) -> None:
+    common.check_bounds(cfg, at_least_1=("edits", "most"), not_negative=("n", "budget"))
+    tasks, out = requests.tasks_of(cfg.tasks)[0], Path(cfg.out)
+    if dist.world > 1:
+        raise SystemExit("error: torchrun: one process asks the model many things at once: start it alone")
+    if Path(cfg.data).resolve().parent != out.resolve().parent:
+        raise SystemExit(f"error: --out: {out}: names of pictures are relative to {Path(cfg.data).parent}: "
+                         "give a file in that folder")
+    if not Path(cfg.data).is_file() or out.resolve() == Path(cfg.data).resolve():
+        raise SystemExit(f"error: --data: {cfg.data}: "
+                         + ("is --out, too" if Path(cfg.data).is_file() else "no such file"))
+    rows, _ = checked(json_lines(cfg.data), instructing.row_of)
+    rows = [row | {"key": str(row.get("key") or i)} for i, row in enumerate(rows)][:cfg.n or None]
+    if not rows:
+        raise SystemExit(f"error: --data: {cfg.data}: no usable row: see above")
+    seeds = prompts.open_texts(cfg.seeds) if cfg.seeds else []
+    client = served.Served(cfg.judge, cfg.judge_model, out.with_suffix(".replies.jsonl"), cfg.budget)
+    served.self_test(client)
+    clock = shards.Clock()
+    replies = list(served.propose_edits(client, instructing.pictures(str(out.parent), rows, seeds, cfg.seed),
+                                        cfg.edits, tasks))
+    if client.stopped or any(r.status == "budget" for r in replies):
+        why = client.stopped or f"the budget of {client.budget} requests is spent"
+        raise SystemExit(f"error: --judge: {client.url}: {why}: the same command goes on where it ended")
+    found, counts, lines = instructing.requests_of(rows, replies, cfg.most)
+    for path, what in ((out, found), (out.with_suffix(".log.jsonl"), lines)):
+        shards.put(path, "".join(json.dumps(row) + "\n" for row in what).encode())
+    print("\n".join(f"{name:<32} {count:>8,}" for name, count in counts.items())
+          + f"\n{'milliseconds a picture':<32} {clock(len(rows)):>8.1f}\nwrote {out}: --data {out}")
+
+
+########################################## 3. specialist #####################################################
 
 
 def specialist(cfg: Specialist, dist) -> None:
@@ -319,7 +373,7 @@ def specialist(cfg: Specialist, dist) -> None:
     run(cfg, plan, make, dist)
 
 
-########################################## 3. region #########################################################
+########################################## 4. region #########################################################
 
 
 def region(cfg: Region, dist) -> None:
@@ -406,7 +460,7 @@ def region(cfg: Region, dist) -> None:
     run(cfg, plan, make, dist)
 
 
-########################################## 4. score ##########################################################
+########################################## 5. score ##########################################################
 
 
 def score_stage(cfg: Score, dist) -> None:
@@ -433,7 +487,7 @@ def score_stage(cfg: Score, dist) -> None:
                       + score.yield_table(score.yields(light, cfg.min_score), cfg.min_score))
 
 
-########################################## 5. refine #########################################################
+########################################## 6. refine #########################################################
 
 
 def refine(cfg: Refine, dist) -> None:
@@ -514,7 +568,7 @@ def refine(cfg: Refine, dist) -> None:
     run(cfg, plan, make, dist, folder)
 
 
-########################################## 6. pack ###########################################################
+########################################## 7. pack ###########################################################
 
 
 def pack(cfg: Pack, dist) -> None:
@@ -570,11 +624,12 @@ def pack(cfg: Pack, dist) -> None:
               f"--data omniedit:{cfg.out}", flush=True)
 
 
-STAGES = {Specialist: specialist, Region: region, Score: score_stage, Refine: refine, Pack: pack}
+STAGES = {Instruct: instruct, Specialist: specialist, Region: region, Score: score_stage, Refine: refine,
+          Pack: pack}
 named = tyro.conf.subcommand
-Command = (Annotated[Specialist, named("specialist")] | Annotated[Region, named("region")]
-           | Annotated[Score, named("score")] | Annotated[Refine, named("refine")]
-           | Annotated[Pack, named("pack")])
+Command = (Annotated[Instruct, named("instruct")] | Annotated[Specialist, named("specialist")]
+           | Annotated[Region, named("region")] | Annotated[Score, named("score")]
+           | Annotated[Refine, named("refine")] | Annotated[Pack, named("pack")])
 
 
 def main(cfg: Stage) -> None:

@@ -114,7 +114,8 @@ class Lines:
     """Requests in JSON lines; paths are relative to the file.
 
     source (a picture), task, instruction (a string or a list of wordings); the object as mask (a picture),
-    or segments (a label map) and label, or box [x0, y0, x1, y1] in pixels; perhaps source_caption,
+    or segments (a label map) and label, or box [x0, y0, x1, y1] in pixels, labels and boxes also in lists,
+    for several objects together; perhaps source_caption,
     target_caption, prompt (default: target_caption), behind (of removals: a predicted caption of what is
     behind), add_instruction (of removals: their inverse), key, family (default: the source's bytes).
     """
@@ -150,11 +151,15 @@ class Lines:
         for name in ("source_caption", "target_caption", "prompt", "behind", "mask", "segments", "family"):
             if not isinstance(row.get(name), str | None):
                 raise ValueError(f"{name} is not a string")
-        box = row.get("box")
-        if box is not None and not (isinstance(box, list) and len(box) == 4
-                                    and all(type(v) in (int, float) for v in box)):
-            raise ValueError("box is not [x0, y0, x1, y1]")
-        if row.get("segments") and type(row.get("label")) is not int:
+        box, label = row.get("box"), row.get("label")
+        if isinstance(box, list) and box and not isinstance(box[0], list):
+            box = [box]
+        boxes = box if isinstance(box, list) and box else [box]
+        if box is not None and not all(isinstance(b, list) and len(b) == 4 and all(
+                type(v) in (int, float) for v in b) for b in boxes):
+            raise ValueError("box is not [x0, y0, x1, y1], nor a list of such")
+        label = label if isinstance(label, list) else [label]
+        if row.get("segments") and (not label or any(type(v) is not int for v in label)):
             raise ValueError("segments without a label, a whole number")
         if task in WHERE and not (row.get("mask") or row.get("segments") or box):
             raise ValueError(f"{task} needs mask, segments and label, or box")
@@ -163,7 +168,7 @@ class Lines:
             raise ValueError(f"{task} needs prompt or target_caption: what is to be drawn")
         if task in ("attribute", "environment") and not row.get("source_caption"):
             raise ValueError(f"{task} needs source_caption: Prompt-to-Prompt compares two")
-        return row | {"task": task}
+        return row | {"task": task, "box": box, "label": label}
 
     def __len__(self):
         return len(self.rows)
@@ -188,11 +193,12 @@ class Lines:
             mask = read_mask(inside(self.folder, row["mask"]), *size)
         elif row.get("segments"):  # Open Images' maps have a size of their own
             labels = read_labels(inside(self.folder, row["segments"]), None)
-            mask = (labels == row["label"]).astype(np.float32)
+            mask = np.isin(labels, row["label"]).astype(np.float32)
         elif row.get("box"):
-            x0, y0, x1, y1 = (max(0, round(v)) for v in row["box"])
             mask = np.zeros(size, np.float32)
-            mask[y0:y1, x0:x1] = 1
+            for box in row["box"]:
+                x0, y0, x1, y1 = (max(0, round(v)) for v in box)
+                mask[y0:y1, x0:x1] = 1
         if mask is not None:
             mask = data.fit(image, h, w, segments=(mask > 0.5).astype(np.int32))[1].astype(np.float32)
             if not mask.any():

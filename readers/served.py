@@ -397,17 +397,21 @@ def name_edits(client, pairs):
 
 
 def propose_edits(client, pictures, n=4, tasks=TASKS):
-    """(picture, its caption) -> Replies: a list of edits that fit the picture, each a dict with the keys of
-    EDIT. An edit that fails `check_edit` is left out; a reply without one that passes is no answer."""
-    def question(picture, caption):
+    """(picture, its caption, instructions of people as examples) -> Replies: a list of edits that fit the
+    picture, each a dict with the keys of EDIT. An edit that fails `check_edit` is left out; a reply without
+    one that passes is no answer."""
+    def question(picture, caption, examples=()):
         def text(mark):
+            wrote = "People wrote such instructions, of other pictures: " + DATA.format(
+                mark=mark, text=fenced(" / ".join(examples), mark)) + "\n\n" if examples else ""
             return [f"Question {mark}. A picture:", 0,
-                    "Its caption: " + DATA.format(mark=mark, text=fenced(caption, mark)) + "\n\n"
-                    f"Propose {n} edits of it, of different tasks among {', '.join(tasks)}. For each write "
+                    "Its caption: " + DATA.format(mark=mark, text=fenced(caption, mark)) + "\n\n" + wrote
+                    + f"Propose {n} edits of it, of different tasks among {', '.join(tasks)}. For each write "
                     "the object that is concerned (as the caption names it, or what is to be added), what "
                     "takes its place (for swap, else null), an instruction of one imperative sentence, a "
-                    "caption of the picture as it is, one of it after the edit and, for remove, what "
-                    "lies behind the object (else null). Answer with one JSON object and nothing else: "
+                    "caption of the picture as it is, one of it after the edit and, for remove, what lies "
+                    "behind the object and the inverse, an instruction that would add the object to the "
+                    "edited picture (else null). Answer with one JSON object and nothing else: "
                     f'{{"id": "{mark}", "edits": [{{' + ", ".join(f'"{k}": ...' for k in EDIT) + "}, ...]}"]
 
         def read(reply, mark):
@@ -421,7 +425,8 @@ def propose_edits(client, pictures, n=4, tasks=TASKS):
     yield from client.ask_all(question(*p) for p in pictures)
 
 
-EDIT = ("task", "object", "new_object", "instruction", "source_caption", "target_caption", "behind")
+EDIT = ("task", "object", "new_object", "instruction", "source_caption", "target_caption", "behind",
+        "inverse")
 
 
 def check_edit(row, tasks=TASKS, mark=None):
@@ -449,6 +454,11 @@ def check_edit(row, tasks=TASKS, mark=None):
         return "new_object"
     if row["task"] == "remove" and not (isinstance(row.get("behind"), str) and row["behind"].strip()):
         return "behind"  # OmniEdit inpaints with it
+    if row.get("inverse") is not None:
+        try:
+            _one_sentence(row["inverse"])
+        except ValueError:
+            return "inverse"
     return ""
 
 
@@ -484,6 +494,8 @@ def self_test(client):
     orders = [("red", "blue"), ("blue", "red"), ("green", "blue"), ("blue", "green"), ("red", "green")]
     where = f"error: --judge: {client.url}: self-test of {printable(client.model)[:80]}: "
     for pair, reply in [*map(colours, orders), *client.map(colours, orders)]:
+        if reply.status == "budget":
+            raise SystemExit(f"error: --budget: {client.budget}: the self-test asks 14 times: give more")
         if reply.status != "ok":
             raise SystemExit(f"{where}no answer ({client.stopped or reply.status}): look at the server's "
                              "log; old vLLM needs --limit-mm-per-prompt '{\"image\": 2}'")

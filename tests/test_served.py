@@ -387,11 +387,11 @@ def test_instructions(server):
     assert replies[1].status.startswith("unparsed: not one sentence")
     good = {"task": "remove", "object": "the red disc", "new_object": None, "behind": "white paper",
             "instruction": "remove the red disc", "source_caption": "a red disc on white paper",
-            "target_caption": "white paper"}
+            "target_caption": "white paper", "inverse": "add a red disc to the paper"}
     rows = [good, good | {"task": "dance"}, good | {"object": "a dog"}, good | {"behind": None}, "no",
-            good | {"target_caption": "A red disc on white paper."}]
+            good | {"target_caption": "A red disc on white paper."}, good | {"inverse": "Add. Then add."}]
     assert [served.check_edit(r) for r in rows] == ["", "task", "an object that is not there", "behind",
-                                                    "task", "nothing changes"]
+                                                    "task", "nothing changes", "inverse"]
     (reply,) = served.propose_edits(server(written).client(), [(RED, "a red disc on white paper")])
     assert reply.value == [good]
     rows = rows[1:]
