@@ -1,5 +1,6 @@
 """make_prefs.py --texts and --labels: from texts to a page, from what people export to preferences."""
 
+import dataclasses
 import json
 import random
 
@@ -33,7 +34,7 @@ def made(tmp_path_factory):
                          {"arch": net.arch, "config": {"image_size": SIZE}})
     arch = rewards.REWARD_PRESETS["test"]
     words = rewards.train_tokenizer(TEXTS, arch.vocab, arch.txt_len)
-    net = rewards.PreferenceReward(rewards.replace(arch, tokenizer=words))
+    net = rewards.PreferenceReward(dataclasses.replace(arch, tokenizer=words))
     checkpoint.write(at / "reward", 1, {"model": net.state_dict()}, {"arch": net.arch, "val": {}})
     (at / "a.txt").write_text("\n".join(TEXTS[:20]))
     (at / "b.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in [*TEXTS[20:], "epic 8k"]))
