@@ -107,7 +107,7 @@ class Region:
     strength: float = 1.0  # share of it that is run (its code: .3 of SDXL-Turbo's 10 or 14)
     solver: Solver = "euler"
     guidance: float = 3.0  # of the text, 1 = off
-    blend: Literal["alternate", "every"] = "alternate"  # what is kept comes back after each 2nd step, or each
+    blend: Literal["alternate", "every", "none"] = "alternate"  # what is kept comes back after each 2nd step
     p_soft: float = 0.5  # chance of a soft ring around the object
     grow: float = 0.08  # of the object's mask, in its box's longer side (its code: 0)
     clip: str | None = None  # WEIGHTS,TOKENIZER,openai|laion: filters as the paper's; none: no filter
@@ -414,7 +414,7 @@ def region(cfg: Region, dist) -> None:
             image = specialists.fill(pipe, [r["source_caption"] for r in rows], torch.zeros_like(image), ones,
                                      noise, cfg.steps, cfg.guidance, cfg.solver, bf16).clamp(-1, 1)
         x = regions.draw(pipe, [r["prompt"] or specialists.masks.ERASE_PROMPT for r in rows], image, mask,
-                         noise, cfg.steps, cfg.strength, cfg.guidance, cfg.blend == "alternate", cfg.solver,
+                         noise, cfg.steps, cfg.strength, cfg.guidance, cfg.blend, cfg.solver,
                          bf16)
         told = [{"cause": None}] * len(rows)
         if clip:

@@ -116,11 +116,11 @@ def soft_mask(fine: np.ndarray, parts: list[np.ndarray], rng: np.random.Generato
 
 @torch.inference_mode()
 def draw(pipe: pipeline.Pipe, captions: list[str], image: Tensor, mask: Tensor, noise: Tensor, steps: int,
-         strength: float, guidance: float, alternate: bool, solver: str = "euler",
-         bf16: bool = False) -> Tensor:
+         strength: float, guidance: float, blend: str, solver: str = "euler", bf16: bool = False) -> Tensor:
     """Region edits [B, 3, H, W] of image with soft mask [B, 1, H, W]: sampling begins at the noise of
-    `strength` of the steps (1: all), and what the mask keeps comes back after every step, or after every
-    second one. A model that fills holes is shown the hole, all that the mask does not keep whole."""
+    `strength` of the steps (1: all). What the mask keeps comes back after "every" step, after every second
+    one ("alternate"), or never ("none"). A model that fills holes is shown the hole, all that the mask does
+    not keep whole."""
     net, space, device = pipe.net, pipe.space, next(pipe.net.parameters()).device
     image, mask, noise = image.to(device), mask.to(device), noise.to(device)
     start = max(1, round(strength * steps))
@@ -131,5 +131,6 @@ def draw(pipe: pipeline.Pipe, captions: list[str], image: Tensor, mask: Tensor, 
         condition = pipeline.conditions(net, space, (mask > 0).float(), image)
         denoise = pipeline.denoiser(net, net.encode_text(captions), null, condition, guidance)
         x = flow.interpolate(known, noise, noise.new_full((len(noise),), ts[0]))
-        z = flow.sample(denoise, x, ts, solver, known, noise, soft, alternate)
+        back = () if blend == "none" else (known, noise, soft, blend == "alternate")
+        z = flow.sample(denoise, x, ts, solver, *back)
     return space.decode(z).float().cpu()

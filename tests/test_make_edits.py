@@ -423,17 +423,18 @@ def test_region_keeps_what_the_mask_keeps(pipe):
     noise, mask = torch.randn(8, 3, 16, 16), torch.zeros(8, 1, 16, 16)
     mask[..., 8:], mask[..., 6:8] = 1, 0.5
 
-    def run(steps, alternate, strength=1.0):
-        return regions.draw(pipe, ["a red star"] * 8, image, mask, noise, steps, strength, 1.0, alternate)
+    def run(steps, blend, strength=1.0):
+        return regions.draw(pipe, ["a red star"] * 8, image, mask, noise, steps, strength, 1.0, blend)
 
-    even, odd, every = run(4, True), run(3, True), run(3, False)
+    even, odd, every, none = run(4, "alternate"), run(3, "alternate"), run(3, "every"), run(4, "none")
     assert torch.allclose(even[..., :6], image[..., :6], atol=1e-5)
     assert torch.allclose(every[..., :6], image[..., :6], atol=1e-5)
-    assert not torch.allclose(odd[..., :6], image[..., :6], atol=1e-3)
+    for free in (odd, none):
+        assert not torch.allclose(free[..., :6], image[..., :6], atol=1e-3)
     assert not torch.allclose(even[..., 8:], image[..., 8:], atol=1e-2)
-    weak = run(10, True, 0.2)  # two steps, from t = .2
+    weak = run(10, "alternate", 0.2)  # two steps, from t = .2
     assert torch.allclose(weak[..., :6], image[..., :6], atol=1e-5)
-    assert not torch.allclose(weak[..., 8:], run(10, True)[..., 8:], atol=1e-2)
+    assert not torch.allclose(weak[..., 8:], run(10, "alternate")[..., 8:], atol=1e-2)
 
 
 def test_region_stage(base, tmp_path):
@@ -716,3 +717,16 @@ def test_instruct_writes_what_specialists_take(base, tmp_path):
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.slow
+def test_regions_compares_masks_and_blends(tmp_path, capsys):
+    from runs import regions as comparison
+
+    comparison.main(comparison.Config(str(tmp_path), n=6, steps=2, seeds=1))
+    table = json.loads((tmp_path / "results.json").read_text())["table"]
+    assert table["truth"]["done"] == [1] and table["source"]["done"] == [0] == table["source"]["outside"]
+    assert table["truth"]["seam"] == [0] and len(table) == 8
+    for mask in ("hard", "soft"):  # after a blend what the mask keeps is the source's
+        assert table[f"{mask} every"]["outside"][0] < 0.005 < table[f"{mask} none"]["outside"][0]
+    assert "| soft alternate |" in capsys.readouterr().out
