@@ -74,7 +74,7 @@ def check(tmp_path, target, only=()):
     return built
 
 
-@pytest.mark.parametrize("target", FAST)
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_main_kernels(target, tmp_path):
     check(tmp_path, target, FAST[target])
 

@@ -223,6 +223,7 @@ def test_rows_that_see_nothing_are_zero_and_give_no_gradient(mode):
 ####################################################################################################
 
 
+@pytest.mark.slow
 def test_two_backwards_give_the_same_bits():
     leaves, arguments = build(CASES["a stream mask, norms, bias"], torch.float16)
 

@@ -258,6 +258,7 @@ def run(*args):
     return run_script(ROOT / "evaluate.py", *args, "--device=cpu")
 
 
+@pytest.mark.slow
 def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
     done = run("scenes", "--ckpt", folders / "editor", "--steps=2", "--out", tmp_path / "o",
                "--save", tmp_path / "s", "--parser", folders / "parser", "--n=6", "--batch_size=4",

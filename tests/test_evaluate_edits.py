@@ -193,7 +193,8 @@ def test_nothing_is_told_by_noise(cases, asked, net):
         assert np.nanmean(got["success"]) == 0 and got["error"].min() > 0.1, task
 
 
-@pytest.mark.parametrize("level", ["easy", pytest.param("hard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["easy", "hard"])
 def test_text_to_image(level, net):
     source = dataset.Scenes("heldout", level)
     p = je.prompts(list(range(12)), SIZE, source)

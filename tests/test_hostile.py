@@ -76,6 +76,7 @@ def test_killed_workers_are_replaced_and_no_batch_is_lost(capfd):
     assert all(w.exitcode is not None for w in workers)
 
 
+@pytest.mark.slow
 def test_the_third_dead_worker_ends_the_run():
     with pytest.raises(SystemExit, match="for the third time"):
         batches(20, 1, (1, 6, 11))

@@ -198,6 +198,7 @@ def test_flops_of_the_attention_kernels():
     assert backward(q, q, q, q, q, *stats, None, None, None, 0, 0, -1, out_val=q) == 4 * each * 12 * 12
 
 
+@pytest.mark.slow
 def test_sharding_divides_what_trains():
     net = editnet()
     one, two, eight = (memory.omni(net, (2, 3, 32, 32), "cpu", True, ranks) for ranks in (0, 2, 8))

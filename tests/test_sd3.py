@@ -142,6 +142,7 @@ def test_pefl_on_photos_with_the_real_vae(tmp_path, files):  # noqa: F811
     check_pefl(found, tmp_path / "pefl", stack_files)
 
 
+@pytest.mark.slow
 def test_editnet_on_sd3(sd3, tmp_path):
     """It begins as SD3, trains, remembers where its surroundings are, and sample.py edits with it."""
     found = omni(sd3, tmp_path / "net", sample_every=4)

@@ -610,7 +610,7 @@ def test_full_disk(made, tmp_path, monkeypatch, capsys, script):
     assert "needs" in capsys.readouterr().out and not list(tmp_path.glob("step_*"))
 
 
-@pytest.mark.parametrize("script", [train_omni, train_pefl])
+@pytest.mark.parametrize("script", [train_omni, pytest.param(train_pefl, marks=pytest.mark.slow)])
 def test_command_line(made, tmp_path, script):
     """Exit codes, and the last line of what a user sees."""
     for flag, text in (("--colour=3", "--colour"), ("--data=/no/such/place", "/no/such/place")):
