@@ -556,7 +556,8 @@ print(dispatch.triton, joint_attention(x, x, x)[1].shape, runs)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["None", "torch.Size([1,", "5,", "2,", "64])", "False"], done.stderr[-2000:]
-    assert done.stderr == "kernels: op (float16, heads of 64): plain torch (no Triton)\n"
+    said = [line for line in done.stderr.splitlines() if "kernels: " in line]  # torch 2.11 says more
+    assert said == ["kernels: op (float16, heads of 64): plain torch (no Triton)"]
 
 
 @pytest.mark.slow
