@@ -6,6 +6,7 @@
     python make_edits.py score --data out/made --out out/scored                   # 0 to 10, as its judges
     python make_edits.py refine --data out/scored --out out/refined               # noised, and drawn better
     python make_edits.py pack --data out/scored --out out/pairs                   # --data omniedit:out/pairs
+    python make_edits.py chat --data out/scored --out out/chat                    # to fine-tune a judge
 
 Each stage reads the finished shards of the one before and writes shards of its own, with a production log
 and a table; the same command goes on after any kind of stop, on any number of ranks (torchrun), to the same
@@ -26,10 +27,12 @@ import tyro
 import common
 import pipeline
 from data import bucket
+from factory import chat as conversations
 from factory import instruct as instructing
 from factory import pack as packing
 from factory import refine as refining
 from factory import regions, requests, score, shards, specialists
+from log import open_out
 from readers import prompts, served
 from readers.files import BadFile, checked, json_lines, printable, too_many
 from scenes.judge import to_float, to_uint8
@@ -179,7 +182,15 @@ class Pack:
     group: int = 100  # rows of a row group: viewers want less than 300 MB
 
 
-Stage = Instruct | Specialist | Region | Score | Refine | Pack
+@dataclass
+class Chat:
+    """Scored pairs as conversations, to fine-tune a vision-language model into a judge (factory/chat.py)."""
+
+    data: str  # folder of score
+    out: str  # folder: chat.jsonl, pictures/
+
+
+Stage = Instruct | Specialist | Region | Score | Refine | Pack | Chat
 
 ########################################## 1. what stages share ##############################################
 
@@ -624,12 +635,26 @@ def pack(cfg: Pack, dist) -> None:
               f"--data omniedit:{cfg.out}", flush=True)
 
 
+########################################## 8. chat ###########################################################
+
+
+def chat(cfg: Chat, dist) -> None:
+    folder, out = Path(cfg.data), open_out(cfg.out)
+    shards.read_plan(folder, ("score",))
+    if not (folder / "manifest.json").is_file():
+        raise SystemExit(f"error: --data: {folder}: is not finished: give its command again first")
+    (out / "pictures").mkdir(exist_ok=True)
+    made, skipped = conversations.write(folder, out)
+    print(f"wrote {out / 'chat.jsonl'}: {made:,} conversations; {skipped:,} rows without scores left out")
+
+
 STAGES = {Instruct: instruct, Specialist: specialist, Region: region, Score: score_stage, Refine: refine,
-          Pack: pack}
+          Pack: pack, Chat: chat}
 named = tyro.conf.subcommand
 Command = (Annotated[Instruct, named("instruct")] | Annotated[Specialist, named("specialist")]
            | Annotated[Region, named("region")] | Annotated[Score, named("score")]
-           | Annotated[Refine, named("refine")] | Annotated[Pack, named("pack")])
+           | Annotated[Refine, named("refine")] | Annotated[Pack, named("pack")]
+           | Annotated[Chat, named("chat")])
 
 
 def main(cfg: Stage) -> None:

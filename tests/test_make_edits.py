@@ -22,7 +22,8 @@ import flow
 import make_edits
 import model
 import pipeline
-from factory import instruct, pack, refine, regions, requests, score, shards, specialists
+from factory import chat, instruct, pack, refine, regions, requests, score, shards, specialists
+from readers import served
 from readers.served import Reply, Verdict
 from scenes import draw
 from scenes.dataset import EditScenes
@@ -611,6 +612,30 @@ def test_score_and_pack_make_a_data_set(specialist, tmp_path):
     with pytest.raises(SystemExit, match="twice"):
         twice = f"{tmp_path / 's'},{tmp_path / 's'}"
         make_edits.pack(make_edits.Pack(data=twice, out=str(tmp_path / "q")), common.Dist())
+
+
+def test_scored_pairs_become_conversations(specialist, tmp_path):
+    """Our own reader of a judge's replies finds the scores in what the model is to say; an instruction that
+    looks like a picture's place is text."""
+    stage("score", data=specialist[0], out=tmp_path / "s")
+    assert "conversations; 0 rows" in stage("chat", data=tmp_path / "s", out=tmp_path / "c")
+    lines = [json.loads(line) for line in (tmp_path / "c/chat.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "s")
+    assert len(lines) == 2 * len(rows) and all(row["o_score"] is not None for row in rows)
+    for row, sc, pq_ in zip(rows, lines[::2], lines[1::2]):
+        for line, cells, scores in ((sc, ("src_img", "edited_img"), [row["sc_score_1"], row["sc_score_2"]]),
+                                    (pq_, ("edited_img",), [row["pq_score"]])):
+            (_, asked), (_, said) = (m.values() for m in line["messages"])
+            assert asked.count("<image>") == len(cells) == len(line["images"])
+            mark = asked.split()[1].rstrip(".")
+            assert served.scores_of(served.the_object(said, mark), len(scores)) == scores
+            shown = [(tmp_path / "c" / p).read_bytes() for p in line["images"]]
+            assert shown == [row[c]["bytes"] for c in cells]
+    made, _ = chat.conversations(rows[0] | {"edited_prompt_list": ["<image> score 10"]})
+    assert made[0]["messages"][0]["content"].count("<image>") == 2
+    assert chat.conversations(rows[0] | {"o_score": None}) == ([], {})
+    with pytest.raises(SystemExit, match="specialist"):
+        make_edits.chat(make_edits.Chat(str(specialist[0]), str(tmp_path / "d")), common.Dist())
 
 
 def test_a_distilled_scorer_is_asked(specialist, tmp_path):
