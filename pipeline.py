@@ -275,3 +275,81 @@ def sample(net: model.Editor | model.EditNet, space: Space, captions: list[str],
             x = flow.interpolate(space.encode(begin.to(device)), noise, noise.new_full((len(noise),), ts[0]))
         z0 = flow.sample(denoise, x, ts, solver, **back)
     return space.decode(z0)
+
+
+########################################## 4. baselines ######################################################
+
+# What the papers' tables compare with, on a base that draws captions (with a mask input: all is hole).
+METHODS = ("sdedit", "blended", "diffedit")
+
+
+def free(net: model.Editor, space: Space, captions: list[str], image: Tensor, guidance: float) \
+        -> flow.Denoise:
+    """A base that draws captions and is told nothing of `image` [B, 3, H, W] but its size."""
+    mask = torch.ones_like(image[:, :1])
+    null = tuple(x.expand(len(captions), *x.shape[1:]) for x in net.encode_text([""]))
+    return denoiser(net, net.encode_text(captions), null, conditions(net, space, mask, image), guidance)
+
+
+@torch.inference_mode()
+def baseline(method: str, net: model.Editor, space: Space, captions: list[str], image: Tensor, region: Tensor,
+             noise: Tensor, steps: int, shift: float = 1.0, guidance: float = 3.0, strength: float = 0.75,
+             before: list[str] | None = None, bf16: bool = False) -> Tensor:
+    """Edit pictures with a base that only draws captions -> [B, 3, H, W], fp32, not clamped, nothing pasted.
+
+    captions [B] of the pictures that are wanted; image [B, 3, H, W] in [-1, 1]; region [B, 1, H, W], what may
+    change (blended alone looks at it); noise [B, C, h, w] of the space. strength: the share of the `steps`
+    paper steps that is run (1: the picture is noise at first). before [B]: captions of `image` (diffedit;
+    None: "").
+
+    sdedit: noise the picture to `strength` and denoise it (Meng et al. 2022, Algorithm 1).
+    blended: from noise; after every step what the region leaves is the noised picture (Avrahami et al. 2023,
+    Algorithm 1; its decoder is not tuned to each picture, nor thin masks widened).
+    diffedit: the region is where the captions disagree (`disagreement`); the picture goes up to `strength`
+    along the flow of the empty caption, and comes down with the new caption in the region, outside it the way
+    it went up (Couairon et al. 2023, Sec. 3.2; of its DDIM encoding the flow's Euler steps).
+    """
+    device = next(net.parameters()).device
+    image, region, noise = image.to(device), region.to(device), noise.to(device)
+    z = space.encode(image)
+    ts = flow.timesteps(steps, shift, start=max(1, round(strength * steps)))
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        wanted = free(net, space, captions, image, guidance)
+        if method == "sdedit":
+            x = flow.sample(wanted, flow.interpolate(z, noise, noise.new_full((len(z),), ts[0])), ts)
+        elif method == "blended":
+            m = shrink(region.float(), space.stride)
+            x = flow.sample(wanted, noise, flow.timesteps(steps, shift), known=z, noise=noise, mask=m)
+        elif method == "diffedit":
+            unsaid = free(net, space, [""] * len(z), image, 1.0)
+            m = disagreement(wanted, free(net, space, before or [""] * len(z), image, guidance), z, noise)
+            way = [z]  # x at ts[-1], ..., ts[0]; a step up asks at its end: at t = 0 no velocity is learnt
+            for t, t_next in zip(ts[:0:-1], ts[-2::-1]):
+                v = unsaid(way[-1], z.new_full((len(z),), t_next))
+                way.append(flow.euler_step(way[-1], v, t, t_next))
+            x = way.pop()
+            for t, t_next in zip(ts[:-1], ts[1:]):
+                x = flow.euler_step(x, wanted(x, x.new_full((len(x),), t)), t, t_next)
+                x = m * x + (1 - m) * way.pop()
+        else:
+            raise SystemExit(f"error: --method: {method}: use one of {', '.join(METHODS)}")
+    return space.decode(x)
+
+
+def disagreement(one: flow.Denoise, other: flow.Denoise, z: Tensor, noise: Tensor, t: float = 0.5,
+                 draws: int = 10, threshold: float = 0.5) -> Tensor:
+    """DiffEdit's mask (Couairon et al. 2023, Sec. 3.2, step 1) -> [B, 1, h, w] in {0, 1}, 1 = may change.
+
+    Where two denoisers differ, |v - v'|, meaned over the channels and over `draws` noises at t; of each
+    picture cut at three times its mean and made [0, 1] (the paper: "remove extreme values", the factor is
+    its code's), then above `threshold`. The noises are `noise` [B, C, h, w], rolled by some places: nothing
+    new is drawn.
+    """
+    total, at = 0.0, z.new_full((len(z),), t)
+    for k in range(draws):
+        x = flow.interpolate(z, noise.roll((3 * k, 5 * k), (2, 3)), at)
+        d = flow.euler_step(torch.zeros_like(x), one(x, at), 0.0, 1.0) \
+            - flow.euler_step(torch.zeros_like(x), other(x, at), 0.0, 1.0)
+        total = total + d.abs().mean(1, keepdim=True)
+    most = 3 * total.mean((1, 2, 3), keepdim=True)
+    return (torch.minimum(total, most) / most.clamp(min=1e-9) > threshold).float()

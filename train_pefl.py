@@ -22,6 +22,7 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -47,7 +48,8 @@ class Config:
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --base came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
     cache: str | None = None  # folder of make_cache.py --split all: text features in place of the encoders
-    aesthetic: str | None = None  # aesthetic reward R_alpha: a folder, or a published NAME:PATH,PATH
+    aesthetic: str | None = None  # aesthetic reward R_alpha: a folder, or a published NAME:PATH,PATH; of
+    # several, with commas, the mean score
     alignment: str | None = None  # alignment reward R_beta, likewise; rewards.open_reward names the published
     heldout_reward: str | None = None  # a reward that is logged and never trained on: the hacking alarm
     out: str = "out/pefl"  # run folder: checkpoints, metrics.jsonl, sample sheets
@@ -58,14 +60,19 @@ class Config:
     batch_size: int = 16  # pictures per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
     p_region: float = 0.3  # instruction editors: share of the pairs with a mask that are shown it
-    p_outpaint: float = 0.35  # proportions of the tasks (default ours, paper silent): outward expansion masks
+    p_global: float = 0.1  # proportions of the tasks (default ours, paper silent): all of the picture is hole
+    p_outpaint: float = 0.35  # outward expansion masks
     p_edit: float = 0.35  # inpainting-editing: an instance, dilated, joined with random masks
     p_inpaint: float = 0.15  # irregular and square masks
     p_erase: float = 0.15  # inpainting-erasing: holes in the background, the erase prompt
     p_promptfree: float = 0.3  # share of outpainting and inpainting pictures without a prompt
+    start: Literal["masked", "noise"] = "masked"  # of stage 2: x (1 - m) noised to T1; or as when sampling
+    sees: Literal["raw", "pasted"] = "raw"  # rewards and coherence model: x0'; or as users see it (ours)
+    hold: Literal["all", "known"] = "all"  # where L_reg and L_vgg do: Eq. 3; or outside the hole (ours)
     w_aesthetic: float = 0.01  # weight of the aesthetic loss (Sec. 4.1)
     w_alignment: float = 0.01  # weight of the alignment loss (Sec. 4.1)
     w_coherence: float = 0.05  # weight of the adversarial loss (Sec. 4.1)
+    adversarial_from: int = 2  # first phase with it, "the acceleration stage" (Sec. 4.1), or the last one
     reward_loss: Literal["neg_log_sigmoid", "relu_margin"] = "neg_log_sigmoid"  # Eq. 2, or relu(2 - r)
     reward_noise: float = 0.0  # std of Gaussian noise through which all rewards look (ours; LOG.md)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
@@ -76,6 +83,8 @@ class Config:
     disc_patch: int | None = None  # patch of the coherence ViT; None = the editor's
     disc_lr: float = 1e-4  # learning rate of the coherence model (default ours, paper silent)
     disc_first: int = 0  # steps in which the coherence model learns alone at first (0 as in the paper)
+    disc_updates: int = 1  # steps of the coherence model for each of the editor's (1 as in the paper)
+    r1: float = 0.0  # weight of its approximate R1, which keeps it smooth around x (Lin et al. 2025); 0 = off
     lr: float = 2e-6  # of the editor (Sec. 4.1)
     warmup: int = 1000  # steps of linear warm-up (Sec. 4.1)
     weight_decay: float = 0.0  # on matrices only
@@ -118,17 +127,18 @@ def main(cfg: Config) -> None:
                          "patch in pixels")
     if cfg.disc_patch and not cfg.disc_init and image_size % cfg.disc_patch:
         raise SystemExit(f"error: --disc_patch: {cfg.disc_patch}: must divide --image_size, {image_size}")
+    if instructed and cfg.sees == "pasted":
+        raise SystemExit("error: --sees: pasted: of an instruction editor users see all that it makes: leave "
+                         "it out")
     base = copy.deepcopy(editor).requires_grad_(False).to(device)
     prepare_editor(cfg, pipe)
     if not cfg.fsdp:
         editor.to(device)
 
     # 2) rewards: aesthetic and alignment are frozen; coherence learns online and is the discriminator
-    named = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "heldout_reward": cfg.heldout_reward}
-    rewards = {flag.removesuffix("_reward"): open_reward(path, device, f"--{flag}")
-               for flag, path in named.items() if path}
-    scores = {name: score_of(net) for name, net in rewards.items()}
-    features, source_of_features = open_features(cfg.vgg, rewards, device)
+    rewards = open_rewards(cfg, device)
+    scores = {name: mean_score(nets) for name, nets in rewards.items()}
+    features, source_of_features = open_features(cfg.vgg, {k: nets[0] for k, nets in rewards.items()}, device)
     torch.manual_seed(cfg.seed)
     disc = open_coherence(cfg.disc_init, image_size, cfg.disc_patch or max(patch, 4), cfg.disc_width,
                           cfg.disc_depth, "--disc_init").to(device)
@@ -165,9 +175,11 @@ def main(cfg: Config) -> None:
     # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions. The workers
     #    also do what `draws` says: noise and t' are functions of (seed, step, position of the sample).
     #    Sides are multiples of every patch that looks at pictures as they are
-    towers = [r.cfg.patch for r in rewards.values() if isinstance(r, PreferenceReward) and not cfg.vgg]
+    towers = [r.cfg.patch for nets in rewards.values() for r in nets
+              if isinstance(r, PreferenceReward) and not cfg.vgg]
     stride = math.lcm(patch, disc.cfg.patch, *towers)
-    tasks = {"outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint, "erase": cfg.p_erase}
+    tasks = {"t2i": cfg.p_global, "outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint,
+             "erase": cfg.p_erase}
     at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
               start_step=step * cfg.accum, stride=stride, device=device)
     at["draw"] = partial(draws, cfg, phases, space.channels, space.stride, editor.cfg.txt_bytes)
@@ -192,7 +204,9 @@ def main(cfg: Config) -> None:
 
     while step < total:
         phase, (T, T1, T2) = phase_at(phases, step)
-        moving = step >= cfg.disc_first  # before that the coherence model learns alone
+        # the coherence model learns alone at first, and in all but one of --disc_updates steps
+        moving = step >= cfg.disc_first and (step - cfg.disc_first) % cfg.disc_updates == cfg.disc_updates - 1
+        w_coherence = cfg.w_coherence if phase >= min(cfg.adversarial_from, len(phases)) else 0.0
         for group in opt.param_groups:
             group["lr"] = common.lr_at(max(step - cfg.disc_first, 0), cfg.lr, cfg.warmup, total)
         g_sum = d_sum = torch.zeros((), device=device)
@@ -200,7 +214,7 @@ def main(cfg: Config) -> None:
             with perf.wait():
                 batch = next(loader)
             x, c, noise, t_prime = batch["image"], batch["c"], batch["noise"], batch["t_prime"]
-            given = read_batch(batch, editor, space)
+            given = read_batch(batch, editor, space, cfg.hold)
             # A reward answers to patterns too faint to see that raise its score. Through noise it has to
             # answer to what a picture shows (ours; LOG.md)
             faint = cfg.reward_noise * batch["faint"] if cfg.reward_noise else torch.zeros_like(x)
@@ -212,9 +226,10 @@ def main(cfg: Config) -> None:
                     return editor(x_t, t, txt, vec, *given.condition)
 
                 # Stage 1: diffuse x (1 - m) to step T1. The noisier steps, T ... T1 + 1, are skipped
-                ts = flow.timesteps(T, shift, start=T1, stop=t_prime)
-                at_T1, at_t_prime = (torch.full((len(x),), t, device=device) for t in (ts[0], ts[-1]))
-                x_t = flow.interpolate(given.start, noise, at_T1)
+                first = T if cfg.start == "noise" else T1
+                ts = flow.timesteps(T, shift, start=first, stop=t_prime)
+                at_first, at_t_prime = (torch.full((len(x),), t, device=device) for t in (ts[0], ts[-1]))
+                x_t = flow.interpolate(given.start, noise, at_first)
 
                 # Stage 2: denoise T1 -> t', without gradient: PeFL's memory is that of a single call
                 with torch.no_grad():
@@ -225,21 +240,25 @@ def main(cfg: Config) -> None:
                 # Stage 3: predict x0' = G(x, m, c, t') from x_t' in one call, with gradient, [B, 3, H, W]
                 z0 = flow.x0_from_v(x_t, velocity(x_t, at_t_prime), at_t_prime)
                 x0 = recomputed(cfg, space.decode, z0)
+                pasted = given.hole * x0 + (1 - given.hole) * x
+                seen = (pasted if cfg.sees == "pasted" else x0) + faint
 
                 # L_reward, Eq. 2 and 7: -log sigmoid of R_alpha and R_beta, and of R_gamma at every pixel
                 losses = {}
                 for name, weight in (("aesthetic", cfg.w_aesthetic), ("alignment", cfg.w_alignment)):
                     if name in scores and weight:
-                        r = recomputed(cfg, scores[name], x0 + faint, c)                         # [B]
+                        r = recomputed(cfg, scores[name], seen, c)                               # [B]
                         asked = batch["has_c"] if name == "alignment" else torch.ones_like(r)
                         losses[name] = weight, (asked * reward_loss(r)).mean()
                         metrics.add(**{f"reward/{name}": r.detach()})
-                r_gamma = recomputed(cfg, disc, x0 + faint)                                     # [B, 1, H, W]
-                losses["coherence"] = cfg.w_coherence, reward_loss(r_gamma).mean()
+                if w_coherence:
+                    r_gamma = recomputed(cfg, disc, seen)                                       # [B, 1, H, W]
+                    losses["coherence"] = w_coherence, reward_loss(r_gamma).mean()
 
                 # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
                 losses["reg"] = cfg.eta, ((given.hold - x0).abs() * given.held).mean()
-                losses["vgg"] = cfg.eta, feature_l1(features, x, x0)
+                held = given.hole * x + (1 - given.hole) * x0 if cfg.hold == "known" else x0
+                losses["vgg"] = cfg.eta, feature_l1(features, x, held)
 
             # L^G, Eq. 8: rewards and coherence, + eta (L_reg + L_vgg), Eq. 4
             g_loss = sum(weight * loss for weight, loss in losses.values())
@@ -249,8 +268,9 @@ def main(cfg: Config) -> None:
 
             # L^D, Eq. 6 and 8: every pixel of x is real, every pixel of x0' is generated
             with autocast:
-                real, fake = disc(x + faint), disc((x0 + faint).detach())                        # logits
-            d_loss = (F.softplus(-real) + F.softplus(fake)).mean()
+                real, fake = disc(x + faint), disc(seen.detach())                                # logits
+                near = disc(x + faint + 0.01 * batch["r1"]) if cfg.r1 else real
+            d_loss = (F.softplus(-real) + F.softplus(fake)).mean() + cfg.r1 * (near - real).square().mean()
             (d_loss / cfg.accum).backward()
 
             g_sum, d_sum = g_sum + g_loss.detach() / cfg.accum, d_sum + d_loss.detach() / cfg.accum
@@ -258,7 +278,7 @@ def main(cfg: Config) -> None:
                         **{"coherence/real": real, "coherence/fake": fake,
                            "coherence/accuracy": torch.cat([real > 0, fake <= 0]).float()})
             metrics.add_where(seam(given.hole), **{"coherence/seam": (real > fake).float()})
-            perf.add(len(x) * dist.world, flops + (T1 - t_prime) * call_flops)
+            perf.add(len(x) * dist.world, flops + (first - t_prime) * call_flops)
 
         # 5) one verdict on both losses for all ranks: a non-finite step changes nothing. All of it happens on
         #    the device, for which nothing here waits; what the verdict was is read a step later
@@ -309,12 +329,12 @@ def check(cfg: Config) -> None:
     """Refuse values that cannot work, before anything is loaded."""
     common.check_bounds(
         cfg, at_least_1=("batch_size", "accum", "log_every", "save_every", "disc_depth", "disc_width",
-                         "image_size", "disc_patch"),
+                         "image_size", "disc_patch", "disc_updates", "adversarial_from"),
         not_negative=("lr", "disc_lr", "disc_first", "reward_noise", "warmup", "weight_decay", "grad_clip",
                       "sample_every", "keep", "workers", "lora", "checkpointing", "eta", "w_aesthetic",
-                      "w_alignment", "w_coherence"),
+                      "w_alignment", "w_coherence", "r1"),
         above_0=("shift",), below_1=("ema",),
-        share=("p_outpaint", "p_edit", "p_inpaint", "p_erase", "p_promptfree", "p_region"))
+        share=("p_global", "p_outpaint", "p_edit", "p_inpaint", "p_erase", "p_promptfree", "p_region"))
     parse_phases(cfg.phases)
     if cfg.disc_width % max(1, cfg.disc_width // 32):
         common.refuse(cfg, "disc_width", "must be a multiple of 32, the width of an attention head")
@@ -342,6 +362,32 @@ def phase_at(phases: list[tuple[int, int, int, int]], step: int) -> tuple[int, t
     raise ValueError("step lies behind the last phase")
 
 
+def open_rewards(cfg: Config, device: torch.device | str = "cpu") -> dict[str, list]:
+    """The frozen rewards that are named, by what they are: aesthetic, alignment, heldout. A mean of several
+    is ours: what raises one by a trick seldom raises the others."""
+    named = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "heldout_reward": cfg.heldout_reward}
+    return {flag.removesuffix("_reward"): [open_reward(part, device, f"--{flag}") for part in members(spec)]
+            for flag, spec in named.items() if spec}
+
+
+def members(spec: str) -> list[str]:
+    """ "out/a,imagereward:MODEL,VOCAB" -> its two rewards: behind a published one's name a comma joins."""
+    if Path(spec).exists():
+        return [spec]
+    found, parts = [], spec.split(",")
+    while parts:
+        found.append(parts.pop(0))
+        if ":" in found[-1] and parts:
+            found[-1] += "," + parts.pop(0)
+    return found
+
+
+def mean_score(nets: list):
+    """The mean score of rewards, as a function of pictures [B, 3, H, W] in [-1, 1] and B captions -> [B]."""
+    scores = [score_of(net) for net in nets]
+    return lambda image, captions: sum(score(image, captions) for score in scores) / len(scores)
+
+
 def prepare_editor(cfg: Config, pipe: pipeline.Pipe) -> None:
     """Decide what of the editor trains, and what is recomputed in the backward pass."""
     editor = pipe.net
@@ -362,10 +408,10 @@ def prepare_editor(cfg: Config, pipe: pipeline.Pipe) -> None:
 def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int, batch: dict) -> dict:
     """What the data workers add to a batch.
 
-    noise [B, C, h, w] in the space of `channels` and `stride`; faint [B, 3, H, W], the rewards' noise, if
-    there is any; text, as bytes [B, txt_bytes] or, for encoders from outside, captions; c and has_c [B], the
-    captions of `reward_captions` and where there is one; t_prime, one for the whole batch on all ranks, so
-    that they do equal work.
+    noise [B, C, h, w] in the space of `channels` and `stride`; faint, r1 [B, 3, H, W], the rewards' noise and
+    that of R1, if there is any; text, as bytes [B, txt_bytes] or, for encoders from outside, captions; c and
+    has_c [B], the captions of `reward_captions` and where there is one; t_prime, one for the whole batch on
+    all ranks, so that they do equal work.
     """
     step = min(batch["step"] // cfg.accum, sum(phase[-1] for phase in phases) - 1)  # they work ahead
     _, (_, _, T2) = phase_at(phases, step)
@@ -374,6 +420,8 @@ def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int,
     out = {"noise": common.randn(gens, (channels, H // stride, W // stride))}
     if cfg.reward_noise:
         out["faint"] = common.randn(gens, (3, H, W))
+    if cfg.r1:
+        out["r1"] = common.randn(gens, (3, H, W))
     t_prime = common.randint(common.generators(cfg.seed, batch["step"], [0], stream=1), 1, T2 + 1)
     c, text = reward_captions(batch), batch["caption"]
     out |= {"t_prime": int(t_prime), "c": c, "has_c": torch.tensor([float(text != "") for text in c])}
@@ -395,14 +443,15 @@ class Given(NamedTuple):
     condition: tuple  # what the editor is given beside the text: m and x (1 - m); the source and its region
     hole: torch.Tensor  # what is new, [B, 1, H, W]: m; of an edit where target and source differ
     hold: torch.Tensor  # what L_reg holds x0' to, [B, 3, H, W]: x; of an edit the source
-    held: torch.Tensor  # where it does, [B, 1, H, W]: everywhere; of an edit where nothing is new
+    held: torch.Tensor  # where it does, [B, 1, H, W]: everywhere (--hold known: outside m); of an edit where
+    # nothing is new
 
 
-def read_batch(batch: dict, editor, space) -> Given:
+def read_batch(batch: dict, editor, space, hold: str = "all") -> Given:
     x, m = batch["image"], batch["mask"]
     condition = pipeline.conditions(editor, space, m, batch.get("source", x))
     if "source" not in batch:
-        return Given(condition[1], condition, m, x, torch.ones_like(m))
+        return Given(condition[1], condition, m, x, 1 - m if hold == "known" else torch.ones_like(m))
     source = batch["source"]  # 6 % of a JPEG's pixels (quality 90) differ by more than 0.1 without an edit
     new = ((source - x).abs().amax(1, keepdim=True) > 0.1).float()
     return Given(condition[0], condition, new, source, 1 - new)

@@ -294,7 +294,7 @@ def train(log: Log, cfg: Config, skip: list[str], flags: str, judging: float) ->
                 f"--disc_init {at / 'aesthetic'} --disc_first {0 if small else 48} "
                 f"--batch_size {4 if small else 64} --lr 2e-5 --warmup 10 --ema 0.95 --disc_lr 3e-4 "
                 "--reward_noise 0.2 --eta 0.05 --w_aesthetic 0.0005 --w_alignment 0.0005 --w_coherence 0.1 "
-                "--sample_every 0 --save_every 1000000 --wandb off "
+                "--adversarial_from 1 --p_global 0 --sample_every 0 --save_every 1000000 --wandb off "
                 f"--out {at / 'pefl'}", progress(at / "pefl"))
         if "edit" not in skip:
             pairs = batch // 2  # which take their workers twice as long: 3 to 4.5 ms, not 1.8

@@ -42,7 +42,7 @@ import train_omni  # noqa: E402
 import train_pefl  # noqa: E402
 from pretrained.towers import load_vgg16  # noqa: E402
 from pretrained.vae import VAE  # noqa: E402
-from rewards import PreferenceReward, open_coherence, open_reward  # noqa: E402
+from rewards import PreferenceReward, open_coherence  # noqa: E402
 
 ########################################## 1. live bytes #####################################################
 
@@ -349,8 +349,8 @@ def count_pefl(cfg: train_pefl.Config, dist: common.Dist, ranks: int = 0) -> Ran
     pipe = pipeline.open_editor(cfg.base, torch.device("cpu"), ("fill", "follow"), "--base", sd3=cfg.sd3,
                                 tokenizers=cfg.tokenizers, cache=cfg.cache, mask_input=True)
     train_pefl.prepare_editor(cfg, pipe)
-    paths = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "held-out": cfg.heldout_reward}
-    opened = {name: open_reward(path, what=f"--{name}") for name, path in paths.items() if path}
+    opened = {f"{name} {i + 1}" if i else name: net for name, nets in train_pefl.open_rewards(cfg).items()
+              for i, net in enumerate(nets)}
     vgg = load_vgg16(cfg.vgg) if cfg.vgg else None
     size, patch = cfg.image_size or pipe.size or 64, pipe.net.cfg.patch * pipe.space.stride
     disc = open_coherence(cfg.disc_init, size, cfg.disc_patch or max(patch, 4), cfg.disc_width,

@@ -21,7 +21,7 @@ for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
 # 2) PeFL, the seeds side by side: 300 steps of the coherence model alone, 400 of phase 1, 250 of phase 2
 for seed in $SEEDS; do
     $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
-        --phases 20/15/10x700,8/6/3x250 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
+        --phases 20/15/10x700,8/6/3x250 --adversarial_from 1 --p_global 0 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
         --disc_init "$OUT/aesthetic" --disc_first 300 --disc_lr 3e-4 --reward_noise 0.2 \
         --eta 0.05 --w_aesthetic 0.0003 --w_alignment 0.0003 --w_coherence 0.1 \
         --seed "$seed" --sample_every 350 --save_every 350 --wandb off --out "$OUT/seed$seed" &
@@ -51,7 +51,7 @@ done | tee "$OUT/compare.txt"
 #    base (the seeds' own first 300 steps) and of what PeFL made of it
 export OMP_NUM_THREADS=1
 for seed in $SEEDS; do
-    $PY train_pefl.py --base "$OUT/seed$seed/step_00000700" --aesthetic "$OUT/aesthetic" --phases 20/15/10x300 --batch_size 32 \
+    $PY train_pefl.py --base "$OUT/seed$seed/step_00000700" --aesthetic "$OUT/aesthetic" --phases 20/15/10x300 --p_global 0 --batch_size 32 \
         --disc_init "$OUT/aesthetic" --disc_first 300 --disc_lr 3e-4 --reward_noise 0.2 --seed "$seed" --sample_every 0 \
         --wandb off --out "$OUT/after$seed" &
 done

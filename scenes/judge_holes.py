@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import masks
@@ -177,6 +178,55 @@ def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
     detail, true_detail = (masked_mean(gradient(y), c.mask) for y in (x, c.truth))
     out["sharpness"] = detail / np.maximum(true_detail, 1e-3)
     return out
+
+
+def blurred(raw: Tensor, c: Cases) -> Tensor:
+    """The control that no measure of quality may prefer: each hole through a 3 x 3 box [N, 3, H, W]."""
+    x = paste(raw, c)
+    return paste(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), c)
+
+
+def texture(x: Tensor, mask: Tensor) -> Tensor:
+    """Statistics of what fills the holes, [N, 7]: logs of the mean gradient at full, half and quarter size,
+    of the mean distance from the 3 x 3 mean, of the share of the gradient in its strongest tenth (flat or
+    noisy against outlined), and of the standard deviations of brightness and of colour. Ours."""
+    def mean(y: Tensor, m: Tensor) -> Tensor:
+        return (y.mean(1, keepdim=True) * m).sum((1, 2, 3)) / m.sum((1, 2, 3)).clamp(min=1e-6)
+
+    found, y, m = [], x, mask
+    for _ in range(3):
+        found.append(mean(gradient(y), m))
+        y, m = F.avg_pool2d(y, 2), F.avg_pool2d(m, 2)
+    found.append(mean((x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)).abs(), mask))
+    steep, n = (gradient(x) * mask).flatten(1).sort(1, descending=True)[0], mask.flatten(1).sum(1)
+    strongest = torch.arange(steep.shape[1])[None] < (n[:, None] / 10).ceil()
+    found.append((steep * strongest).sum(1) / steep.sum(1).clamp(min=1e-6))
+    for y in (x.mean(1, keepdim=True), x - x.mean(1, keepdim=True)):
+        centre = (y * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1)
+        found.append(mean((y - centre).square(), mask).sqrt())
+    return torch.stack(found, 1).clamp(min=1e-3).log()
+
+
+def energy_distance(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| of rows a [N, D], b [M, D] in units of `scale` [D], unbiased
+    (Szekely and Rizzo 2013): 0 in the mean where both are draws from one distribution."""
+    a, b = (torch.from_numpy(np.asarray(x, np.float64) / scale) for x in (a, b))
+    n, m = len(a), len(b)
+    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).sum() / (n * (n - 1))
+                 - torch.cdist(b, b).sum() / (m * (m - 1)))
+
+
+def texture_test(x: np.ndarray, truth: np.ndarray, draws: int = 200, seed: int = 0) -> tuple[float, float]:
+    """Two-sample test of rows of `texture`, [N, D] of results and of the truths of the same scenes -> energy
+    distance in the truth's standard deviations, and p: how often it is as large when result and truth of each
+    scene are swapped at random, which they may be if they look alike."""
+    scale = truth.std(0).clip(1e-6)
+    value, rng, more = energy_distance(x, truth, scale), np.random.default_rng(seed), 0
+    for _ in range(draws):
+        swap = rng.random(len(x)) < 0.5
+        more += energy_distance(np.where(swap[:, None], truth, x), np.where(swap[:, None], x, truth),
+                                scale) >= value
+    return value, (1 + more) / (1 + draws)
 
 
 @torch.inference_mode()

@@ -346,6 +346,115 @@ def test_rewards_look_through_noise(made, tmp_path):
     assert clear["loss/reg"] == veiled["loss/reg"] and clear["t_prime"] == veiled["t_prime"]
 
 
+def spied(made, out, monkeypatch, **flags):
+    """One step with spies -> its row of metrics, what `read_batch` was given and gave, what stage 2 began
+    with, what the aesthetic reward and the coherence model were shown."""
+    seen = {}
+    own = train_pefl.read_batch, flow.sample, train_pefl.feature_l1
+
+    def read_batch(batch, *rest):
+        if "batch" not in seen:
+            seen["batch"], seen["given"] = batch, own[0](batch, *rest)
+        return own[0](batch, *rest)
+
+    def sample(velocity, x, ts, *rest, **more):
+        seen.setdefault("start", (x.clone(), ts))
+        return own[1](velocity, x, ts, *rest, **more)
+
+    def feature_l1(features, x, x0):
+        seen.setdefault("vgg", x0.detach())
+        return own[2](features, x, x0)
+
+    with monkeypatch.context() as m:
+        m.setattr(train_pefl, "read_batch", read_batch)
+        m.setattr(flow, "sample", sample)
+        m.setattr(train_pefl, "feature_l1", feature_l1)
+        m.setattr(train_pefl, "mean_score", lambda nets, own=train_pefl.mean_score: (
+            lambda image, c: own(nets)(seen.setdefault("image", image), c)))
+        row, = call(made, out, train_pefl, **dict(phases="5/4/2x1", lr=0.0) | flags)
+    return row, seen
+
+
+def test_what_the_rewards_see(made, tmp_path, monkeypatch):
+    """--sees pasted: outside the hole the picture itself; all else of the step is the same."""
+    (raw, a), (pasted, b) = (spied(made, tmp_path / sees, monkeypatch, sees=sees)
+                             for sees in ("raw", "pasted"))
+    x, hole = b["batch"]["image"], b["given"].hole.expand_as(b["image"]) > 0
+    assert torch.equal(b["image"][~hole], x[~hole]) and torch.equal(a["image"][hole], b["image"][hole])
+    assert not torch.allclose(a["image"][~hole], x[~hole], atol=0.01)
+    for key in ("reward/aesthetic", "loss/coherence", "loss/D"):
+        assert raw[key] != pasted[key]
+    assert (raw["loss/reg"], raw["loss/vgg"]) == (pasted["loss/reg"], pasted["loss/vgg"])
+
+
+def test_where_stage_2_begins(made, tmp_path, monkeypatch):
+    """At T1 with the noised masked input, or like a sample: at T with noise alone."""
+    for start, first in (("masked", 0.8), ("noise", 1.0)):
+        _, seen = spied(made, tmp_path / start, monkeypatch, start=start)
+        x, ts = seen["start"]
+        batch = seen["batch"]
+        masked = batch["image"] * (1 - batch["mask"])
+        assert ts[0] == pytest.approx(first)
+        torch.testing.assert_close(x, (1 - first) * masked + first * batch["noise"])
+
+
+def test_where_the_regularisers_hold(made, tmp_path, monkeypatch):
+    """--hold known: L_reg and L_vgg know nothing of the hole."""
+    (everywhere, a), (known, b) = (spied(made, tmp_path / hold, monkeypatch, hold=hold)
+                                   for hold in ("all", "known"))
+    x, x0, outside = a["batch"]["image"], a["image"], 1 - a["given"].hole
+    assert everywhere["loss/reg"] == pytest.approx((x - x0).abs().mean().item(), rel=1e-5)
+    assert known["loss/reg"] == pytest.approx(((x - x0).abs() * outside).mean().item(), rel=1e-5)
+    torch.testing.assert_close(b["vgg"], x * (1 - outside) + x0 * outside)
+    assert known["loss/vgg"] < everywhere["loss/vgg"]
+    flags = dict(hold="known", p_outpaint=0.0, p_edit=0.0, p_inpaint=0.0, p_erase=0.0)  # all is hole
+    row, _ = spied(made, tmp_path / "global", monkeypatch, **flags)
+    assert row["loss/reg"] == row["loss/vgg"] == 0
+
+
+def test_when_the_adversarial_loss_begins(made, tmp_path):
+    """In the phase that is named, or in the last one; the coherence model learns from the first step on."""
+    def phases_with(out, **flags):
+        return ["loss/coherence" in row for row in call(made, tmp_path / out, train_pefl, **flags)]
+
+    two = dict(phases="5/4/2x1,3/2/1x1")
+    assert phases_with("default", **two) == [False, True]
+    assert phases_with("all", adversarial_from=1, **two) == [True, True]
+    assert phases_with("one", phases="5/4/2x1") == [True]
+    assert all("loss/D" in row for row in rows(tmp_path / "default"))
+
+
+def test_steps_of_the_coherence_model_alone(made, tmp_path):
+    """--disc_updates 2: the editor moves in every second step, the coherence model in each."""
+    base = load_file(Path(made["base"]) / "model.safetensors")
+    moved, before = [], None
+    for n in (1, 2, 3):
+        call(made, tmp_path / str(n), train_pefl, phases=f"5/4/2x{n}", disc_updates=2, warmup=0, save_every=n)
+        now = tensors(tmp_path / str(n))
+        last = {k: now[f"model/{k}"] for k in base}
+        coherence = {k: v for k, v in now.items() if k.startswith("coherence/")}
+        assert before is None or any(not torch.equal(coherence[k], v) for k, v in before.items())
+        moved.append(any(not torch.equal(last[k], v) for k, v in base.items()))
+        base, before = last, coherence
+    assert moved == [False, True, False]
+
+
+def test_r1_is_of_the_coherence_model_alone(made, tmp_path):
+    without, with_it = (call(made, tmp_path / str(r1), train_pefl, phases="5/4/2x1", r1=r1)[0]
+                        for r1 in (0.0, 1e4))
+    assert with_it["loss/D"] > without["loss/D"] and with_it["loss/G"] == without["loss/G"]
+
+
+def test_several_rewards_are_their_mean(made, tmp_path):
+    of = made["aesthetic"], made["alignment"], f"{made['aesthetic']},{made['alignment']}"
+    found = [call(made, tmp_path / str(i), train_pefl, phases="5/4/2x1", aesthetic=spec)[0]
+             for i, spec in enumerate(of)]
+    a, b, both = (row["reward/aesthetic"] for row in found)
+    assert both == pytest.approx((a + b) / 2, abs=1e-6) and a != b
+    assert train_pefl.members("out/a,imagereward:m.pt,vocab.txt,out/b") == [
+        "out/a", "imagereward:m.pt,vocab.txt", "out/b"]
+
+
 def test_reward_rises(made, tmp_path):
     """Feedback through one frozen reward: its score on what the editor predicts goes up, step by step."""
     found = call(made, tmp_path, train_pefl, phases="4/3/2x30", w_aesthetic=1.0, w_alignment=0.0,
@@ -542,12 +651,15 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_pefl, "--alignment: .*mute: .*tokenizer", dict(alignment="mute")),
     (train_pefl, "missing: no such folder", dict(heldout_reward="missing")),
     (train_pefl, "--vgg: .*missing", dict(vgg="missing")),
-    (train_pefl, "tasks", dict(p_outpaint=0.0, p_edit=0.0, p_inpaint=0.0, p_erase=0.0)),
+    (train_pefl, "tasks", dict(p_global=0.0, p_outpaint=0.0, p_edit=0.0, p_inpaint=0.0, p_erase=0.0)),
     (train_pefl, "p_edit|edit=", dict(p_edit=-1.0)),
     (train_pefl, "--disc_width: 100", dict(disc_width=100)),
     (train_pefl, "--disc_patch: 5: must divide --image_size, 32", dict(disc_patch=5)),
     (train_pefl, "--image_size: 20: .*multiple", dict(image_size=20)),
     (train_pefl, "--disc_init: .*base: holds a 'editor'", dict(disc_init="base")),
+    (train_pefl, "--disc_updates: 0", dict(disc_updates=0)),
+    (train_pefl, "--adversarial_from: 0", dict(adversarial_from=0)),
+    (train_pefl, "--r1: -1", dict(r1=-1.0)),
     (train_pefl, "--reward_noise: -1", dict(reward_noise=-1.0)),
     (train_pefl, "--lora: -1", dict(lora=-1)),
 ]

@@ -263,6 +263,11 @@ def test_bad_values(made, tmp_path, text, flags):
     refused(made, tmp_path / "out", train_omni, text, **edit(made) | flags)
 
 
+def test_feedback_sees_all_that_an_instruction_editor_makes(made, tmp_path):
+    refused(made, tmp_path, train_pefl, "--sees: pasted: of an instruction editor users see all",
+            base=made["editnet"], sees="pasted")
+
+
 def test_feedback_cannot_update_a_branch_that_is_not_there(made, tmp_path):
     refused(made, tmp_path, train_pefl, "--lora: 2: .* is a concat, which has no branch",
             base=made["concat"], lora=2)
