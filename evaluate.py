@@ -44,7 +44,16 @@ from readers.files import read_image
 from scenes import dataset
 from scenes.dataset import EditScenes
 from scenes.draw import LEVELS
-from scenes.judge import SIDE, Parser, load_parser, parser_accuracy, to_float, to_uint8, train_parser
+from scenes.judge import (
+    SIDE,
+    Parser,
+    load_parser,
+    parser_accuracy,
+    picture_features,
+    to_float,
+    to_uint8,
+    train_parser,
+)
 from scenes.judge_edits import (
     EditCases,
     ask,
@@ -55,7 +64,17 @@ from scenes.judge_edits import (
     judge_t2i,
     prompts,
 )
-from scenes.judge_holes import TASKS, Cases, frechet_features, judge, make_cases, paste
+from scenes.judge_holes import (
+    TASKS,
+    Cases,
+    blurred,
+    frechet_features,
+    judge,
+    make_cases,
+    paste,
+    texture,
+    texture_test,
+)
 
 ####################################################################################################
 # 1. Statistics
@@ -121,8 +140,8 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dict]:
-    """pictures uint8 [S, N, H, W, 3] -> metrics [S, N], and {metric: mean and interval} with the Frechet
-    distances."""
+    """pictures uint8 [S, N, H, W, 3] -> metrics [S, N], and {metric: mean and interval} with what is of all
+    scenes together: the Frechet distances, and the textures against the truths' (first seed, with its p)."""
     per_seed = [judge(to_float(p), c, net) for p in pictures]
     scores = {k: np.stack([m[k] for m in per_seed]) for k in per_seed[0]}
     summary = {k: bootstrap(v.mean(0)) for k, v in scores.items()}  # not-a-number depends on the scene alone
@@ -130,11 +149,32 @@ def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dic
     of_result = zip(*(frechet_features(paste(to_float(p), c), c, net) for p in pictures))
     for name, a, b in zip(("frechet", "frechet_hole"), of_result, of_truth):
         summary[name] = frechet_interval(np.stack(a), np.broadcast_to(b, (len(a), *b.shape)))
+    value, p = texture_test(*(texture(x, c.mask) for x in (paste(to_float(pictures[0]), c), c.truth)))
+    summary["textures"] = {"mean": value, "low": value, "high": value, "n": pictures.shape[1], "p": p}
     return scores, summary
 
 
+LOWER = ("texture", "textures", "frechet", "frechet_hole", "exact", "hole", "seam")
+HIGHER = ("attributes", "named", "empty", "shape", "colour", "material", "background", "environment", "style")
+
+
+def headlines(truth: dict, base: dict, blur: dict, less: dict[str, np.ndarray]) -> list[str]:
+    """The metrics that rank the truth above a result, and that above itself blurred: no other may say that
+    one picture is better than another. truth, base, blur: summaries of judge_result; less: by metric, blur
+    minus base scene by scene [N], of which the interval must not reach 0."""
+    found = []
+    for name in (*LOWER, *HIGHER):
+        if name in base:
+            sign = 1 if name in HIGHER else -1
+            gap = bootstrap(sign * less[name])["high"] if name in less else \
+                sign * (blur[name]["mean"] - base[name]["mean"])
+            if gap < 0 < sign * (truth[name]["mean"] - base[name]["mean"]):
+                found.append(name)
+    return found
+
+
 ####################################################################################################
-# 1. Config
+# 2. Config
 ####################################################################################################
 
 @dataclass
@@ -165,7 +205,7 @@ class Config:
 
 
 ####################################################################################################
-# 2. Results: pictures of an editor, or of a folder
+# 3. Results: pictures of an editor, or of a folder
 ####################################################################################################
 
 
@@ -354,8 +394,8 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
 SHARE = ("drawn", "named", "success", "edit", "kept", "kept_share", "shape", "colour", "material",
          "objects", "background", "environment", "style", "empty", "attributes", "judged", "truth_read",
          "source_read", "kept_asked")
-ORDER = (*SHARE, "exact", "over", "error", "hole", "seam", "sharpness", "outside_raw", "outside", "frechet",
-         "frechet_hole")
+ORDER = (*SHARE, "exact", "over", "error", "hole", "seam", "sharpness", "texture", "textures", "outside_raw",
+         "outside", "frechet", "frechet_hole")
 
 
 def cell(name: str, v: dict) -> str:
@@ -412,18 +452,34 @@ def run_scenes(cfg: Config, device: torch.device) -> None:
     open_out(cfg.out)
     net = load_parser(cfg.parser, device)
     results, cases, seeds = gather(cfg, device, "scenes")
-    truth = known("truth", cases)
-    report, scores = {}, {}
+    controls = [soft(results[0], cases), known("truth", cases)]
+    report, scores, more = {}, {}, {}
     for task, c in cases.items():
-        judged = {r.name: judge_result(r.pictures[task], c, net) for r in [*results, truth]}
+        judged = {r.name: judge_result(r.pictures[task], c, net) for r in [*results, *controls]}
         report[task] = {name: summary for name, (_, summary) in judged.items()}
-        scores[task] = [judged[r.name][0] for r in results]
-        names = [k for k in ORDER if k in report[task]["truth"]]
+        base, blur, truth = (judged[r.name] for r in (results[0], *controls))
+        less = {k: (blur[0][k] - v).mean(0) for k, v in base[0].items()}
+        sound = headlines(truth[1], base[1], blur[1], less)
+        scores[task] = [judged[r.name][0] for r in [*results, controls[0]]]
         print(f"\n{task}: {len(c.indices)} held-out scenes, {len(seeds)} seed(s), mean [95% interval]")
-        rows = [[k, *(cell(k, v[k]) for v in report[task].values())] for k in names]
+        rows = [[k + " *" * (k in sound), *(cell(k, v[k]) for v in report[task].values())]
+                for k in ORDER if k in truth[1]]
+        rows.append(["textures: p", *(f"{v['textures']['p']:.3f}" for v in report[task].values())])
         print(table(["", *report[task]], rows))
-    save_scores(cfg, results, scores)
-    finish(cfg, started, results, cases, seeds, {"tasks": report})
+        halves = frechet(*(picture_features(c.truth[i::2], net) for i in (0, 1)))
+        print(f"Frechet distance of one half of the truths to the other: {halves:.1f}, by their number alone")
+        more[task] = {"headlines": sound, "frechet_of_halves": halves}
+    print(f"\n* ranks the truth above {results[0].name}, and that above the same with blurred holes: no "
+          "other row says that a picture is better")
+    save_scores(cfg, [*results, controls[0]], scores)
+    finish(cfg, started, results, cases, seeds, {"tasks": report, "controls": more})
+
+
+def soft(r: Result, cases: AnyCases) -> Result:
+    """A control: a result with its holes through a box filter. What it wins is no quality."""
+    pictures = {key: np.stack([to_uint8(blurred(to_float(x), cases[key])).numpy() for x in of])
+                for key, of in r.pictures.items()}
+    return Result("", f"{r.name}, blurred", r.size, 1, pictures)
 
 
 def known(which: str, cases: AnyCases) -> Result:
@@ -572,14 +628,13 @@ def gsb(v: np.ndarray) -> dict:
 
 def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tie: float) -> dict[str, dict]:
     """GSB of metrics [S, N] by criterion. overall, of filled holes: more attributes right wins, and where
-    they are equal the smaller exact error (where the scene has none, the smaller seam error). Of edits:
-    success wins, and where it is equal the smaller error over the picture."""
-    higher, lower = ("attributes",), ("exact", "seam")
+    they are equal the texture nearer to the truth's. Of edits: success wins, and where it is equal the
+    smaller error over the picture."""
+    higher, lower = ("attributes",), ("texture", "exact", "seam")
     if "success" in a:
         higher, lower = ("success", "edit", "kept"), ("error", "over", "exact")
     each = {k: verdicts(a[k], b[k], k in higher, tie) for k in (*higher, *lower)}
-    second = np.where(np.isnan(a[lower[0]]), each[lower[1]], each[lower[0]])
-    overall = np.where(each[higher[0]] != 0, each[higher[0]], second)
+    overall = np.where(each[higher[0]] != 0, each[higher[0]], each[lower[0]])
     return {k: gsb(v) for k, v in {"overall": overall, **each}.items()}
 
 
@@ -590,20 +645,20 @@ def run_compare(cfg: Config, device: torch.device) -> None:
     if len([x for x in cfg.ckpt.split(",") if x.strip()]) != 2:
         raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: compare needs exactly two, A,B")
     (a, b), cases, seeds = gather(cfg, device, None)
-    print(f"A = {a.name}\nB = {b.name}\ngood: A is better; overall: attributes (edits: success) first, then"
-          f" the error (a tie within {100 * cfg.tie:.0f}%)")
-    scores, report = {}, {}
+    print(f"A = {a.name}\nB = {b.name}\ngood: A is better; overall: attributes (edits: success) first, then "
+          f"the texture (edits: the error; a tie within {100 * cfg.tie:.0f}%)")
+    scores, report, blur = {}, {}, soft(b, cases) if b.kind == "scenes" else None
     for key, c in cases.items():
         if a.kind == "edits":
             asked = ask(c, net)
             scores[key] = [judge_edits(r.pictures[key], c, asked, net)[0] for r in (a, b)]
         else:
-            scores[key] = [judge_result(r.pictures[key], c, net)[0] for r in (a, b)]
+            scores[key] = [judge_result(r.pictures[key], c, net)[0] for r in (a, b, blur)]
     for aspect in dict.fromkeys(k.split("/")[0] for k in cases) if a.kind == "edits" else ():
         own = [v for k, v in scores.items() if k.split("/")[0] == aspect]
         scores[f"{aspect}/all"] = [{k: np.concatenate([x[k] for x in of_one], 1) for k in of_one[0]}
                                    for of_one in zip(*own)]
-    for key, (of_a, of_b) in scores.items():
+    for key, (of_a, of_b, *of_blur) in scores.items():
         report[key] = {"gsb": compare(of_a, of_b, cfg.tie),
                        "difference": {k: bootstrap((of_a[k] - of_b[k]).mean(0)) for k in of_a}}
         n = next(iter(of_a.values())).shape[1]
@@ -611,6 +666,12 @@ def run_compare(cfg: Config, device: torch.device) -> None:
         print(table(["", "good", "same", "bad", "(G+S)/(S+B)", "(G-B)/n % [95%]", "sign test p"], [
             [k, str(v["good"]), str(v["same"]), str(v["bad"]), f"{v['superiority']:.0f}%",
              cell("attributes", v["net"]), f"{v['p']:.2g}"] for k, v in report[key]["gsb"].items()]))
+        for blurry in of_blur:
+            report[key]["control"] = compare(blurry, of_b, cfg.tie)
+            found = report[key]["control"].items()
+            print("B with blurred holes against B: "
+                  + ", ".join(f"{k} {cell('attributes', v['net'])}" for k, v in found) + "; what it wins is "
+                  f"no quality: {', '.join(k for k, v in found if v['net']['low'] > 0) or 'nothing'}")
         rows = [[k, cell(k, report[key]["difference"][k])] for k in ORDER if k in of_a]
         print(table(["A - B", "mean [95%]"], rows))
     finish(cfg, started, [a, b], cases, seeds, {"a": a.name, "b": b.name, "tasks": report})

@@ -161,8 +161,9 @@ def report(out: Path) -> None:
     """The judge's table, shortened: what a reader should see at the end."""
     tasks = json.loads((out / "judge/results.json").read_text())["tasks"]
     columns = list(next(iter(tasks.values())))
-    names = ["base, 20 steps", "PeFL, 20 steps", "PeFL, 8 steps", "truth"]
-    rows = [("error where the truth is known", "exact", 1), ("distance to real pictures", "frechet", 1),
+    names = ["base, 20 steps", "PeFL, 20 steps", "PeFL, 8 steps", "base, blurred", "truth"]
+    rows = [("texture, distance from the truth's", "texture", 1), ("distance to real pictures", "frechet", 1),
+            ("error where the truth is determined", "exact", 1),
             ("has the object asked for, %", "named", 100), ("nothing is left of it, %", "empty", 100)]
     print("\n" + " " * 62 + "".join(f"{name:>16}" for name in names))
     for task, found in tasks.items():

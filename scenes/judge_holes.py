@@ -44,7 +44,8 @@ class Cases:
     image: Tensor
     mask: Tensor
     truth: Tensor  # the picture that belongs there
-    certain: Tensor  # [N, 1, H, W] pixels of the hole whose truth is determined: no object or shadow there
+    certain: Tensor  # [N, 1, H, W] pixels of the hole whose truth is determined: no object, no shadow, and no
+    # texture that might have fallen otherwise
     caption: list[str]
     pictures: Tensor  # [N, 3] labels of PICTURE_HEADS
     which: Tensor  # [M] scene of a judged box
@@ -58,6 +59,14 @@ def named(o: draw.Object, caption: str) -> list[int]:
     if not any(word in caption for word in scene_text.MATERIAL_WORDS[o.material]):
         labels[list(OBJECT_HEADS).index("material")] = -100
     return labels
+
+
+def determined(s: draw.Scene, size: int, most: float = 0.05) -> np.ndarray:
+    """Where the empty scene looks alike however its textures fall, bool [size, size]: of four draws with
+    other texture seeds, each less its mean colour, no channel's standard deviation is above `most`, in
+    [0, 1] units."""
+    x = np.stack([draw.draw(replace(s, objects=(), seed=s.seed + k), size, size) for k in range(4)]) / 255
+    return (x - x.mean((1, 2), keepdims=True)).std(0).max(-1) < most
 
 
 def make_cases(task: str, indices: list[int], size: int, source: dataset.Scenes) -> Cases:
@@ -92,7 +101,7 @@ def make_cases(task: str, indices: list[int], size: int, source: dataset.Scenes)
             which.append(j)
             boxes.append(object_box(o.x, o.y, draw.RADIUS[o.size], size, size))
             objects.append([-100, -100, -100, 0])
-            certain = mask
+            certain = mask & determined(s, size)
         else:
             for k in judged:
                 o = s.objects[k - 1]
@@ -100,7 +109,7 @@ def make_cases(task: str, indices: list[int], size: int, source: dataset.Scenes)
                 boxes.append(object_box(o.x, o.y, draw.RADIUS[o.size], size, size))
                 objects.append(named(o, caption))
             bare = draw.draw(replace(s, objects=()), size, size)
-            certain = mask & (bare == image).all(-1)
+            certain = mask & (bare == image).all(-1) & determined(s, size)
         rows.append((image, mask, truth, certain, caption, picture_labels(s)))
     image, mask, truth, certain, caption, pictures = zip(*rows)
     mask, certain = (torch.from_numpy(np.stack(x))[:, None].float() for x in (mask, certain))
@@ -142,8 +151,10 @@ def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
     style, empty (erase: no object at the box), attributes (mean of all that the task asks), named (edit: the
     object in the hole has the shape, the colour and, if it is said, the material of the caption). Lower is
     better: exact (mean |x - truth| over pixels whose truth is determined), hole (over all of the hole),
-    seam, outside_raw (change of known pixels before pasting), outside (after). sharpness: gradient in the
-    hole over the truth's; 1 is right, below is blur, above noise.
+    seam, outside_raw (change of known pixels before pasting), outside (after), texture (mean |difference| of
+    the statistics of `texture`, in the truths' standard deviations). sharpness: gradient in the hole over
+    the truth's; 1 is right, below is blur, above noise. A blurred hole has a smaller exact and seam error
+    than a sharp one (RESULTS.md): see `blurred` and evaluate.headlines.
     """
     x = paste(raw, c)
     device = next(net.parameters()).device
@@ -177,6 +188,8 @@ def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
     out["outside"] = masked_mean((x - c.image).abs() / 2, 1 - c.mask)
     detail, true_detail = (masked_mean(gradient(y), c.mask) for y in (x, c.truth))
     out["sharpness"] = detail / np.maximum(true_detail, 1e-3)
+    of_truth = texture(c.truth, c.mask)
+    out["texture"] = ((texture(x, c.mask) - of_truth) / spread(of_truth)).abs().mean(1).double().numpy()
     return out
 
 
@@ -207,25 +220,26 @@ def texture(x: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(found, 1).clamp(min=1e-3).log()
 
 
-def energy_distance(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of rows a [N, D], b [M, D] in units of `scale` [D], unbiased
-    (Szekely and Rizzo 2013): 0 in the mean where both are draws from one distribution."""
-    a, b = (torch.from_numpy(np.asarray(x, np.float64) / scale) for x in (a, b))
-    n, m = len(a), len(b)
-    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).sum() / (n * (n - 1))
-                 - torch.cdist(b, b).sum() / (m * (m - 1)))
+def spread(of_truth: Tensor) -> Tensor:
+    """Standard deviations [D] of rows [N, D], as units; 1 where there is but one row."""
+    return of_truth.std(0).clamp(min=1e-6) if len(of_truth) > 1 else torch.ones_like(of_truth[0])
 
 
-def texture_test(x: np.ndarray, truth: np.ndarray, draws: int = 200, seed: int = 0) -> tuple[float, float]:
-    """Two-sample test of rows of `texture`, [N, D] of results and of the truths of the same scenes -> energy
-    distance in the truth's standard deviations, and p: how often it is as large when result and truth of each
-    scene are swapped at random, which they may be if they look alike."""
-    scale = truth.std(0).clip(1e-6)
-    value, rng, more = energy_distance(x, truth, scale), np.random.default_rng(seed), 0
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| of rows a [N, D], b [M, D] (Szekely and Rizzo 2013), 0 where
+    both are the same rows; of two samples of one distribution it falls with 1 / N."""
+    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+
+
+def texture_test(x: Tensor, of_truth: Tensor, draws: int = 200, seed: int = 0) -> tuple[float, float]:
+    """Two-sample test of rows of `texture`, [N, D], of results and of the truths of the same scenes -> energy
+    distance in the truths' standard deviations, and p: how often it is as large when result and truth of each
+    scene are swapped at random, which changes nothing if they look alike."""
+    x, of_truth = (y.double() / spread(of_truth) for y in (x, of_truth))
+    value, rng, more = energy_distance(x, of_truth), np.random.default_rng(seed), 0
     for _ in range(draws):
-        swap = rng.random(len(x)) < 0.5
-        more += energy_distance(np.where(swap[:, None], truth, x), np.where(swap[:, None], x, truth),
-                                scale) >= value
+        swap = torch.from_numpy(rng.random((len(x), 1)) < 0.5)
+        more += energy_distance(torch.where(swap, of_truth, x), torch.where(swap, x, of_truth)) >= value
     return value, (1 + more) / (1 + draws)
 
 

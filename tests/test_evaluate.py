@@ -1,6 +1,7 @@
 """The judge: statistics against closed forms, exact truths, wrong pictures found by the right metric."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -77,9 +78,10 @@ def test_verdicts_and_gsb():
     a = {"attributes": [[1, 0.5, 1, 1, nan]], "exact": [[0.2, 0.1, 0.1, 0.100, nan]], "seam": [[0.1] * 5]}
     b = {"attributes": [[0.5, 1, 1, 1, nan]], "exact": [[0.1, 0.2, 0.2, 0.103, nan]],
          "seam": [[0.1] * 4 + [0.3]]}
+    a["texture"], b["texture"] = [[0.2, 0.1, 0.1, 0.100, 0.1]], [[0.1, 0.2, 0.2, 0.103, 0.3]]
     a, b = ({k: np.array(v) for k, v in x.items()} for x in (a, b))
     got = ev.compare(a, b, tie=0.05)
-    # attributes decide 1 and 2, the error 3, 4 ties, the seam decides 5
+    # attributes decide 1 and 2, the texture 3 and 5, 4 ties
     assert [got["overall"][k] for k in ("good", "same", "bad")] == [3, 1, 1]
     assert [got["exact"][k] for k in ("good", "same", "bad")] == [2, 2, 1]
     assert got["overall"]["superiority"] == pytest.approx(100 * 4 / 2)
@@ -129,6 +131,7 @@ def test_truth_has_no_error(cases):
     for c in cases.values():
         got = judge_holes.judge(c.truth, c, judge.Parser().eval())
         assert np.nanmax(got["exact"]) == np.nanmax(got["hole"]) == np.nanmax(got["seam"]) == 0
+        assert np.nanmax(got["texture"]) == 0
         assert np.nanmax(got["outside"]) == 0 and np.allclose(got["sharpness"], 1)
         a, b = judge_holes.frechet_features(c.truth, c, judge.Parser().eval())
         assert a.shape == b.shape == (40, 128)
@@ -156,6 +159,60 @@ def test_blur_and_noise_are_seen(cases):
         assert min(np.nanmean(of_blur["hole"]), np.nanmean(of_noise["hole"])) > 0.01
         far = judge.truth_distance(blurred, c.truth, c.mask)
         assert (far > 0).all() and (judge.truth_distance(c.truth, c.truth, c.mask) == 0).all()
+
+
+@pytest.mark.parametrize("source", ["easy"], indirect=True)
+def test_what_blur_wins_is_no_headline(source, cases, judge_net):
+    """Sharp pictures that are not the true ones: the same scenes, their textures fallen otherwise. Blurred,
+    they are nearer to the truth pixel by pixel, and farther by texture."""
+    c, (net, _) = cases["outpaint"], judge_net
+    other = torch.stack([judge.to_float(draw.draw(replace(s, seed=s.seed + 1), SIZE, SIZE))
+                         for s in map(source.scene, c.indices)])
+    of = {name: ev.judge_result(judge.to_uint8(x)[None].numpy(), c, net)
+          for name, x in (("base", other), ("blur", judge_holes.blurred(other, c)), ("truth", c.truth))}
+    less = {k: (of["blur"][0][k] - v).mean(0) for k, v in of["base"][0].items()}
+    assert np.nanmean(less["hole"]) < 0 < np.nanmean(less["texture"])
+    got = ev.headlines(*(of[k][1] for k in ("truth", "base", "blur")), less)
+    assert {"texture", "textures"} <= set(got) and not {"hole", "seam"} & set(got)
+    # nothing that the truth itself does not win
+    assert ev.headlines(*(of[k][1] for k in ("base", "base", "blur")), less) == []
+
+
+def test_a_blurred_hole_is_a_mean_of_nine(cases):
+    c = cases["edit"]
+    x = judge_holes.blurred(c.truth, c)
+    assert torch.equal(x * (1 - c.mask), c.image * (1 - c.mask))
+    ys, xs = (c.mask[0, 0, 1:-1, 1:-1] > 0).nonzero().T + 1
+    for y, k in zip(ys[:5].tolist(), xs[:5].tolist()):
+        torch.testing.assert_close(x[0, :, y, k], c.truth[0, :, y - 1:y + 2, k - 1:k + 2].mean((1, 2)))
+
+
+def test_only_what_must_be_so_is_certain(source):
+    """Every empty scene with other textures agrees there with the true one, but for its tone."""
+    for task in judge_holes.TASKS:
+        c = judge_holes.make_cases(task, list(range(12)), SIZE, source)
+        assert 0.02 < c.certain.sum() / c.mask.sum() < 0.95
+        for i, s in enumerate(map(source.scene, c.indices)):
+            a, b = (draw.draw(replace(s, objects=(), seed=s.seed + k), SIZE, SIZE) / 255 for k in (0, 1))
+            apart = np.abs(a - a.mean((0, 1)) - b + b.mean((0, 1))).max(-1)
+            assert (apart[c.certain[i, 0].numpy() > 0] < 0.2).all()  # 4 draws' deviation is at most 0.05
+
+
+def test_energy_distance_and_its_test():
+    """Against the definition, on few rows; and the test finds a shift, and finds none where there is none."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 3, generator=g), torch.randn(4, 3, generator=g) + 1
+
+    def mean(x, y):
+        return np.mean([math.dist(p, q) for p in x.tolist() for q in y.tolist()])
+
+    want = 2 * mean(a, b) - mean(a, a) - mean(b, b)
+    assert judge_holes.energy_distance(a, b) == pytest.approx(want, abs=1e-5)
+    assert judge_holes.energy_distance(a, a) == pytest.approx(0, abs=1e-6)
+    x, y = torch.randn(60, 4, generator=g), torch.randn(60, 4, generator=g)
+    (same, p), (far, q) = judge_holes.texture_test(x, y), judge_holes.texture_test(x + 0.7, y)
+    assert p > 0.05 and q < 0.01 and far > same
+    assert judge_holes.texture_test(y, y) == (pytest.approx(0, abs=1e-6), 1.0)
 
 
 def test_parser_judges_true_and_wrong_pictures(source, cases, judge_net):
@@ -272,6 +329,8 @@ def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
         assert {"exact", "seam", "frechet", "frechet_hole", "outside_raw", "attributes"} <= set(got)
         assert got["hole"]["low"] <= got["hole"]["mean"] <= got["hole"]["high"]
         assert results["tasks"][task]["truth"]["exact"]["mean"] == 0 and got["outside"]["mean"] == 0
+        assert list(results["tasks"][task]) == [name, f"{name}, blurred", "truth"]
+        assert results["controls"][task]["headlines"] is not None
     assert (tmp_path / "o/sheet.png").stat().st_size > 1000
     (saved,) = (tmp_path / "s").iterdir()
     # the same checkpoint again, other batches: noise and masks are functions of the scene, so nothing differs
@@ -280,6 +339,7 @@ def test_scenes_then_compare_with_the_saved_pictures(folders, tmp_path):
     ev.main(cfg)
     for task in json.loads((tmp_path / "c/results.json").read_text())["tasks"].values():
         assert task["gsb"]["overall"]["same"] == 12 and task["gsb"]["exact"]["net"]["mean"] == 0
+        assert set(task["control"]) == set(task["gsb"])
 
 
 def test_prefs_are_read_by_data(folders, tmp_path):
