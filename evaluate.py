@@ -149,8 +149,9 @@ def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dic
     of_result = zip(*(frechet_features(paste(to_float(p), c), c, net) for p in pictures))
     for name, a, b in zip(("frechet", "frechet_hole"), of_result, of_truth):
         summary[name] = frechet_interval(np.stack(a), np.broadcast_to(b, (len(a), *b.shape)))
-    value, p = texture_test(*(texture(x, c.mask) for x in (paste(to_float(pictures[0]), c), c.truth)))
-    summary["textures"] = {"mean": value, "low": value, "high": value, "n": pictures.shape[1], "p": p}
+    value, half, p = texture_test(*(texture(x, c.mask) for x in (paste(to_float(pictures[0]), c), c.truth)))
+    summary["textures"] = {"mean": value, "low": max(value - half, 0.0), "high": value + half,
+                           "n": pictures.shape[1], "p": p}
     return scores, summary
 
 
@@ -467,7 +468,7 @@ def run_scenes(cfg: Config, device: torch.device) -> None:
         rows.append(["textures: p", *(f"{v['textures']['p']:.3f}" for v in report[task].values())])
         print(table(["", *report[task]], rows))
         halves = frechet(*(picture_features(c.truth[i::2], net) for i in (0, 1)))
-        print(f"Frechet distance of one half of the truths to the other: {halves:.1f}, by their number alone")
+        print(f"Frechet distance of one half of the truths to the other, which has other scenes: {halves:.1f}")
         more[task] = {"headlines": sound, "frechet_of_halves": halves}
     print(f"\n* ranks the truth above {results[0].name}, and that above the same with blurred holes: no "
           "other row says that a picture is better")

@@ -231,16 +231,19 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
 
 
-def texture_test(x: Tensor, of_truth: Tensor, draws: int = 200, seed: int = 0) -> tuple[float, float]:
+def texture_test(x: Tensor, of_truth: Tensor, draws: int = 200, seed: int = 0) -> tuple[float, float, float]:
     """Two-sample test of rows of `texture`, [N, D], of results and of the truths of the same scenes -> energy
-    distance in the truths' standard deviations, and p: how often it is as large when result and truth of each
-    scene are swapped at random, which changes nothing if they look alike."""
+    distance in the truths' standard deviations; 1.96 of its bootstrap standard deviations, over scenes; and
+    p: how often it is as large when result and truth of each scene are swapped at random, which changes
+    nothing if they look alike."""
     x, of_truth = (y.double() / spread(of_truth) for y in (x, of_truth))
     value, rng, more = energy_distance(x, of_truth), np.random.default_rng(seed), 0
     for _ in range(draws):
         swap = torch.from_numpy(rng.random((len(x), 1)) < 0.5)
         more += energy_distance(torch.where(swap, of_truth, x), torch.where(swap, x, of_truth)) >= value
-    return value, (1 + more) / (1 + draws)
+    again = [torch.from_numpy(rng.integers(0, len(x), len(x))) for _ in range(40)]
+    spread_of = np.std([energy_distance(x[i], of_truth[i]) for i in again])
+    return value, 1.96 * float(spread_of), (1 + more) / (1 + draws)
 
 
 @torch.inference_mode()

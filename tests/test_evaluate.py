@@ -210,9 +210,9 @@ def test_energy_distance_and_its_test():
     assert judge_holes.energy_distance(a, b) == pytest.approx(want, abs=1e-5)
     assert judge_holes.energy_distance(a, a) == pytest.approx(0, abs=1e-6)
     x, y = torch.randn(60, 4, generator=g), torch.randn(60, 4, generator=g)
-    (same, p), (far, q) = judge_holes.texture_test(x, y), judge_holes.texture_test(x + 0.7, y)
-    assert p > 0.05 and q < 0.01 and far > same
-    assert judge_holes.texture_test(y, y) == (pytest.approx(0, abs=1e-6), 1.0)
+    (same, _, p), (far, half, q) = judge_holes.texture_test(x, y), judge_holes.texture_test(x + 0.7, y)
+    assert p > 0.05 and q < 0.01 and far > same and 0 < half < far
+    assert judge_holes.texture_test(y, y) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6), 1.0)
 
 
 def test_parser_judges_true_and_wrong_pictures(source, cases, judge_net):
