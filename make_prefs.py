@@ -208,8 +208,10 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
             files = {k: f"images/{index:08d}_{k}.png" for k in pictures}
             for k, x in pictures.items():
                 Image.fromarray(to_uint8(x).numpy()).save(out / files[k])
-            items.append({"prompt": prompts[j], "generations": [files[k] for k in ("truth", "best", "worst")],
-                          "ranking": [1, 2, 3 if told else 2], "kind": "generated"})  # readers skip ties
+            # a kind each: to tell the best from the worst is more than to tell the true from the generated
+            told = [("truth", "best"), ("truth", "worst"), *([("best", "worst")] if told else [])]
+            items += [{"prompt": prompts[j], "generations": [files[a], files[b]], "ranking": [1, 2],
+                       "kind": f"{a} over {b}"} for a, b in told]
             for k, how in (("truth", how_truth), ("best", how_best)):
                 items.append({"prompt": prompts[j], "generations": [files[k], files[f"{k}_bad"]],
                               "ranking": [1, 2], "kind": how})

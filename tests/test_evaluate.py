@@ -347,10 +347,13 @@ def test_prefs_are_read_by_data(folders, tmp_path):
                "--margin=0.02", "--out", tmp_path / "p")
     assert done.returncode == 0, done.stderr
     items = json.loads((tmp_path / "p/aesthetic.json").read_text())
-    generated = [x for x in items if x["kind"] == "generated"]
-    assert len(generated) == 12 and len(items) == 36
-    assert all(x["ranking"][0] < min(x["ranking"][1:]) and "truth" in x["generations"][0] for x in generated)
-    assert any(x["ranking"] == [1, 2, 3] for x in generated)
+    kinds = [x["kind"] for x in items if " over " in x["kind"]]
+    assert kinds.count("truth over best") == kinds.count("truth over worst") == 12
+    assert 0 < kinds.count("best over worst") <= 12 and len(items) == len(kinds) + 24
+    assert all(x["ranking"] == [1, 2] for x in items)
+    for x in items:
+        a, over, b = x["kind"].partition(" over ")
+        assert not over or (f"_{a}.png" in x["generations"][0] and f"_{b}.png" in x["generations"][1])
     pairs = preferences.open_pairs(tmp_path / "p/aesthetic.json")
     assert len(pairs) >= 48 and not any("truth.png" in p.image_worse for p in pairs)
     texts = preferences.open_pairs(tmp_path / "p/alignment.jsonl")
@@ -371,7 +374,8 @@ def test_prefs_skip_bad_pictures(folders, tmp_path, capsys):
                                       k=2, steps="1", device="cpu"))
     said = capsys.readouterr().out
     assert "skipped: " in said and "2.png: damaged" in said and "1 picture(s) skipped" in said
-    assert len(json.loads((tmp_path / "p/aesthetic.json").read_text())) == 3 * (n - 1)
+    kinds = [x["kind"] for x in json.loads((tmp_path / "p/aesthetic.json").read_text())]
+    assert kinds.count("truth over best") == n - 1 and sum(" over " not in k for k in kinds) == 2 * (n - 1)
 
 
 @pytest.mark.parametrize("change, words", [
