@@ -1,66 +1,122 @@
 #!/usr/bin/env bash
-# The claims of RESULTS.md: PeFL against its base on 500 held-out scenes for each task, PeFL trained with three seeds.
-#   bash runs/pefl_scenes.sh      hours on 2 plain cores (not yet run on the 64x64 models); what is done is not done again
+# The claims about feedback (RESULTS.md): PeFL, its arms and its controls on 500 held-out scenes for each task, three seeds.
+#   bash runs/pefl_scenes.sh                            some 15 hours on 2 plain cores; what is done is not done again
+#   ARMS="pefl pasted noise" SEEDS=0 N=200 bash runs/pefl_scenes.sh
+#   QUICK=1 bash runs/pefl_scenes.sh                    one seed of everything, the demo's numbers of steps: 25 minutes
+# Arms, each one flag from pefl: rewardless (L_reg + L_vgg alone), no_aesthetic, no_alignment, no_coherence; pasted (rewards see
+# what users see), noise (stage 2 starts as sampling does), known (L_reg and L_vgg outside the hole), late (adversarial from phase
+# 2 on), two (two steps of the coherence model a step), r1, global (holes of the whole picture, too).
+# Always beside them: the base, the base with blurred holes, and flow matching on as many pictures (control).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=${OUT:-out/pefl_scenes}
-SEEDS=${SEEDS:-0 1 2}
+ARMS=${ARMS:-pefl rewardless no_aesthetic no_alignment no_coherence}
+JUDGE=${JUDGE:-judge}  # folder of tables, below OUT
+PROBE=${PROBE:-1}  # part 4, too
+JOBS=${JOBS:-$(nproc)}  # trainings side by side
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_every 500 --wandb off"
+if [ "${QUICK:-0}" = 1 ]; then
+    SEEDS=${SEEDS:-0} N=${N:-60} PREFS=240 CAPTIONS=3000 LOOKS=250 READS=350 ALONE=24 ONE=60 TWO=24
+    REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 32 --noise 0.3 --eval_every 0 --wandb off"
+    RECIPE="--batch_size 16 --lr 2e-5 --warmup 10 --ema 0.95" WEIGHT=0.0005
+else
+    SEEDS=${SEEDS:-0 1 2} N=${N:-500} PREFS=4000 CAPTIONS=20000 LOOKS=1000 READS=2000 ALONE=300 ONE=700 TWO=250
+    REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_every 500 --wandb off"
+    RECIPE="--batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995" WEIGHT=0.0003
+fi
+# for tests
+LOOKS=${STEPS:-$LOOKS} READS=${STEPS:-$READS} ONE=${STEPS:-$ONE} TWO=${STEPS:-$TWO}
+if [ -n "${STEPS:-}" ]; then ALONE=0 PREFS=$((4 * STEPS)) CAPTIONS=$((100 * STEPS)); fi
+
+pids=()
+spawn() {  # COMMAND: in the background, JOBS at a time; a job that fails ends the script, at the latest in finish
+    if [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; then wait -n; fi
+    "$@" & pids+=($!)
+}
+finish() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }  # bash remembers how each one ended
+flags() {  # ARM -> what differs
+    case $1 in
+        pefl) ;;
+        rewardless) echo "--w_aesthetic 0 --w_alignment 0 --w_coherence 0" ;;
+        no_aesthetic) echo "--w_aesthetic 0" ;;
+        no_alignment) echo "--w_alignment 0" ;;
+        no_coherence) echo "--w_coherence 0" ;;
+        pasted) echo "--sees pasted" ;;
+        noise) echo "--start noise" ;;
+        known) echo "--hold known" ;;
+        late) echo "--adversarial_from 2" ;;
+        two) echo "--disc_updates 2" ;;
+        r1) echo "--r1 100" ;;
+        global) echo "--p_global 0.1" ;;
+        *) echo "error: ARMS: $1: use pefl, rewardless, no_aesthetic, no_alignment, no_coherence, pasted, noise, known, late, two, r1, global" >&2
+           return 2 ;;
+    esac
+}
+for arm in $ARMS; do flags "$arm" > /dev/null; done
 
 # 1) preferences and rewards, once: what varies with the seed is PeFL (data order, noise, t', coherence model)
-[ -f "$OUT/prefs/results.json" ] || $PY make_prefs.py --ckpt assets/base --n 4000 --steps 4,6,8,20 --out "$OUT/prefs"
+[ -f "$OUT/prefs/results.json" ] || $PY make_prefs.py --ckpt assets/base --n "$PREFS" --steps 4,6,8,20 --out "$OUT/prefs"
 [ -f "$OUT/captions/results.json" ] ||
-    $PY make_prefs.py --ckpt assets/base --n 0 --captions 20000 --offset 500000 --out "$OUT/captions"
-$PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps 1000 --augment 2 --out "$OUT/aesthetic" $REWARD &
-$PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p16 --steps 2000 --val_fraction 0.05 \
-    --out "$OUT/alignment" $REWARD &
-for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
+    $PY make_prefs.py --ckpt assets/base --n 0 --captions "$CAPTIONS" --offset 500000 --out "$OUT/captions"
+spawn $PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps "$LOOKS" --augment 2 --out "$OUT/aesthetic" $REWARD
+spawn $PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p16 --steps "$READS" --val_fraction 0.05 \
+    --out "$OUT/alignment" $REWARD
+finish
 
-# 2) PeFL, the seeds side by side: 300 steps of the coherence model alone, 400 of phase 1, 250 of phase 2
+# 2) the arms: some steps of the coherence model alone, then phase 1, then phase 2; both ends are kept
 for seed in $SEEDS; do
-    $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
-        --phases 20/15/10x700,8/6/3x250 --adversarial_from 1 --p_global 0 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
-        --disc_init "$OUT/aesthetic" --disc_first 300 --disc_lr 3e-4 --reward_noise 0.2 \
-        --eta 0.05 --w_aesthetic 0.0003 --w_alignment 0.0003 --w_coherence 0.1 \
-        --seed "$seed" --sample_every 350 --save_every 350 --wandb off --out "$OUT/seed$seed" &
+    for arm in $ARMS; do
+        spawn $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
+            --phases "20/15/10x$ONE,8/6/3x$TWO" --adversarial_from 1 --p_global 0 $RECIPE \
+            --disc_init "$OUT/aesthetic" --disc_first "$ALONE" --disc_lr 3e-4 --reward_noise 0.2 \
+            --eta 0.05 --w_aesthetic "$WEIGHT" --w_alignment "$WEIGHT" --w_coherence 0.1 $(flags "$arm") \
+            --seed "$seed" --sample_every "$ONE" --save_every $(((ONE + 1) / 2)) --keep 4 --wandb off --out "$OUT/$arm$seed"
+    done
 done
 # ... and a control: the base trained on with flow matching, on as many pictures and masks
-$PY train_omni.py --init assets/base --stage inpaint --t_shift 3 --lr 1e-5 --warmup 20 --ema 0.995 \
-    --lr_schedule constant --batch_size 32 --steps 650 --sample_every 0 --wandb off --out "$OUT/control" &
-for job in $(jobs -p); do wait "$job"; done  # a plain wait hides a failure
+spawn $PY train_omni.py --init assets/base --stage inpaint --t_shift 3 $RECIPE --lr_schedule constant \
+    --steps $((ONE + TWO - ALONE)) --sample_every 0 --wandb off --out "$OUT/control"
+finish
 
-# 3) the judge: every model on the same scenes, masks and noise; and paired counts against the base at 20 steps
+# 3) the judge: all on the same scenes, masks and noise; and paired counts against the base at 20 steps
 export OMP_NUM_THREADS=$(nproc)
+first=$(printf "step_%08d" "$ONE") last=$(printf "step_%08d" $((ONE + TWO)))
 ckpts="assets/base,$OUT/control" steps="20,20"
-for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000700" steps="$steps,20"; done
+for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$first" steps="$steps,20"; done; done
 ckpts="$ckpts,assets/base,$OUT/control" steps="$steps,8,8"
-for seed in $SEEDS; do ckpts="$ckpts,$OUT/seed$seed/step_00000950" steps="$steps,8"; done
-$PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n 500 --save "$OUT/pictures" --out "$OUT/judge" |
-    tee "$OUT/judge.txt"
+for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$last" steps="$steps,8"; done; done
+$PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n "$N" --save "$OUT/pictures" --out "$OUT/$JUDGE" |
+    tee "$OUT/$JUDGE.txt"
 saved() { echo "$OUT/pictures/$(echo "$1" | tr / _)"; }
-for seed in $SEEDS; do
-    for against in "seed$seed/step_00000700@20" "seed$seed/step_00000950@8"; do
-        $PY evaluate.py compare --ckpt "$(saved "$OUT/$against"),$(saved assets/base@20)" --n 500 \
-            --out "$OUT/compare/$(echo "$against" | tr / _)"
+for arm in $ARMS; do
+    for seed in $SEEDS; do
+        for against in "$arm$seed/$first@20" "$arm$seed/$last@8"; do
+            $PY evaluate.py compare --ckpt "$(saved "$OUT/$against"),$(saved assets/base@20)" --n "$N" \
+                --out "$OUT/compare/$(echo "$against" | tr / _)"
+        done
     done
-done | tee "$OUT/compare.txt"
+done | tee "$OUT/compare_$JUDGE.txt"
 
-# 4) how well a fresh coherence model, trained alike for 300 steps, tells real pixels from generated ones at the seam: of the
-#    base (the seeds' own first 300 steps) and of what PeFL made of it
+# 4) how well a fresh coherence model, trained alike, tells real pixels from generated ones at the seam: of the base (the seeds'
+#    own first steps) and of what PeFL made of it
+[ "$PROBE" = 1 ] && [ "$ALONE" -gt 0 ] || exit 0
 export OMP_NUM_THREADS=1
 for seed in $SEEDS; do
-    $PY train_pefl.py --base "$OUT/seed$seed/step_00000700" --aesthetic "$OUT/aesthetic" --phases 20/15/10x300 --p_global 0 --batch_size 32 \
-        --disc_init "$OUT/aesthetic" --disc_first 300 --disc_lr 3e-4 --reward_noise 0.2 --seed "$seed" --sample_every 0 \
-        --wandb off --out "$OUT/after$seed" &
+    [ -d "$OUT/pefl$seed" ] || continue
+    spawn $PY train_pefl.py --base "$OUT/pefl$seed/$first" --aesthetic "$OUT/aesthetic" --phases "20/15/10x$ALONE" --p_global 0 $RECIPE \
+        --disc_init "$OUT/aesthetic" --disc_first "$ALONE" --disc_lr 3e-4 --reward_noise 0.2 --seed "$seed" --sample_every 0 \
+        --log_every 4 --wandb off --out "$OUT/after$seed"
 done
-for job in $(jobs -p); do wait "$job"; done
-$PY - "$OUT" $SEEDS <<'PYTHON'
-import json, sys
-for run in ("seed", "after"):
-    for seed in sys.argv[2:]:
-        rows = [json.loads(line) for line in open(f"{sys.argv[1]}/{run}{seed}/metrics.jsonl")]
-        seam = [r["coherence/seam"] for r in rows if "coherence/seam" in r and 200 < r["step"] <= 300]
-        print(f"{run}{seed}: coherence/seam {sum(seam) / len(seam):.3f} in steps 200 to 300")
+finish
+$PY - "$OUT" "$ALONE" $SEEDS <<'PYTHON'
+import json, os, sys
+out, alone, *seeds = sys.argv[1:]
+for run in ("pefl", "after"):
+    for seed in seeds:
+        if os.path.exists(f"{out}/{run}{seed}/metrics.jsonl"):
+            rows = [json.loads(line) for line in open(f"{out}/{run}{seed}/metrics.jsonl")]
+            seam = [r["coherence/seam"] for r in rows if "coherence/seam" in r and int(alone) * 2 / 3 < r["step"] <= int(alone)]
+            if seam:
+                print(f"{run}{seed}: coherence/seam {sum(seam) / len(seam):.3f} in the last third of {alone} steps")
 PYTHON

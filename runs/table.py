@@ -18,11 +18,18 @@ RATES = ("edit", "kept", "kept_share", "success", "attributes")
 
 
 def cell(tasks: list[np.ndarray], percent: bool, shared: bool) -> str:
-    """Values [k, N] of k seeds and N scenes (not-a-number: not asked of it), for each task -> "mean ± half
-    width" of the mean over tasks. shared: all tasks are asked of the same scenes."""
+    """`estimate` as "mean ± half width", rates in percent."""
+    mean, half = estimate(tasks, shared)
+    scale, digits = (100, 0) if percent else (1, 4)
+    return "-" if math.isnan(mean) else f"{scale * mean:.{digits}f} ± {scale * half:.{digits}f}"
+
+
+def estimate(tasks: list[np.ndarray], shared: bool) -> tuple[float, float]:
+    """Values [k, N] of k seeds and N scenes (not-a-number: not asked of it), for each task -> the mean over
+    tasks and half the width of its 95 % interval. shared: all tasks are asked of the same scenes."""
     tasks = [t for t in tasks if (~np.isnan(t[0])).sum() > 1]  # nothing to over-edit in a whole picture
     if not tasks:
-        return "-"
+        return math.nan, math.nan
     k, means = len(tasks[0]), np.mean([np.nanmean(t, 1) for t in tasks], 0)
     # what each scene adds to the deviation of the mean; over the scenes of a task it sums to 0
     asked = [(~np.isnan(t[0])).sum() for t in tasks]
@@ -31,8 +38,7 @@ def cell(tasks: list[np.ndarray], percent: bool, shared: bool) -> str:
     scene = float((np.sum(parts, 0) ** 2).sum() if shared else sum((p**2).sum() for p in parts))
     seed = float(means.var(ddof=1)) / k if k > 1 else 0.0
     wide = quantile((k - 1) * ((scene + seed) / seed) ** 2) if seed else 1.96
-    scale, digits = (100, 0) if percent else (1, 4)
-    return f"{scale * means.mean():.{digits}f} ± {scale * wide * math.sqrt(scene + seed):.{digits}f}"
+    return float(means.mean()), wide * math.sqrt(scene + seed)
 
 
 def quantile(freedom: float) -> float:

@@ -1,0 +1,184 @@
+"""The papers' claims on scenes, each one command: its arms are trained, judged, and a verdict is written.
+
+    python runs/claims.py                              what there is, and what each costs
+    python runs/claims.py C1 C4 --out out/claims       train, judge, print; three seeds
+    python runs/claims.py C5 --write RESULTS.md        ... and put the claim's row into the first table there
+    python runs/claims.py all --quick                  one seed, few steps: an hour on two plain cores; it
+                                                       shows that all runs, and decides little
+
+The work is that of runs/pefl_scenes.sh and runs/editnet.sh: arms shared by claims are trained once, what is
+done is not done again, a run that was cut resumes. A claim holds where every difference that it names is
+beyond its 95 % interval (runs/table.py: seeds and scenes), does not hold where one is so the other way, and
+is not decided else. What is compared for quality is a measure that a blurred base cannot win (evaluate.py).
+"""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from runs.table import estimate  # noqa: E402
+
+
+class Claim(NamedTuple):
+    title: str
+    paper: str
+    script: str  # of runs/
+    env: dict[str, str]  # what it is asked to do
+    scores: str  # folder of the judge that decides, below the script's OUT
+    metric: str
+    higher: bool  # whether more of it is better
+    better: str  # arm@steps, which the claim says is ahead of each of `than`
+    than: tuple[str, ...]
+    hours: float  # of two plain cores (AVX2, fp32), three seeds; computed from the rates in RESULTS.md
+    quick: float  # minutes with --quick
+    off_square: bool = False  # judged on pictures that are not square
+
+
+FEEDBACK, EDITS = "pefl_scenes.sh", "editnet.sh"
+CLAIMS = {
+    "C1": Claim("PeFL improves quality", "wins of about 60 % in outpainting (ByteEdit Fig. 6a)",
+                FEEDBACK, {"ARMS": "pefl rewardless"}, "judge_C1", "texture", False,
+                "pefl@20", ("base@20", "control@20", "rewardless@20"), 8, 12),
+    "C2": Claim("the alignment reward raises adherence", "CLIPScore .255 against .241",
+                FEEDBACK, {"ARMS": "pefl no_alignment"}, "judge_C2", "attributes", True,
+                "pefl@20", ("no_alignment@20",), 8, 12),
+    "C3": Claim("the coherence reward raises coherence", "3.54 against 3.52",
+                FEEDBACK, {"ARMS": "pefl no_coherence"}, "judge_C3", "texture", False,
+                "pefl@20", ("no_coherence@20",), 8, 12),
+    "C4": Claim("8 steps after progressive training match 20", "Fig. 6b",
+                FEEDBACK, {"ARMS": "pefl"}, "judge_C4", "texture", False,
+                "pefl@8", ("base@20", "base@8"), 5, 9),
+    "C5": Claim("EditNet > TextControl > ControlNet", "OmniEdit Table 7",
+                EDITS, {"PARTS": "variants"}, "judge_variants", "success", True,
+                "editnet@20", ("textcontrol@20", "controlnet@20"), 14, 16),
+    "C6": Claim("importance weights beat none at equal size", "OmniEdit Table 6",
+                EDITS, {"PARTS": "weights"}, "judge_weights", "edit", True,
+                "weighted@20", ("unweighted@20",), 6, 6),
+    "C8": Claim("region data help free-form edits", "UltraEdit: L1 .0614 against .0689",
+                EDITS, {"PARTS": "region"}, "judge_region", "edit", True,
+                "editnet@20", ("freeform@20",), 6, 6),
+    "C10": Claim("training at every aspect ratio holds from 9:16 to 16:9", "OmniEdit 5.1",
+                 EDITS, {"PARTS": "aspects"}, "judge_aspects", "over", False,
+                 "aspects@20", ("editnet@20",), 9, 10, True),
+}
+
+
+@dataclass
+class Config:
+    claims: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # C1 ... C10, or all; none: a list
+    out: str = "out/claims"  # runs, judgements, a page for each claim
+    seeds: str = "0 1 2"  # of training
+    quick: bool = False  # one seed, few steps
+    write: str = ""  # a RESULTS.md whose first table has a row for each claim
+
+
+def main(cfg: Config) -> None:
+    names = list(CLAIMS) if cfg.claims == ("all",) else list(cfg.claims)
+    if unknown := [name for name in names if name not in CLAIMS]:
+        raise SystemExit(f"error: {unknown[0]}: use {', '.join(CLAIMS)}, or all")
+    if cfg.write and not Path(cfg.write).is_file():
+        raise SystemExit(f"error: --write: {cfg.write}: no such file: name a RESULTS.md")
+    if not names:
+        print("\n".join(f"{name:<4} {c.title}: {cost(c, False)}; --quick {cost(c, True)}"
+                        for name, c in CLAIMS.items()))
+        return
+    for name in names:
+        claim, out = CLAIMS[name], Path(cfg.out)
+        print(f"\n{name}: {claim.title} ({claim.paper}): {cost(claim, cfg.quick)} on two plain cores, less "
+              "what is done already", flush=True)
+        folder = out / claim.script.removesuffix(".sh")
+        command(cfg, claim, folder)
+        page = report(name, claim, folder / claim.scores, cfg)
+        (out / f"{name}.md").write_text(page)
+        print(page, f"\nwrote {out / f'{name}.md'}", sep="")
+
+
+def cost(claim: Claim, quick: bool) -> str:
+    return f"about {claim.quick:g} minutes" if quick else f"about {claim.hours:g} hours"
+
+
+def command(cfg: Config, claim: Claim, folder: Path) -> None:
+    """Run the script, unless it was run for the same arms, seeds and numbers; SystemExit where it fails."""
+    env = {"OUT": str(folder.resolve()), "SEEDS": "0" if cfg.quick else cfg.seeds, "PYTHON": sys.executable}
+    if claim.script == FEEDBACK:
+        env |= {"JUDGE": claim.scores, "PROBE": "0", "QUICK": str(int(cfg.quick))}
+    elif cfg.quick:
+        env |= {k: os.environ.get(k, v) for k, v in {"STEPS": "60", "N": "20"}.items()}
+    env |= claim.env
+    known, asked = folder / f"{claim.scores}.asked", repr(sorted(env.items()))
+    if known.is_file() and known.read_text() == asked:
+        return
+    done = subprocess.run(["bash", f"runs/{claim.script}"], cwd=ROOT, env={**os.environ, **env})
+    if done.returncode:
+        raise SystemExit(f"error: runs/{claim.script}: ended with {done.returncode}: mend what the last "
+                         "lines say; the same command goes on here")
+    known.write_text(asked)
+
+
+def columns(names: list[str], arm: str) -> list[int]:
+    """Where in `names` the seeds of ARM@STEPS are: OUT/ARM0/step_00000700@20, or assets/base@20."""
+    stem, steps = arm.split("@")
+    return [i for i, name in enumerate(names)
+            if re.fullmatch(rf"(?:.*/)?{stem}\d*(?:/step_\d+)?@{steps}(?: \(\d+\))?", name)]
+
+
+def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
+    """Markdown: the arms, the differences, the verdict; the row goes into --write."""
+    try:
+        found = dict(np.load(scores / "scores.npz"))
+        names = found.pop("names").tolist()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise SystemExit(f"error: {scores / 'scores.npz'}: missing or damaged: remove {scores}.asked and run "
+                         "the same command again") from None
+    keys = [key for key in found if key.rsplit("/", 1)[1] == claim.metric]
+    if claim.off_square:
+        keys = [key for key in keys if not key.startswith("1x1/")]
+    shared = claim.script == FEEDBACK  # all tasks are asked of the same scenes
+    scale = 100 if claim.higher else 1
+
+    def value(tasks: list[np.ndarray]) -> tuple[str, float, float]:
+        mean, half = estimate(tasks, shared)
+        digits = 1 if claim.higher else 4
+        return f"{scale * mean:.{digits}f} ± {scale * half:.{digits}f}", mean, half
+
+    lines = [f"| | {claim.metric}{', %' if claim.higher else ' (less is better)'} |", "|---|---|"]
+    for arm in (claim.better, *claim.than):
+        if not columns(names, arm):
+            raise SystemExit(f"error: {scores / 'scores.npz'}: no {arm}: remove {scores}.asked and run the "
+                             "same command again")
+        lines.append(f"| {arm} | {value([found[key][columns(names, arm)] for key in keys])[0]} |")
+    signs, told = [], []
+    for arm in claim.than:
+        a, b = columns(names, claim.better), columns(names, arm)
+        b = b * len(a) if len(b) == 1 else b  # the base has no seeds
+        text, mean, half = value([found[key][a] - found[key][b] for key in keys])
+        lines.append(f"| {claim.better} - {arm} | {text} |")
+        told.append(f"{text} against {arm}")
+        gain = mean if claim.higher else -mean
+        signs.append(0 if abs(mean) <= half else 1 if gain > 0 else -1)
+    verdict = "does not hold" if -1 in signs else "holds" if set(signs) == {1} else "not decided"
+    seeds = "1 seed, few steps" if cfg.quick else f"{len(cfg.seeds.split())} seeds"
+    here = f"{claim.metric} of {claim.better}: {'; '.join(told)} ({seeds})"
+    call = f"`python runs/claims.py {name}{' --quick' if cfg.quick else ''}`"
+    row = f"| {name} | {claim.title} | {claim.paper} | {here} | {verdict} | {call} |"
+    if cfg.write:
+        path = Path(cfg.write)
+        text, n = re.subn(rf"^\| {name} \|.*$", lambda m: row, path.read_text(), count=1, flags=re.M)
+        if not n:
+            raise SystemExit(f"error: --write: {path}: has no row that begins with '| {name} |'")
+        path.write_text(text)
+    return f"## {name}: {claim.title}\n\n" + "\n".join(lines) + f"\n\n{verdict}: {here}; {call}\n"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))

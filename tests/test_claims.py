@@ -1,0 +1,81 @@
+"""runs/claims.py: verdicts of known differences, the row in RESULTS.md; and one claim, end to end."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CLAIMS = runpy.run_path(str(ROOT / "runs/claims.py"))
+
+
+def scores(folder, gap, base="assets/base@20"):
+    """A judge of two seeds of pefl and no_alignment and their base on 50 scenes: pefl is better by `gap`."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = ["out/x/pefl0/step_00000060@20", "out/x/pefl1/step_00000060@20", "out/x/no_alignment0@20",
+             "out/x/no_alignment1@20", base, f"{base}, blurred"]
+    better = np.array([gap, gap, 0, 0, 0, 0])[:, None]
+    rows = rng.normal(0.5, 0.1, (1, 50)) + better + rng.normal(0, 0.02, (6, 50))
+    np.savez(folder / "scores.npz", names=names, **{f"{t}/attributes": rows for t in ("edit", "erase")},
+             **{f"{t}/texture": -rows for t in ("edit", "erase")})
+    return folder
+
+
+@pytest.mark.parametrize("gap, verdict", [(0.1, "holds"), (-0.1, "does not hold"), (0.0, "not decided")])
+def test_verdicts(tmp_path, gap, verdict):
+    claim, cfg = CLAIMS["CLAIMS"]["C2"], CLAIMS["Config"](write=str(tmp_path / "R.md"), seeds="0 1")
+    (tmp_path / "R.md").write_text("| C1 | a |\n| C2 | old | row |\n| C20 | other |\n")
+    page = CLAIMS["report"]("C2", claim, scores(tmp_path / "judge", gap), cfg)
+    assert f"\n{verdict}: " in page
+    first, second, third = (tmp_path / "R.md").read_text().splitlines()
+    assert (first, third) == ("| C1 | a |", "| C20 | other |") and f"| {verdict} |" in second
+    line, = (x for x in page.splitlines() if x.startswith("| pefl@20 - no_alignment@20 |"))
+    mean, half = (float(x) for x in line.split("|")[2].split(" ± "))
+    assert mean == pytest.approx(100 * gap, abs=2.0) and 0 < half < 5
+
+
+def test_less_is_better_and_the_base_has_no_seeds(tmp_path):
+    claim = CLAIMS["CLAIMS"]["C1"]._replace(than=("base@20", "no_alignment@20"))
+    page = CLAIMS["report"]("C1", claim, scores(tmp_path / "judge", 0.1), CLAIMS["Config"]())
+    assert "\nholds: texture of pefl@20: -0.1" in page
+    blurred, = (i for i, n in enumerate(np.load(tmp_path / "judge/scores.npz")["names"]) if "blurred" in n)
+    assert blurred not in CLAIMS["columns"](list(np.load(tmp_path / "judge/scores.npz")["names"]), "base@20")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    for name, text in (("C1", "no control@20: remove"), ("C5", "no editnet@20")):
+        claim = CLAIMS["CLAIMS"][name]
+        with pytest.raises(SystemExit, match=text):
+            at = scores(tmp_path / name, 0.1) if name == "C1" else tmp_path / "C1"
+            CLAIMS["report"](name, claim._replace(metric="attributes"), at, CLAIMS["Config"]())
+    with pytest.raises(SystemExit, match="scores.npz: missing or damaged"):
+        CLAIMS["report"]("C1", CLAIMS["CLAIMS"]["C1"], tmp_path, CLAIMS["Config"]())
+    with pytest.raises(SystemExit, match="error: C7: use C1, C2"):
+        CLAIMS["main"](CLAIMS["Config"](("C1", "C7")))
+    with pytest.raises(SystemExit, match="error: --write: .*no such file"):
+        CLAIMS["main"](CLAIMS["Config"](("C1",), write=str(tmp_path / "no.md")))
+
+
+def test_all_claims_of_the_table_that_can_be_judged_so_have_a_command(capsys):
+    CLAIMS["main"](CLAIMS["Config"]())
+    said = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["C1", "C2", "C3", "C4", "C5", "C6", "C8", "C10"]
+    table = (ROOT / "RESULTS.md").read_text()
+    assert all(f"\n| {name} |" in table for name in said)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread_and_own_signals")
+def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd):
+    """The feedback script with steps that can be counted on one hand; again, and nothing is repeated."""
+    for k, v in {"STEPS": "2", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled"}.items():
+        monkeypatch.setenv(k, v)
+    cfg = CLAIMS["Config"](("C4",), out=str(tmp_path / "o"), quick=True)
+    CLAIMS["main"](cfg)
+    page = (tmp_path / "o/C4.md").read_text()
+    assert "| pefl@8 - base@20 |" in page and "1 seed, few steps" in page
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
+    CLAIMS["main"](cfg)
+    assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
