@@ -489,7 +489,7 @@ class Measure:
     needs: tuple[str, ...]  # arguments of measure() beside the result
     score: Callable[[Row], float] | None  # None: of sets
     tower: str | None = None
-    prep: str = ""  # where the tower does not tell
+    prep: str = ""  # what the tower does not tell
 
     @property
     def against(self) -> str:
@@ -545,6 +545,7 @@ def pair_measures(against: str) -> dict[str, Measure]:
     return out
 
 
+HALF = "a crop's half pixel rounds down, as transformers' does"
 BLACK = "result and source, edited part of both black, then over all pixels (PIE-Bench)"
 UNEDITED, TEXT = ("source", "mask"), ("target_text",)
 
@@ -568,10 +569,10 @@ MEASURES: dict[str, Measure] = {
     "clip_score": Measure(
         "100 max(cos, 0) of result and target text (PIE-Bench \"whole\": ViT-L/14; torchmetrics' of "
         "one picture)", f"0 to 100, {UP}", TEXT,
-        lambda r: 100 * max(r.cosine("clip_large", half_even=False), 0.0), "clip_large"),
+        lambda r: 100 * max(r.cosine("clip_large", half_even=False), 0.0), "clip_large", HALF),
     "clip_edited": Measure(
         "clip_score of the result, black outside the edited part (PIE-Bench \"edited\": ViT-L/14)",
-        f"0 to 100, {UP}", ("target_text", "mask"), edited_score, "clip_large"),
+        f"0 to 100, {UP}", ("target_text", "mask"), edited_score, "clip_large", HALF),
     # a text and a picture
     "clip_t": Measure("cosine of result and the target's local description (MagicBrush CLIP-T: ViT-B/32)",
                       COSINE, TEXT, lambda r: r.cosine("clip"), "clip"),
@@ -671,13 +672,25 @@ def measure(names: Iterable[str], towers: Towers, *, result: np.ndarray, source:
     return {name: float(MEASURES[name].score(row)) for name in names}
 
 
-def prep_words(prep: Prep, rounded: bool = True) -> str:
-    fit = {"crop": f"short side to {prep.short}, centre {prep.size}x{prep.size} cut out",
-           "pad": f"long side to {prep.size}, padded with black to a square",
-           "square": f"squashed to {prep.size}x{prep.size}"}[prep.fit]
-    whose = "ImageNet's" if prep.mean == IMAGENET_MEAN else "CLIP's"
-    how = "Pillow bicubic, antialiased, 8 bits" if rounded else "bicubic on the tensor, antialiased"
-    return f"{fit} ({how}), {whose} mean and standard deviation"
+def preparation(m: Measure, towers: Towers) -> str:
+    """How pictures and texts reach the network, or the difference."""
+    net = getattr(towers, m.tower) if m.tower else None
+    prep = DINO_PREP if m.tower == "dino" else getattr(net, "prep", None)
+    if m.tower == "image_reward":
+        prep = Prep(net.cfg.image_size, net.cfg.image_size)
+    words = []
+    if prep:
+        fit = {"crop": f"short side to {prep.short}, centre {prep.size}x{prep.size} cut out",
+               "pad": f"long side to {prep.size}, padded with black to a square",
+               "square": f"squashed to {prep.size}x{prep.size}"}[prep.fit]
+        how = "bicubic on the tensor" if m.tower == "hps" else "Pillow bicubic, 8 bits"
+        whose = "ImageNet's" if prep.mean == IMAGENET_MEAN else "CLIP's"
+        words.append(f"{fit} ({how}, antialiased), {whose} mean and standard deviation")
+    if m.prep:
+        words.append(m.prep)
+    if net is not None and "text" in m.against:
+        words.append(f"text cut to {net.tokenizer.truncation['max_length']} tokens")
+    return "; ".join(words)
 
 
 def describe(names: Iterable[str], towers: Towers) -> dict[str, dict]:
@@ -686,17 +699,9 @@ def describe(names: Iterable[str], towers: Towers) -> dict[str, dict]:
     out = {}
     for name in check_names(names, towers):
         m = MEASURES[name]
-        net = getattr(towers, m.tower) if m.tower else None
-        about = towers.about.get(m.tower, {})
-        prep = m.prep
-        if not prep:
-            crop = Prep(net.cfg.image_size, net.cfg.image_size) if m.tower == "image_reward" else None
-            prep = prep_words(crop or (DINO_PREP if m.tower == "dino" else net.prep), m.tower != "hps")
-            if "text" in m.against:
-                prep += f"; text cut to {net.tokenizer.truncation['max_length']} tokens"
-        out[name] = {"definition": m.definition, "backbone": about.get("backbone", "none"),
-                     "weights": about.get("weights", "none"), "preprocessing": prep, "against": m.against,
-                     "range": m.range}
+        about = towers.about.get(m.tower, {"backbone": "none", "weights": "none"})
+        out[name] = {"definition": m.definition, **about, "preprocessing": preparation(m, towers),
+                     "against": m.against, "range": m.range}
     return out
 
 
