@@ -132,6 +132,15 @@ def test_equal_captions_have_no_direction(clip):
     assert measure(["clip_dir"], towers, **row)["clip_dir"] == 0
 
 
+def test_embeddings_are_made_once(clip):
+    towers = open_towers(clip=clip[0])
+    calls = []
+    towers.clip.vision.register_forward_hook(lambda *args: calls.append("picture"))
+    towers.clip.text_tower.register_forward_hook(lambda *args: calls.append("text"))
+    measure(["clip_i", "clip_i_source", "clip_t", "clip_out", "clip_dir"], towers, **ROW)
+    assert sorted(calls) == 3 * ["picture"] + 2 * ["text"]
+
+
 def test_scales_of_clip_score(clip):
     """Cosines .3 and -.1: raw mean .1, Hessel .375, clipped for each picture 15.0."""
     towers = open_towers(clip=clip[0], clip_large=clip[0])
