@@ -135,24 +135,26 @@ def ssim(a: np.ndarray, b: np.ndarray, border: int = 0) -> float:
 ####################################################################################################
 
 
-def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] -> mean [D], covariance [D, D] (over N - 1), in float64."""
-    x = np.asarray(x, np.float64)
-    return x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))
+def spread(x: Tensor) -> Tensor:
+    """Features [N, D] -> R [min(N, D), D], float64, of which R^T R is their covariance (over N - 1)."""
+    x = (x - x.mean(0)) / max(len(x) - 1, 1) ** 0.5
+    return x if len(x) <= x.shape[1] else torch.linalg.qr(x, "r").R
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
     Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
-    equal N only."""
-    (ma, ca), (mb, cb) = moments(a), moments(b)
-    # not numpy's eigh: its threads spin, which takes minutes where other jobs run
-    ca, cb = torch.from_numpy(ca), torch.from_numpy(cb)
-    w, v = torch.linalg.eigh(ca)
-    root = (v * w.clamp(min=0).sqrt()) @ v.T
-    # tr (C_a C_b)^(1/2) = sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
-    return max(float(((ma - mb) ** 2).sum()) + (ca.trace() + cb.trace() - 2 * cross).item(), 0.0)
+    equal N only.
+
+    With C = R^T R the last trace is the sum of the singular values of R_a R_b^T, [min(N, D), min(M, D)]: a
+    fraction of the time of a root of C_a C_b for fewer pictures than features, and exact where that is
+    singular. (Not numpy's: its threads spin, which takes minutes where other jobs run.)
+    """
+    a, b = (torch.from_numpy(np.array(x, np.float64)) for x in (a, b))
+    ra, rb = spread(a), spread(b)
+    cross = torch.linalg.svdvals(ra @ rb.T).sum()
+    apart = (a.mean(0) - b.mean(0)).square().sum()
+    return max((apart + ra.square().sum() + rb.square().sum() - 2 * cross).item(), 0.0)
 
 
 def check_sets(name: str, a: np.ndarray, b: np.ndarray) -> None:
