@@ -114,6 +114,9 @@ def load_lpips(backbone: str, heads: str | None = None, device: Device = "cpu") 
         own = {k: v for k, v in lpips_names(read_weights(heads)).items() if k.startswith("lins.")}
         weights = {k: v for k, v in weights.items() if k.startswith("features.")} | own
     side = shape_of(weights, "features.0.weight", backbone, "backbone of LPIPS", 4)[-1]
+    if not any(k.startswith("lins.") for k in weights):
+        raise SystemExit(f"error: {heads or backbone}: holds no linear layers of LPIPS: give BACKBONE,HEADS, "
+                         "HEADS of the lpips package's weights/v0.1")
     kind = "alex" if side == 11 else "squeeze" if "features.3.squeeze.weight" in weights else "vgg"
     with torch.device("meta"):
         net = Lpips(kind)

@@ -381,6 +381,17 @@ def test_lpips_from_one_file(tmp_path):
         assert measure(["lpips"], open_towers(lpips=path), **row) == expected
 
 
+def test_lpips_needs_both_files(tmp_path):
+    spec, _ = published_lpips(tmp_path, "squeeze")
+    backbone = spec.split(",")[0]
+    for wrong in (backbone, f"{backbone},{backbone}"):
+        with pytest.raises(SystemExit, match="^error: --lpips: .*squeezenet.pth: holds no linear layers of"):
+            open_towers(lpips=wrong)
+    published_lpips(tmp_path, "alex")
+    with pytest.raises(SystemExit, match="^error: --lpips: .*tensors 2 missing .lins.5, lins.6"):
+        open_towers(lpips=f"{backbone},{tmp_path}/alex.pth")
+
+
 def test_lpips_equals_the_package(tmp_path):
     pytest.importorskip("torchvision")
     lpips = pytest.importorskip("lpips")
