@@ -39,6 +39,7 @@ import log
 import pipeline
 from data import shapes
 from log import open_out, provenance, write_json
+from measures import frechet
 from pipeline import Pipe
 from readers.files import read_image
 from scenes import dataset
@@ -94,26 +95,6 @@ def bootstrap(*groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
     low, high = np.percentile(means, (2.5, 97.5))
     mean = float(np.mean([g.mean() for g in groups]))
     return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, groups))}
-
-
-def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] -> mean [D], covariance [D, D], in float64."""
-    x = np.asarray(x, np.float64)
-    return x.mean(0), np.cov(x, rowvar=False)
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
-    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
-    equal N only."""
-    (ma, ca), (mb, cb) = moments(a), moments(b)
-    # not numpy's eigh: its threads spin, which takes minutes where other jobs run
-    ca, cb = torch.from_numpy(ca), torch.from_numpy(cb)
-    w, v = torch.linalg.eigh(ca)
-    root = (v * w.clamp(min=0).sqrt()) @ v.T
-    # tr (C_a C_b)^(1/2) = sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
-    return max(float(((ma - mb) ** 2).sum()) + (ca.trace() + cb.trace() - 2 * cross).item(), 0.0)
 
 
 def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 0) -> dict:
