@@ -396,7 +396,7 @@ def test_a_study_of_three_systems(tmp_path, capsys):
     r, said = report(tmp_path, files), capsys.readouterr().out
     careless = {n: a["careless"] for n, a in r["raters"].items()}
     assert [n for n, why in careless.items() if not why] == ["anna", "ben", "cleo"], careless
-    assert careless["lefty"] == "100% on one side" and careless["hasty"] == "300 ms an answer"
+    assert "100% on one side" in careless["lefty"] and careless["hasty"] == "300 ms an answer"
     assert r["raters"]["anna"]["gold"] == r["raters"]["anna"]["right"] == 5
     assert r["raters"]["anna"]["again"] == r["raters"]["anna"]["same"] == 6
     assert r["votes"] == 3 * 60
@@ -479,7 +479,7 @@ def test_files_that_are_not_as_they_should_be(tmp_path, capsys):
     err = capsys.readouterr().err
     assert r["answers"] == len(rows) - 1 and err.count("skipped: ") == 5
     assert err.count("changed by hand") == 2 and "line 1: changed by hand" in err
-    (tmp_path / "c.jsonl").write_text((tmp_path / "a.jsonl").read_text()[:1500])
+    (tmp_path / "c.jsonl").write_text((tmp_path / "a.jsonl").read_text()[:4000])
     report(tmp_path, [str(tmp_path / "c.jsonl")])
     said = capsys.readouterr()
     assert "unfinished" in said.out and said.err.count("skipped: ") == 1 and "not JSON" in said.err
