@@ -97,7 +97,7 @@ CHOICES = {  # form -> (key, what is stored, what the button says)
 }
 QUESTION = {
     "gsb": "You see a picture, what was asked, and two results. Say of each row which is better.\n"
-           "Same: you would not mind which of the two you got.",
+           "Same: you would not mind which of the two you got. Both bad: you would use neither.",
     "expert": "You see a picture, what was asked, and a result. Rate it from 1 to 5.",
     "scpq": "You see a picture, what was asked, and a result. Does it succeed: not, in part, or wholly?",
 }
@@ -146,8 +146,9 @@ def wrong(flag, values, text):
 # sides: what outpainting added at each of SIDES.
 Found = namedtuple("Found", "file image prompt task mask sides")
 # One edit and what the systems made of it; pictures are names of study.save_picture. marked: the source with
-# what was to be painted in red; cluster: its source picture's name, or its key where there is none.
-Case = namedtuple("Case", "key prompt task source marked cluster results")
+# what was to be painted in red; cluster: its source picture's name, or its key where there is none; aspect:
+# width by height of the source, else of a result.
+Case = namedtuple("Case", "key prompt task source marked cluster aspect results")
 SIDES = ("left", "top", "right", "bottom")
 
 
@@ -377,7 +378,9 @@ def _case(cfg, key, found, systems, sources, told):
     before = [on_canvas(read_source(p), first.sides) for p in paths]
     if any(not np.array_equal(b, before[0]) for b in before):
         return "the pictures before differ between the systems"
-    results = {n: page.save_picture(cfg.out, read_image(f.file)) for n, f in found.items()}
+    made = {n: read_image(f.file) for n, f in found.items()}
+    results = {n: page.save_picture(cfg.out, x) for n, x in made.items()}
+    h, w = (before or [*made.values()])[0].shape[:2]
     if before:
         source = page.save_picture(cfg.out, before[0])
         mask = file_named(first.mask, systems[next(iter(found))])
@@ -386,7 +389,8 @@ def _case(cfg, key, found, systems, sources, told):
             hole = read_mask(mask, *before[0].shape[:2], photo=photo)[..., None]
             marked = page.save_picture(cfg.out, _red(before[0], hole))
     task = told[2] if told and told[2] else first.task
-    return Case(key, prompts.pop() if prompts else "", task, source, marked, source or key, results)
+    prompt = prompts.pop() if prompts else ""
+    return Case(key, prompt, task, source, marked, source or key, round(w / h, 4), results)
 
 
 def _red(picture, hole):
@@ -477,7 +481,8 @@ def make(cfg):
     tasks, items = [], {}
     for i in sorted(range(len(entries)), key=lambda i: places[i]):
         case, made, more = entries[i]
-        task = {"id": ids[i], "prompt": case.prompt, "candidates": list(made), "source": case.source}
+        task = {"id": ids[i], "prompt": case.prompt, "candidates": list(made), "source": case.source,
+                "aspect": case.aspect}
         tasks.append(task | ({"marked": case.marked} if case.marked else {}))
         known = {k: ids[more[k]] if type(more.get(k)) is int else more.get(k) for k in ("gold", "repeat_of")}
         items[ids[i]] = {"prompt": case.prompt, "made": made, **known, "systems": more.get("systems"),
@@ -493,7 +498,8 @@ def make(cfg):
         print(f"{len(blocks)} blocks of up to {of_block} items: rater number k gets block (k - 1) modulo "
               f"{len(blocks)}, so number them; 1 to {3 * len(blocks)} give each comparison three votes")
     else:
-        print(f"each rater gets all {of_block} items; number them from 1: even ones see the sides exchanged")
+        print(f"each rater gets all {of_block} items"
+              + "; number them from 1: even ones see the sides exchanged" * pair)
     print(f"then: python evaluate.py study --answers FILE ... --out {common.portable(cfg.out)}")
 
 

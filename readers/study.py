@@ -217,14 +217,17 @@ def annotators(answers, key):
 def careless(known):
     """Why an annotator's answers do not count, in words; "" if they do.
 
-    Gold items below 70 % right, of at least five; the same best in less than a third of the repeated items,
-    of at least six (clicking at random gives a quarter of both); a median below 0.7 s; nine in ten bests at
-    one place of the screen (or with one answer: "where"), of at least ten. Thresholds ours, paper silent."""
+    Gold items below 70 % right, of at least five; the same answer to less than a third of the repeated items,
+    and to so few that one who agrees with himself in half of them comes to that in less than 1 of 10 studies
+    (none of four, one of seven, three of twelve: clicking at random gives a quarter); a median below 0.7 s;
+    nine in ten bests at one place of the screen (or with one answer: "where"), of at least ten. Thresholds
+    ours, paper silent."""
     why = []
     if known["gold"] >= 5 and known["right"] < GOLD * known["gold"]:
         why.append(f"gold {known['right']} of {known['gold']}")
-    if known["again"] >= 6 and known["same"] < SELF * known["again"]:
-        why.append(f"agrees with himself in {known['same']} of {known['again']}")
+    n, same = known["again"], known["same"]
+    if same < SELF * n and sum(math.comb(n, k) for k in range(same + 1)) < 0.1 * 2**n:
+        why.append(f"agrees with himself in {same} of {n}")
     if known["ms"] < FAST:
         why.append(f"{known['ms']:.0f} ms an answer")
     if known["ranked"] >= 10 and known["place"] > ONE_PLACE:

@@ -32,6 +32,8 @@ def test_gsb():
         assert tally.gsb(*counts)["superiority"] == pytest.approx(value, abs=5e-5)
     assert math.isnan(tally.gsb(0, 3, 0)["win"]) and tally.gsb(2, 0, 0)["superiority"] == math.inf
     assert tally.compare([(0, 1), (1, 1)])["superiority"] == [math.inf] * 3
+    votes = [("p", 1), ("p", 1), ("p", -1), ("q", 0), ("q", 0), ("r", -1), ("s", 1), ("t", 1), ("u", 1)]
+    assert tally.compare(votes)["p"] == sign_test(4, 1)  # of pictures, each by its majority
 
 
 def test_intervals_are_of_pictures():
@@ -572,11 +574,19 @@ def test_a_rater_in_a_browser(tmp_path):
 
     again = in_browser(tmp_path / "s", rater + """
       out.push(["kept", Object.entries(votes), answers.length]);
+      const me = annotator, all = study.blocks;
+      study.blocks = [all[0], all[0], all[0]];
+      out.push(["numbers", [1, 3, 4, 6, 7].map((n) => {
+        annotator = String(n);
+        return [share().block, share().mirrored, places(order[0])[0] === order[0].candidates[0]]; })]);
+      annotator = me; study.blocks = all;
       press("Backspace"); rate(40); log("all");
       out.push(["end", byId("prompt").textContent, byId("progress").textContent]);
     """)
     said = {name: rest for name, *rest in again["out"]}
     assert said["kept"] == [[["real", "right"]], 11] and len(said["all"][0]) == 31, said
+    assert said["numbers"] == [[[0, False, True], [2, False, True], [0, True, False], [2, True, False],
+                                [0, False, True]]]
     assert again["order"] == first["order"]
     assert "Thank you" in said["end"][0] and said["end"][1] == "31 of 31 "
     (tmp_path / "anna.jsonl").write_text(again["lines"])
