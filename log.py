@@ -447,3 +447,31 @@ def provenance(started: float) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Not-a-number becomes null."""
     path.write_text(json.dumps(_no_nan(content), indent=1) + "\n")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Columns wide enough, the first to the left, the others to the right."""
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  ".join([r[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(r[1:], widths[1:]))])
+                     for r in [head, *rows])
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p of a fair coin; ties are left out."""
+    n, k = wins + losses, min(wins, losses)
+    if n == 0:
+        return 1.0
+    logs = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
+    return min(1.0, 2 * sum(math.exp(x - n * math.log(2)) for x in logs))
+
+
+def wilson(right: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a fraction right / n (Wilson 1927), 95 % by default; (0, 1) for n = 0.
+
+    Answers about one picture or prompt are not independent: with many of each the true interval is wider.
+    """
+    if not n:
+        return 0.0, 1.0
+    centre = (right + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -261,15 +261,6 @@ QUESTION = ("Which picture is the best for its text, and which the worst? Look a
             "and brightness.")  # ByteEdit's four
 
 
-def ruin(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [h, w, 3] -> a copy that nobody who looks calls the better: large blocks, noise, no contrast."""
-    h, w, _ = x.shape
-    cell = max(2, min(h, w) // 6)
-    y = Image.fromarray(x).resize((max(1, w // cell), max(1, h // cell)), Image.Resampling.BOX)
-    y = np.asarray(y.resize((w, h), Image.Resampling.NEAREST), np.float32)
-    return np.clip(128 + 0.5 * (y - 128) + 60 * rng.standard_normal(x.shape), 0, 255).astype(np.uint8)
-
-
 def from_texts(cfg: Config, out: Path, device: torch.device) -> dict:
     """Chosen texts to OUT/prompts.txt, pictures, and either the page or OUT/aesthetic.json -> counts."""
     texts, notes = prompts.undecorated(prompts.open_texts(cfg.texts))
@@ -328,7 +319,7 @@ def from_texts(cfg: Config, out: Path, device: torch.device) -> dict:
                 continue
             items.append(study.Item(text, saved, names))
             if rng.random() < cfg.gold:
-                spoilt = study.save_picture(out, ruin(made[-1][j], rng))
+                spoilt = study.save_picture(out, study.ruin(made[-1][j], rng))
                 items.append(study.Item(text, [*saved[:-1], spoilt], [*names[:-1], "ruined"], None,
                                         {"worst": [spoilt]}))
         bar.update(len(part))

@@ -26,7 +26,7 @@ import log
 import model
 import rewards
 from common import Verdict
-from log import Perf
+from log import Perf, wilson
 from readers import preferences
 from readers.files import clean_caption
 
@@ -358,18 +358,6 @@ def accuracy(reward, held: preferences.Pairs, every: int, cfg: Config, dist: com
     return {"val/acc": right / n, "val/low": low, "val/high": high, "val/pairs": int(n), "val/loss": loss / n,
             "val/score_mean": score / n, "val/score_std": max(square / n - (score / n)**2, 0.0)**0.5,
             **{f"val/acc_{kind}": r[0] / r[-1] for kind, r in zip(list(rows)[1:], by_kind) if r[-1]}}
-
-
-def wilson(right: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a fraction right / n (Wilson 1927), 95 % by default; (0, 1) for n = 0.
-
-    Pairs of one prompt are not independent: with many pairs per prompt the true interval is wider.
-    """
-    if not n:
-        return 0.0, 1.0
-    centre = (right + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def plateau_text(cfg: Config, step: int, row: dict) -> str:

@@ -32,6 +32,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "evaluate.py scenes": "--n 4 --steps 2,2",
     "evaluate.py edits": "--n 2 --steps 1",
     "evaluate.py t2i": "--n 2 --steps 1",
+    "evaluate.py study": "",
     "make_edits.py specialist": "--n 14 --tries 1 --steps 4 --image_size 32",
     "make_edits.py region": "--n 3 --tries 1 --steps 2 --image_size 32",
     "make_edits.py score": "",
@@ -45,8 +46,9 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "-m pretrained": "",
     "runs/memory.py omni": "--image_size 32 --device cpu",
 }
-# in test_run_gpu.py
-ELSEWHERE = ("python -m kernels.selftest", "python runs/bench_sd3.py", "python runs/gpu.py")
+# in test_run_gpu.py, and in test_rating.py, which has raters
+ELSEWHERE = ("python -m kernels.selftest", "python runs/bench_sd3.py", "python runs/gpu.py",
+             "python evaluate.py study --answers")
 
 
 def commands() -> list[str]:

@@ -80,6 +80,14 @@ def test_careless_annotators_are_caught(tmp_path):
     assert not any(key["items"][id]["gold"] or key["items"][id]["repeat_of"] for id in chosen)
 
 
+@pytest.mark.parametrize("same, again, out", [
+    (0, 3, False), (0, 4, True), (1, 6, False), (1, 7, True), (3, 12, True), (4, 12, False), (20, 100, True),
+    (40, 100, False)])
+def test_how_often_one_must_agree_with_himself(same, again, out):
+    known = {"gold": 0, "right": 0, "again": again, "same": same, "ms": 2000, "ranked": 0, "place": 0}
+    assert study.careless(known) == (f"agrees with himself in {same} of {again}" if out else "")
+
+
 def test_what_train_reward_reads(tmp_path):
     _, key = written(tmp_path, 6, 0, 0)
     rng = random.Random(0)
