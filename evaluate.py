@@ -448,7 +448,7 @@ def run_scenes(cfg: Config, device: torch.device) -> None:
                 for k in ORDER if k in truth[1]]
         rows.append(["textures: p", *(f"{v['textures']['p']:.3f}" for v in report[task].values())])
         print(table(["", *report[task]], rows))
-        halves = frechet(*(picture_features(c.truth[i::2], net) for i in (0, 1)))
+        halves = frechet(*(picture_features(c.truth[i::2], net) for i in (0, 1))) if cfg.n > 3 else math.nan
         print(f"Frechet distance of one half of the truths to the other half, other scenes: {halves:.1f}")
         more[task] = {"headlines": sound, "frechet_of_halves": halves}
     print(f"\n* ranks the truth above {results[0].name}, and that above the same with blurred holes: no "

@@ -68,14 +68,21 @@ def test_all_claims_of_the_table_that_can_be_judged_so_have_a_command(capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
-def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd):
-    """The feedback script with steps that can be counted on one hand; again, and nothing is repeated."""
+@pytest.mark.parametrize("name, line", [("C4", "| pefl@8 - base@20 |"),
+                                        ("C6", "| weighted@20 - unweighted@20 |")])
+def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
+    """Both scripts, with steps that can be counted on one hand; again, and nothing is repeated."""
     for k, v in {"STEPS": "2", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled"}.items():
         monkeypatch.setenv(k, v)
-    cfg = CLAIMS["Config"](("C4",), out=str(tmp_path / "o"), quick=True)
+    cfg = CLAIMS["Config"]((name,), out=str(tmp_path / "o"), quick=True)
     CLAIMS["main"](cfg)
-    page = (tmp_path / "o/C4.md").read_text()
-    assert "| pefl@8 - base@20 |" in page and "1 seed, few steps" in page
+    page = (tmp_path / f"o/{name}.md").read_text()
+    assert line in page and "1 seed, few steps" in page
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
     CLAIMS["main"](cfg)
     assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
+    if name == "C6":
+        capfd.readouterr()
+        table = runpy.run_path(str(ROOT / "runs/table.py"))["main"]
+        table(str(tmp_path / "o/editnet/judge_weights"), ["edit", "over"])
+        assert "| unweighted@20 - weighted@20 |" in capfd.readouterr().out

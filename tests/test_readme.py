@@ -149,16 +149,6 @@ def test_photos(checkout):
     assert list((checkout / "out/photos/pefl/images").glob("*.png"))
 
 
-@pytest.mark.slow
-def test_editnet_claims(checkout):
-    """One part of runs/editnet.sh, with one seed."""
-    small = {"PARTS": "weights", "SEEDS": "3", "STEPS": "2", "N": "2"}
-    out = run(["bash", "runs/editnet.sh"], checkout, OUT="out/claims", **small)
-    assert "weighted3" in out and (checkout / "out/claims/judge_weights/results.json").is_file()
-    table = run([sys.executable, "runs/table.py", "out/claims/judge_weights", "edit", "over"], checkout)
-    assert "| unweighted@20 - weighted@20 |" in table
-
-
 def test_ship_editnet(checkout):
     """A shipped EditNet, trained in two stages, leaves its base's weights in assets/base, and loads whole."""
     for init, out in (("assets/base", "out/e"), ("out/e", "out/e2")):
