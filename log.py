@@ -447,3 +447,24 @@ def provenance(started: float) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Not-a-number becomes null."""
     path.write_text(json.dumps(_no_nan(content), indent=1) + "\n")
+
+
+def bootstrap(*groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
+    """Mean and 95% percentile interval of values [N] over resampled rows (not-a-number: not asked of this
+    one) -> {"mean", "low", "high", "n"}. Of several groups: the mean of their means, each resampled on its
+    own, whatever their sizes (a group without values does not count)."""
+    groups = [np.asarray(g, np.float64) for g in groups]
+    groups = [g for g in (g[~np.isnan(g)] for g in groups) if len(g)]
+    if not groups:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    rng = np.random.default_rng(seed)
+    means = np.mean([g[rng.integers(0, len(g), (draws, len(g)))].mean(1) for g in groups], 0)
+    low, high = np.percentile(means, (2.5, 97.5))
+    mean = float(np.mean([g.mean() for g in groups]))
+    return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, groups))}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  ".join([r[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(r[1:], widths[1:]))])
+                     for r in [head, *rows])

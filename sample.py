@@ -43,7 +43,6 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.distributed as td
-import torch.nn.functional as F
 import tyro
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -57,6 +56,7 @@ import model
 import pipeline
 import windows
 from data import bucket, shapes
+from pipeline import from_work, to_work
 from readers.benchmarks import complete_edit, json_rows, jsonl_rows, kept, table_rows, unique
 from readers.files import (
     MAX_PIXELS,
@@ -637,30 +637,6 @@ def find_regions(item: dict, h: int, w: int) -> list[tuple[np.ndarray, str | Non
     return [found[name] for name in item["masks"]]
 
 
-def to_work(canvas: np.ndarray, mask: np.ndarray, H: int, W: int,
-            hide: bool = True) -> tuple[tuple, Tensor, Tensor]:
-    """Fit a picture inside (H, W), the rest filled by reflection -> Job's box, mask_in and masked.
-
-    What the mask hides must not leak into the known pixels around it, as plain resizing would let it: known
-    pixels are averaged among themselves, and a working pixel that any masked pixel falls on counts as masked.
-    hide=False: an edit sees the whole picture, and its mask stays soft.
-    """
-    size = mask.shape
-    scale = min(H / size[0], W / size[1])
-    h, w = (max(1, min(side, round(n * scale))) for side, n in zip((H, W), size))
-    hole = torch.from_numpy(mask >= 0.5 if hide else mask)[None, None].float()
-    x = torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 127.5 - 1
-    seen = 1 - hole if hide else torch.ones_like(hole)
-    if (h, w) != size:
-        parts = F.interpolate(torch.cat([x * seen, seen], 1), (h, w), mode="bicubic", antialias=True)
-        x = (parts[:, :3] / parts[:, 3:].clamp(min=1e-3)).clamp(-1, 1)
-        hole = F.adaptive_max_pool2d(hole, (h, w))
-    top, left = (H - h) // 2, (W - w) // 2
-    both = torch.cat([hole, x * (1 - hole) if hide else x], 1)[0].numpy()
-    both = torch.from_numpy(np.pad(both, ((0, 0), (top, H - h - top), (left, W - w - left)), "symmetric"))
-    return (top, left, h, w), both[:1], both[1:]
-
-
 # ---- pictures out --------------------------------------------------------------------------------
 
 
@@ -668,11 +644,7 @@ def place(x0: Tensor, job: Job) -> Job:
     """Sampled x0 [3, H, W] of a window -> the job with it in its layer, where nothing better is.
 
     Where windows overlap the earlier fades into the later, as the trust in it falls towards its border."""
-    top, left, h, w = job.box
-    x = x0[:, top:top + h, left:left + w]
-    if (h, w) != job.window[2:4]:
-        x = F.interpolate(x[None], job.window[2:4], mode="bicubic", antialias=True)[0]
-    x = ((x.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+    x = from_work(x0, job.box, *job.window[2:4])
     at, layer, trust = cut(job.window), job.layer.copy(), job.trust.copy()
     mine = windows.trust(job.window, job.mask.shape)
     b = (mine * (1 - trust[at]) / np.maximum(mine * (1 - trust[at]) + trust[at], 1e-6))[..., None]

@@ -8,18 +8,27 @@ not the benchmark's. Numbers of rows are those of what is published, of UserBenc
 papers.
 
     1. rows     2. the readers     3. judges' replies, and how rows become a number
+    4. what a run leaves on disk     5. tables
 """
 
 import csv
+import hashlib
+import io
+import json
 import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as td
+from PIL import Image, PngImagePlugin
 
+import common
+import log
 from masks import ERASE_PROMPT
 from readers import served
 from readers.benchmarks import (
@@ -42,6 +51,7 @@ from readers.files import (
     BadFile,
     image_size,
     inside,
+    json_lines,
     photo_of,
     picture_cell,
     printable,
@@ -73,6 +83,7 @@ class Row:
     group: str = ""  # task or type
     tables: tuple[str, ...] = ("all",)  # in which it counts
     after: str = ""  # key of the row whose result is edited further
+    place: int = 0  # in the benchmark: what its noise comes from
     copy: str = ""  # where the tree wants the source, too
 
 
@@ -143,6 +154,8 @@ def open_bench(name: str, path: str, partial: bool = False, split: str = "", cap
     if twice := [key for key, n in Counter(r.key.lower() for r in bench.rows).items() if n > 1]:
         raise SystemExit(f"error: --data: {path}: {twice[0]}: {len(twice)} key(s) a second time: every row "
                          "needs its own")
+    for place, row in enumerate(bench.rows):
+        row.place = place
     counted = sum(not r.after for r in bench.rows) if name == "magicbrush" else len(bench.rows)
     if counted != bench.published:
         if not partial:
@@ -474,3 +487,245 @@ def imgedit_overall(scores: dict[str, list[float]]) -> dict:
     items = [x for v in scores.values() for x in v]
     return {"types": types, "overall of types": sum(types.values()) / len(types) if types else math.nan,
             "overall of items": sum(items) / len(items) if items else math.nan}
+
+
+#### 4. what a run leaves on disk ############################################################################
+
+
+def chains(rows: list[Row]) -> list[list[Row]]:
+    """Rows that edit each other's results are one chain, which one rank makes; every other row is its own."""
+    found, of = [], {}
+    for r in rows:
+        of[r.key] = of[r.after] if r.after else len(found)
+        if r.after:
+            found[of[r.key]].append(r)
+        else:
+            found.append([r])
+    return found
+
+
+def parts(rows: list[Row], most: int) -> Iterator[list[Row]]:
+    """At most so many rows at a time, none together with one whose result it edits."""
+    turns = {}
+    for r in rows:
+        turns[r.key] = turns.get(r.after, 0) + 1 if r.after else 0
+    for turn in sorted(set(turns.values())):
+        group = [r for r in rows if turns[r.key] == turn]
+        yield from (group[i:i + most] for i in range(0, len(group), most))
+
+
+def put(path: Path, content: bytes, beside: Path | str = "", rank: int = 0) -> None:
+    """Written whole or not at all; until then it is in `beside`, so that no tree has a file that is cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(beside or path.parent) / f".half.{rank}"
+    half.write_bytes(content)
+    os.replace(half, path)
+
+
+def put_picture(path: Path, x: np.ndarray, out: str, rank: int) -> None:
+    """uint8 [h, w, 3 or 4] as PNG, whatever the suffix, in sRGB and said so."""
+    srgb, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    srgb.add(b"sRGB", b"\0")
+    Image.fromarray(x).save(buffer, "PNG", pnginfo=srgb)
+    put(path, buffer.getvalue(), out, rank)
+
+
+def keep_plan(out: Path, b: Benchmark, told: dict, dist: common.Dist) -> None:
+    """OUT/plan.json, what decides the numbers; SystemExit if the folder was begun with something else."""
+    keys = hashlib.sha256("\n".join(r.key for r in b.rows).encode()).hexdigest()[:12]
+    plan, file = json.loads(json.dumps(told | {"rows": keys, "split": b.split})), out / "plan.json"
+    if dist.rank == 0 and not file.is_file():
+        put(file, (json.dumps(plan, indent=1) + "\n").encode())
+    if dist.world > 1:
+        td.barrier()
+    try:
+        before = read_json(file, "another --out")
+    except ValueError as e:
+        raise SystemExit(f"error: --out: {e}".replace("jsonl: ", "")) from None
+    if differs := next((k for k in plan | before if plan.get(k) != before.get(k)), None):
+        raise SystemExit(f"error: --out: {out}: was begun with another {differs}: give another folder, or "
+                         "the command that it was begun with")
+
+
+class Lines:
+    """OUT/rows.RANK.jsonl, a line for every row that was scored; a line that a kill cut off is closed."""
+
+    def __init__(self, out: str, rank: int):
+        self.path = Path(out) / f"rows.{rank}.jsonl"
+
+    def __enter__(self) -> "Lines":
+        self.file = open(self.path, "ab+")
+        if self.file.seek(0, os.SEEK_END):
+            self.file.seek(-1, os.SEEK_END)
+            self.file.write(b"" if self.file.read(1) == b"\n" else b"\n")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    def add(self, line: dict) -> None:
+        """Not-a-number, "not defined for this row", becomes null, and infinity "inf"."""
+        odd = {k: None if math.isnan(v) else str(v) for k, v in line.items()
+               if isinstance(v, float) and not math.isfinite(v)}
+        self.file.write((json.dumps(line | odd) + "\n").encode())
+        self.file.flush()
+
+
+def read_lines(out: str) -> dict[str, dict]:
+    """{key: line} of all ranks; of several lines the finished one, else the last."""
+    done = {}
+    for file in sorted(Path(out).glob("rows.*.jsonl")):
+        for _, line in json_lines(file):
+            if isinstance(line, dict) and isinstance(line.get("key"), str):
+                if not finished(done.get(line["key"])):
+                    done[line["key"]] = line
+    return done
+
+
+def finished(line: dict | None) -> bool:
+    """Whether a row needs no further try: it has a result, and the judge's scores if it was judged."""
+    return line is not None and "missing" not in line and line.get("judge_status", "ok") == "ok"
+
+
+def source_of(r: Row, folder: Path) -> np.ndarray | None:
+    """uint8 [h, w, 3]: what is edited; of a further turn the result before it, None if that is missing."""
+    if not r.after:
+        return picture(r.source)
+    before = result_of(folder, r.after)
+    return before and picture(str(before))
+
+
+def result_picture(b: Benchmark, r: Row, folder: Path, like: np.ndarray | None = None) -> np.ndarray:
+    """A row's result -> uint8 [h, w, 3]; BadFile. PIE-Bench's runners save strips, of which the last 512x512
+    are the result; GEdit-Bench's judge sees it at the size of its source, `like`."""
+    x = read_image(str(result_of(folder, r.key)))
+    if b.name == "pie" and x.shape[0] != x.shape[1] and min(x.shape[:2]) >= 512:
+        x = x[-512:, -512:]
+    if b.name == "gedit" and like is not None and x.shape != like.shape:
+        x = np.asarray(Image.fromarray(x).resize(like.shape[1::-1], Image.Resampling.BICUBIC))
+    return x
+
+
+def open_client(b: Benchmark, url: str, name: str, budget: int | None, out: str,
+                rank: int) -> served.Served | None:
+    """The served judge, once it has shown that it can see two pictures; None without an address."""
+    if not url:
+        return None
+    if not b.judge:
+        raise SystemExit(f"error: --judge: {url}: {b.name} has no judged scores: leave it out")
+    if not name:
+        raise SystemExit("error: --judge_model: empty: say which model the server is to ask")
+    if b.judge == "imgedit" and (lacks := {r.group for r in b.rows} - b.prompts.keys()):
+        raise SystemExit(f"error: --judge: {url}: no prompt for {', '.join(sorted(lacks))} in "
+                         "judge_prompt.json beside ImgEdit's file: take it from its Benchmark.tar")
+    return served.self_test(served.Served(url, name, Path(out) / f"judge.{rank}.jsonl", budget))
+
+
+def judge_rows(client: served.Served, b: Benchmark, rows: list[Row], found: dict[str, dict],
+               folder: Path) -> str | None:
+    """The judge's scores put beside the measures of rows that have a result -> why it will say no more, or
+    None."""
+    def ask(r):
+        source = source_of(r, folder)
+        return judge_row(client, b, r, source, result_picture(b, r, folder, source))
+
+    rows = [r for r in rows if "missing" not in found.get(r.key, {"missing": ""})]
+    for r, said in zip(rows, client.map(ask, rows)):
+        found[r.key] |= said
+    if any(line.get("judge_status", "").endswith("budget") for line in found.values()):
+        return f"the budget of {client.budget} requests is spent"
+    return client.stopped
+
+
+#### 5. tables ###############################################################################################
+
+
+def number(line: dict, name: str) -> float:
+    """A score of a line, not-a-number where there is none. clip_dir_or_0: equal captions count as 0, which
+    torch's cosine says of them."""
+    if name == "clip_dir_or_0" and "missing" not in line:
+        return number(line, "clip_dir") if line["clip_dir"] is not None else 0.0
+    return math.nan if line.get(name) is None else float(line[name])
+
+
+def interval(*groups: np.ndarray) -> dict:
+    """log.bootstrap; PSNR of equal pictures is infinite, and so is then its mean."""
+    if any(np.isinf(g).any() for g in groups):
+        return {"mean": math.inf, "low": math.nan, "high": math.inf,
+                "n": int(sum((~np.isnan(g)).sum() for g in groups))}
+    return log.bootstrap(*groups)
+
+
+def tables_of(b: Benchmark, names: list[str], done: dict[str, dict]) -> dict:
+    """{table: rows expected, results, what is missing and why; by group, over groups (macro) and over rows
+    (micro) means with their intervals}. A missing row has no score: it is neither 0 nor left out unsaid."""
+    out = {}
+    for table in dict.fromkeys(t for r in b.rows for t in r.tables):
+        rows = [r for r in b.rows if table in r.tables]
+        lines = [done[r.key] for r in rows]
+        why = Counter(line.get("missing") or f"judge: {line['judge_status']}" for line in lines
+                      if not finished(line))
+        values = {name: np.array([number(line, name) for line in lines]) for name in names}
+        groups = {g: np.array([r.group == g for r in rows]) for g in sorted({r.group for r in rows})}
+        out[table] = {
+            "expected": len(rows), "results": sum("missing" not in line for line in lines),
+            "missing": dict(why),
+            "groups": {g: {"expected": int(m.sum())} | {k: interval(v[m]) for k, v in values.items()}
+                       for g, m in groups.items()},
+            "macro": {k: interval(*(v[m] for m in groups.values())) for k, v in values.items()},
+            "micro": {k: interval(v) for k, v in values.items()}}
+    return out
+
+
+def table_text(b: Benchmark, columns: list[str], tables: dict, left_out: dict, overall: dict | None) -> str:
+    def cells(of):
+        return [f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]" if v["n"] else "-"
+                for v in (of[k] for k in columns)]
+
+    text = [f"{b.name}, {b.split}", *(f"note: {note}" for note in b.notes)]
+    for table, t in tables.items():
+        text += ["", f"{table}: {t['results']:,} results of {t['expected']:,} rows, mean [95%]"]
+        rows = [[f"{g} ({v['expected']:,})", *cells(v)] for g, v in t["groups"].items()]
+        rows += [[f"mean of {len(rows)} groups", *cells(t["macro"])]]
+        rows = [*(rows if len(rows) > 2 else []), ["mean of rows", *cells(t["micro"])],
+                ["rows scored", *(f"{t['micro'][k]['n']:,} of {t['expected']:,}" for k in columns)]]
+        text.append(log.table([table, *columns], rows))
+        seen = list(t["missing"].items())
+        text += [f"missing: {n:,} row(s): {why}" for why, n in seen[:5]]
+        text += [f"missing: {sum(n for _, n in seen[5:]):,} more: see results.json"] * (len(seen) > 5)
+        text += [f"{name}: {v['value']:.4f}, {v['n']:,} results and {v['n']:,} {v['against']}"
+                 for name, v in t.get("sets", {}).items()]
+    if overall:
+        text += ["", f"Overall: {overall['overall of types']:.2f} of the types, "
+                     f"{overall['overall of items']:.2f} of the items"]
+    return "\n".join([*text, "", *(f"{name}: {why}" for name, why in left_out.items())]).rstrip()
+
+
+def imgedit_files(b: Benchmark, done: dict[str, dict], out: Path, folder: Path) -> dict | None:
+    """The files that ImgEdit's own scorer reads: basic_edit.json in the tree we made, and OUT/result.json, the
+    judge's replies -> its Overall, None where nothing was judged."""
+    if folder == out / "pictures":
+        put(folder / "basic_edit.json", json.dumps(b.listed, indent=1).encode())
+    replies = {r.key: done[r.key]["reply"] for r in b.rows if "reply" in done[r.key]}
+    if not replies:
+        return None
+    put(out / "result.json", json.dumps(replies, indent=1).encode())
+    scores = {}
+    for r in b.rows:
+        if r.key in replies:
+            scores.setdefault(r.group, []).append(done[r.key]["score"])
+    return imgedit_overall(scores)
+
+
+def sheet(b: Benchmark, done: dict[str, dict], folder: Path, most: int) -> Image.Image:
+    """source | result | target, if there is one, of the first rows."""
+    pictures, titles, rows = [], ["source", "result", "target"], []
+    for r in [r for r in b.rows if r.tables and "missing" not in done[r.key]][:most]:
+        row = [source_of(r, folder), result_picture(b, r, folder)]
+        row += [] if r.target is None else [picture(r.target)]
+        row = [Image.fromarray(x) for x in row]
+        for im in row:
+            im.thumbnail((256, 256), Image.Resampling.LANCZOS)
+        pictures.append(row)
+        rows.append(f"{r.key}: {r.instruction or r.prompt}")
+    return log.contact_sheet(pictures, titles[:max(map(len, pictures), default=2)], rows)
