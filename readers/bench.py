@@ -702,7 +702,7 @@ def table_text(b: Benchmark, columns: list[str], tables: dict, left_out: dict, o
 
 
 def imgedit_files(b: Benchmark, done: dict[str, dict], out: Path, folder: Path) -> dict | None:
-    """The files that ImgEdit's own scorer reads: basic_edit.json in the tree we made, and OUT/result.json, the
+    """The files that ImgEdit's own scorer reads: basic_edit.json in a tree of ours, and OUT/result.json, the
     judge's replies -> its Overall, None where nothing was judged."""
     if folder == out / "pictures":
         put(folder / "basic_edit.json", json.dumps(b.listed, indent=1).encode())
