@@ -31,12 +31,10 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
 import measures
 import numpy as np
 import torch
 import tyro
-from measures import frechet
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -45,10 +43,12 @@ import checkpoint
 import common
 import flow
 import log
+import measures
 import model
 import pipeline
 from data import bucket, shapes
 from log import bootstrap, open_out, provenance, table, write_json
+from measures import frechet
 from pipeline import Pipe
 from readers import bench as benches
 from readers.files import BadFile, printable, read_image

@@ -1,7 +1,8 @@
 """Whatever looks at a picture and answers with a number: the three rewards, the scorer, published scores.
 
     1. Networks: PreferenceReward (aesthetic, alignment), CoherenceReward, EditScorer
-    2. ImageReward as a PreferenceReward     3. Scores, one function each     4. opening a reward by name
+    2. ImageReward as a PreferenceReward     3. BLIP for retrieval     4. Scores, one function each
+    5. opening a reward by name
 
 Pictures are float [B, 3, H, W] in [-1, 1], as everywhere; every score is [B] and differentiable in them. The
 published networks that scores are made of are in pretrained/towers.py.
@@ -115,9 +116,10 @@ class MedLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, cfg.txt_hidden)})
         self.output = BertOutput(cfg.txt_hidden, D)
 
-    def forward(self, x: Tensor, img: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, img: Tensor | None, bias: Tensor) -> Tensor:
         x = self.attention["output"](self.attention["self"](x, x, bias), x)
-        x = self.crossattention["output"](self.crossattention["self"](x, img, None), x)
+        if img is not None:
+            x = self.crossattention["output"](self.crossattention["self"](x, img, None), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
 
@@ -133,8 +135,9 @@ class MedText(nn.Module):
             "LayerNorm": nn.LayerNorm(D, eps=1e-12)})
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(MedLayer(cfg) for _ in range(cfg.txt_depth))})
 
-    def forward(self, ids: Tensor, attend: Tensor, img: Tensor) -> Tensor:
-        """ids, attend [B, L] (attend 0 = padding), img [B, N, vit_width] -> [B, L, D]."""
+    def forward(self, ids: Tensor, attend: Tensor, img: Tensor | None) -> Tensor:
+        """ids, attend [B, L] (attend 0 = padding), img [B, N, vit_width] -> [B, L, D]. Without a picture:
+        BLIP's unimodal mode, which skips the attention to it."""
         e = self.embeddings
         places = torch.arange(ids.shape[1], device=ids.device)
         x = e["LayerNorm"](e["word_embeddings"](ids) + e["position_embeddings"](places))
@@ -454,7 +457,78 @@ def blip_weights(path: str) -> dict[str, Tensor]:
 
 
 ####################################################################################################
-# 3. Scores: all [B]
+# 3. BLIP for retrieval (Li et al. 2022): does this text belong to this picture
+####################################################################################################
+
+BLIP_NAMES = (  # transformers' names of BlipForImageTextRetrieval -> BLIP's own, in this order
+    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
+    (r"^vision_model\.post_layernorm\.", "visual_encoder.norm."),
+    (r"^vision_model\.encoder\.layers\.", "visual_encoder.blocks."),
+    (r"\.self_attn\.projection\.", ".attn.proj."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.layer_norm(\d)\.", r".norm\1."))
+
+
+class Blip(nn.Module):
+    """BLIP's two answers on whether a text belongs to a picture: `itc` and `itm`."""
+
+    def __init__(self, cfg: RewardConfig, shared: int):
+        super().__init__()
+        self.cfg = cfg
+        self.visual_encoder = ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth,
+                                  cfg.vit_heads)
+        self.text_encoder = MedText(cfg)
+        self.vision_proj = nn.Linear(cfg.vit_width, shared)
+        self.text_proj = nn.Linear(cfg.txt_width, shared)
+        self.itm_head = nn.Linear(cfg.txt_width, 2)
+        self.tokenizer = Tokenizer.from_str(cfg.tokenizer)
+        self.tokenizer.encode_special_tokens = True
+
+    tokenize = PreferenceReward.tokenize
+
+    @property
+    def prep(self) -> Prep:
+        """Squashed to a square, as BLIP's predict.py has it."""
+        return Prep(self.cfg.image_size, self.cfg.image_size, fit="square")
+
+    def tokens(self, picture: Picture) -> Tensor:
+        """-> the image tower's [B, N, D]."""
+        return self.visual_encoder(prepared(picture, self.prep, self.itm_head.weight.device))
+
+    def itc(self, tokens: Tensor, captions: list[str]) -> Tensor:
+        """-> cosines [B] of the projected [CLS] features, the text read without the picture."""
+        txt = self.text_encoder(*self.tokenize(captions, tokens.device), None)[:, 0]
+        return F.cosine_similarity(self.vision_proj(tokens[:, 0]), self.text_proj(txt), dim=-1)
+
+    def itm(self, tokens: Tensor, captions: list[str]) -> Tensor:
+        """-> probability [B] of a match, the text read with attention to the picture. Its first token stays
+        [CLS]: the published class for this does not set [ENC]."""
+        txt = self.text_encoder(*self.tokenize(captions, tokens.device), tokens)[:, 0]
+        return self.itm_head(txt).softmax(-1)[:, 1]
+
+
+def load_blip(path: str, vocab: str, device: Device = "cpu") -> Blip:
+    """BLIP's model_base_retrieval_coco.pth or transformers' BlipForImageTextRetrieval (file or folder), and
+    bert-base-uncased's vocab.txt. Left out: momentum copies, decoder, queues, temperature, position_ids."""
+    what = "BLIP for retrieval"
+    weights = {}
+    for name, v in read_weights(path).items():
+        for pattern, new in BLIP_NAMES:
+            name = re.sub(pattern, new, name)
+        if not re.match(r"(\w+_m|text_decoder)\.|(\w+_queue|temp)$|.*\.position_ids$", name):
+            weights[name] = v
+    stem = {f"blip.{k}": v for k, v in weights.items()}  # the towers' names in ImageReward.pt
+    cfg = reward_config(stem, path, vocab, what)
+    shared = shape_of(weights, "vision_proj.weight", path, what, 2)[0]
+    with torch.device("meta"):
+        net = Blip(cfg, shared)
+    return fill(net, weights, path, what, torch.float32, device)
+
+
+####################################################################################################
+# 4. Scores: all [B]
 ####################################################################################################
 
 
@@ -502,8 +576,13 @@ def clip_direction(clip: Clip, source: Picture, edited: Picture, before: list[st
 
     NaN where the two captions are equal: there is no direction to judge by, and 0 would be a verdict.
     """
-    text = clip.text(after) - clip.text(before)
-    score = F.cosine_similarity(clip.image(edited) - clip.image(source), text, dim=-1)
+    return direction(clip.image(source), clip.image(edited), clip.text(before), clip.text(after))
+
+
+def direction(source: Tensor, edited: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """The same of embeddings [B, E], which are of unit length. An edit that changed nothing has 0."""
+    text = after - before
+    score = F.cosine_similarity(edited - source, text, dim=-1)
     return torch.where((text != 0).any(-1), score, torch.nan)
 
 
@@ -528,7 +607,7 @@ def load_aesthetic_head(path: str, dtype: torch.dtype = torch.float32, device: D
 
 
 ####################################################################################################
-# 4. Opening
+# 5. Opening
 ####################################################################################################
 
 PUBLISHED = ("imagereward", "clipscore", "pickscore", "hpsv2", "aesthetic")

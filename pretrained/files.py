@@ -128,7 +128,11 @@ def read_weights(path: str, flag: str = "") -> Weights:
     else:
         try:
             regular(path)
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            zipped = zipfile.is_zipfile(path)
+            if zipped and any(Path(n).name == "constants.pkl" for n in zipfile.ZipFile(path).namelist()):
+                # OpenAI's own CLIP files, clean-fid's Inception
+                raise ValueError("a TorchScript program, not run here; it is published as tensors, too")
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except Exception as e:
             # torch's own words on a pickle recommend to load it without weights_only
             why = "not only tensors, or damaged" if isinstance(e, pickle.UnpicklingError) else first_line(e)

@@ -239,23 +239,71 @@ class Dino(ViT):
         table = F.interpolate(table, **how, mode="bicubic", antialias=self.antialias)
         return rearrange(table, "1 d h w -> 1 (h w) d")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised -> [B, 1 + registers + hw, D], [CLS] first."""
+    def tokens(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised -> what the first block sees, [B, 1 + registers + hw, D], [CLS] first."""
         p = self.patch_embed.proj.kernel_size[0]
         first = [self.cls_token + self.pos_embed[:, :1]]
         if hasattr(self, "register_tokens"):  # they have no positions
             first.append(self.register_tokens)
         x = self.patch_embed(x) + self.positions(x.shape[-2] // p, x.shape[-1] // p)
-        x = torch.cat([*(y.expand(len(x), -1, -1) for y in first), x], dim=1)
+        return torch.cat([*(y.expand(len(x), -1, -1) for y in first), x], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised -> [B, 1 + registers + hw, D], [CLS] first."""
+        x = self.tokens(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
+    def keys(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised -> the last block's keys, [B, 1 + registers + hw, D], heads joined."""
+        x = self.tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        return last.attn(last.norm1(x))[1].flatten(2)
+
+
+VIT_NAMES = (  # transformers' names of DINO (a ViTModel) -> its own, in this order
+    (r"^vit\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.(attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.", r".attn.\2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."))
+
+
+def dino_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINO in transformers' names (ViTModel, of old and of version 5) or its own -> its own names."""
+    if "embeddings.cls_token" not in weights and "vit.embeddings.cls_token" not in weights:
+        return weights
+    out = {}
+    for name, v in weights.items():
+        if name.startswith(("pooler.", "vit.pooler.")):  # untrained
+            continue
+        for pattern, new in VIT_NAMES:
+            name = re.sub(pattern, new, name)
+        out[name] = v
+    parts = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
+    for name in [n for n in out if re.search(r"\.attn\.(query|q_proj)\.", n)]:
+        which = parts[".q_proj." in name]
+        own = [name.replace(which[0], part) for part in which]
+        if all(n in out for n in own):  # else what is missing is named as such
+            out[name.replace(which[0], "qkv")] = torch.cat([out.pop(n) for n in own])
+    return out
+
 
 def load_dino(path: str, heads: int | None = None, dtype: torch.dtype = torch.float32,
               device: Device = "cpu") -> Dino:
-    """DINO's or DINOv2's backbone from its published file; heads of 64, as in all of them, unless given."""
-    weights = read_weights(path)
+    """DINO's or DINOv2's backbone from its published file, or DINO's from transformers' file or folder; heads
+    of 64, as in all of them, unless given. Norms' eps is 1e-6 as trained, not transformers' 1e-12."""
+    weights = dino_names(read_weights(path))
     # the projection head of a training checkpoint, and the token that only masked training uses
     weights = {k: v for k, v in weights.items() if not k.startswith("head.") and k != "mask_token"}
     D, _, patch, _ = shape_of(weights, "patch_embed.proj.weight", path, "DINO")

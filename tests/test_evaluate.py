@@ -31,19 +31,6 @@ SIZE = 32
 # ---- statistics ------------------------------------------------------------------------------------------
 
 
-def test_frechet_closed_forms():
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6))
-    b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)) + 1
-    shift = np.arange(6.0)
-    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-9)
-    assert evaluate.frechet(a, a + shift) == pytest.approx((shift**2).sum())
-    (m, c), (mb, cb) = evaluate.moments(a), evaluate.moments(b)
-    assert evaluate.frechet(a, 3 * a) == pytest.approx(4 * (m @ m) + 4 * np.trace(c))  # (1 - 3)^2 tr C
-    general = ((m - mb) ** 2).sum() + np.trace(c + cb) - 2 * np.sqrt(np.linalg.eigvals(c @ cb).real).sum()
-    assert evaluate.frechet(a, b) == pytest.approx(general) == pytest.approx(evaluate.frechet(b, a))
-
-
 def test_frechet_interval_holds_the_value_and_narrows():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1, 1600, 4)), rng.normal(size=(1, 1600, 4)) + 0.5
