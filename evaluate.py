@@ -31,7 +31,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-import measures
+
 import numpy as np
 import torch
 import tyro
