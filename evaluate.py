@@ -833,8 +833,9 @@ def write_tables(cfg: Bench, b: benches.Benchmark, names: list[str], left_out: d
         "judge": {"url": cfg.judge, "model": cfg.judge_model} if cfg.judge else None, **about,
         "tables": tables, "overall": overall})
     benches.put(out / "table.txt", f"{text}\n".encode())
-    benches.sheet(b, done, folder, cfg.rows).save(out / "sheet.png")
-    print(f"\n{text}\n\nwrote {out / 'results.json'}, table.txt, sheet.png", flush=True)
+    if picture := benches.sheet(b, done, folder, cfg.rows):
+        picture.save(out / "sheet.png")
+    print(f"\n{text}\n\nwrote {out / 'results.json'}, table.txt" + ", sheet.png" * bool(picture), flush=True)
 
 
 def distance(name: str, b: benches.Benchmark, rows: list[benches.Row], towers: measures.Towers,

@@ -244,10 +244,10 @@ def pie(root: Path) -> Benchmark:
         place = f"{file}: {key}"
         try:
             entry = pie_entry(entry)
-            pie_mask(entry.get("mask"))
+            source = there(root / "annotation_images", entry["image_path"], place)
+            pie_mask(entry.get("mask"), *image_size(source))
         except ValueError as e:
             raise ValueError(f"{place}: {e}: download it again") from None
-        source = there(root / "annotation_images", entry["image_path"], place)
         before, after = (re.sub(r"[\[\]]", "", entry[k]) for k in ("original_prompt", "editing_prompt"))
         rows.append(Row("annotation_images/" + os.path.splitext(entry["image_path"])[0], source,
                         to_the_letter(entry["editing_instruction"]), after, before, after, mask=entry["mask"],
@@ -717,8 +717,8 @@ def imgedit_files(b: Benchmark, done: dict[str, dict], out: Path, folder: Path) 
     return imgedit_overall(scores)
 
 
-def sheet(b: Benchmark, done: dict[str, dict], folder: Path, most: int) -> Image.Image:
-    """source | result | target, if there is one, of the first rows."""
+def sheet(b: Benchmark, done: dict[str, dict], folder: Path, most: int) -> Image.Image | None:
+    """source | result | target, if there is one, of the first rows that have a result."""
     pictures, titles, rows = [], ["source", "result", "target"], []
     for r in [r for r in b.rows if r.tables and "missing" not in done[r.key]][:most]:
         row = [source_of(r, folder), result_picture(b, r, folder)]
@@ -728,4 +728,4 @@ def sheet(b: Benchmark, done: dict[str, dict], folder: Path, most: int) -> Image
             im.thumbnail((256, 256), Image.Resampling.LANCZOS)
         pictures.append(row)
         rows.append(f"{r.key}: {r.instruction or r.prompt}")
-    return log.contact_sheet(pictures, titles[:max(map(len, pictures), default=2)], rows)
+    return log.contact_sheet(pictures, titles[:max(map(len, pictures))], rows) if pictures else None

@@ -617,9 +617,9 @@ def test_judged_gedit(at, tmp_path, server):
     broken = [True]
 
     def trick(n, q):
-        if of_discs(q):
+        if of_discs(q) or q.kind == "pq":
             return None
-        if len(q.pictures) == 1:
+        if "artefacts" in q.text:
             return {"id": q.mark, "score": [9, 7], "reasoning": "x"}
         if "a dog" in q.text and broken[0]:
             return "[6, 0]"
@@ -644,10 +644,10 @@ def test_judged_gedit(at, tmp_path, server):
 def test_judged_omniedit_and_its_budget(at, tmp_path, server):
     judge, url = server(lambda n, q: None if of_discs(q) or q.kind == "pq" else {
         "id": q.mark, "reasoning": "x", "score": [10, 10] if "swap" in q.text else [8, 5]})
-    line = refused(ask, at, "omniedit", tmp_path, judge=url, judge_model="m", budget=20)
-    assert "budget of 20 requests is spent: the same command goes on" in line
+    line = refused(ask, at, "omniedit", tmp_path, judge=url, judge_model="m", budget=24)
+    assert "budget of 24 requests is spent: the same command goes on" in line
     before = (tmp_path / "rows.0.jsonl").read_text().splitlines()
-    assert 1 <= len(before) <= 3
+    assert len(before) == 24 - 14 - 7  # the self-test, the first question of all rows
     found = ask(at, "omniedit", tmp_path, judge=url, judge_model="m")["tables"]["all"]
     assert found["micro"]["o"]["mean"] == pytest.approx((80**0.5 + 6 * 40**0.5) / 7)
     assert found["micro"]["accuracy"]["mean"] == pytest.approx(1 / 7) and found["micro"]["sc"]["n"] == 7
@@ -656,11 +656,11 @@ def test_judged_omniedit_and_its_budget(at, tmp_path, server):
 
 def test_judged_imgedit(at, tmp_path, server):
     """Its own prompts and reply form; its scorer's files; both numbers called Overall."""
-    _, url = server(lambda n, q: None if of_discs(q) else (
+    _, url = server(lambda n, q: None if "Judge: " not in q.text else (
         "Brief reasoning: good\nA: 5\nB: 4\nC: 4" if "add a cube" in q.text else "A: 2\nB: 2\nC: 1"))
     found = ask(at, "imgedit", tmp_path, judge=url, judge_model="m")
-    assert found["overall"] == {"types": {"adjust": 1.67, "add": 4.33}, "overall of types": 3.0,
-                                "overall of items": 3.0}
+    assert found["overall"] == {"types": {"adjust": 1.67, "add": 4.33},
+                                "overall of types": pytest.approx(3), "overall of items": pytest.approx(3)}
     assert "Overall: 3.00 of the types, 3.00 of the items" in (tmp_path / "table.txt").read_text()
     replies = json.loads((tmp_path / "result.json").read_text())
     assert set(replies) == {"1082", "673"} and replies["673"].endswith("C: 4")
