@@ -243,8 +243,9 @@ def table_files(path: Path) -> dict[str, list[Path]]:
         splits.setdefault(split, []).append(file)
     for split, files in splits.items():
         numbered = [m for f in files if (m := re.search(r"-(\d+)-of-(\d+)\.", f.name))]
-        if path.is_dir() and numbered and (have := len({m[1] for m in numbered})) < (all_ := int(numbered[0][2])):
-            raise ValueError(f"jsonl: {path}: {have} of the {all_} files of {split}: complete the download")
+        total = int(numbered[0][2]) if numbered and path.is_dir() else 0
+        if (have := len({m[1] for m in numbered})) < total:
+            raise ValueError(f"jsonl: {path}: {have} of the {total} files of {split}: complete the download")
     return splits
 
 
