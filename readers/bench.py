@@ -134,7 +134,7 @@ def result_of(folder: Path, key: str) -> Path | None:
 #### 2. the readers ##########################################################################################
 
 
-def open_bench(name: str, path: str, partial: bool = False, split: str = "", captions: str = "local",
+def open_bench(name: str, path: str, partial: bool = False, captions: str = "local",
                column: str = "prompt_full", language: str = "", pictures: str = "") -> Benchmark:
     """A benchmark's published folder -> Benchmark; SystemExit of one line for all that is not as published.
 
@@ -679,8 +679,9 @@ def tables_of(b: Benchmark, names: list[str], done: dict[str, dict]) -> dict:
 
 def table_text(b: Benchmark, columns: list[str], tables: dict, left_out: dict, overall: dict | None) -> str:
     def cells(of):
-        return [f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]" if v["n"] else "-"
-                for v in (of[k] for k in columns)]
+        found = [of[k] for k in columns]
+        return ["-" if not v["n"] else "inf" if math.isinf(v["mean"]) else
+                f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]" for v in found]
 
     text = [f"{b.name}, {b.split}", *(f"note: {note}" for note in b.notes)]
     for table, t in tables.items():
