@@ -691,7 +691,8 @@ def bench(cfg: Bench) -> None:
     # 2) the rows of this rank that are not finished: results, measures, judge, a few at a time
     done = benches.read_lines(cfg.out)
     mine = [r for chain in benches.chains(b.rows)[dist.rank::dist.world] for r in chain
-            if (not benches.finished(done.get(r.key)) if r.tables else
+            if (not benches.finished(done.get(r.key)) or
+                done[r.key]["file"] != benches.digest(benches.result_of(folder, r.key)) if r.tables else
                 pipe and not benches.result_of(folder, r.key))]
     bar = log.progress(len(mine), desc=b.name, dist=dist)
     with benches.Lines(cfg.out, dist.rank) as lines:
@@ -799,7 +800,8 @@ def score(b: benches.Benchmark, r: benches.Row, names: list[str], towers: measur
           folder: Path) -> dict:
     """Measures of a row by name, not-a-number where a row has not what one needs; {"missing": why} without a
     usable result."""
-    if not benches.result_of(folder, r.key):
+    file = benches.result_of(folder, r.key)
+    if not file:
         return {"missing": "no file"}
     try:
         result = benches.result_picture(b, r, folder)
@@ -811,7 +813,8 @@ def score(b: benches.Benchmark, r: benches.Row, names: list[str], towers: measur
     if masked and r.mask is not None and given["source"] is not None:
         given["mask"] = benches.mask_of(b, r, *given["source"].shape[:2], border=True) > 0.5
     asked = [n for n in names if all(given[k] is not None for k in measures.MEASURES[n].needs)]
-    return dict.fromkeys(names, math.nan) | measures.measure(asked, towers, result=result, **given)
+    found = measures.measure(asked, towers, result=result, **given)
+    return dict.fromkeys(names, math.nan) | found | {"file": benches.digest(file)}
 
 
 def write_tables(cfg: Bench, b: benches.Benchmark, names: list[str], left_out: dict, done: dict,

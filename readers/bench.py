@@ -12,12 +12,12 @@ papers.
 """
 
 import csv
-import hashlib
 import io
 import json
 import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,6 +49,7 @@ from readers.benchmarks import (
 from readers.edits import TASK_NAMES, TASKS
 from readers.files import (
     BadFile,
+    hashed,
     image_size,
     inside,
     json_lines,
@@ -185,7 +186,8 @@ def magicbrush(root: Path, captions: str) -> Benchmark:
             folder, edits = session_of(session)
         except ValueError as e:
             raise ValueError(f"{place}: {e}: download it again") from None
-        texts = said.get(key) or said.get(folder) or {}
+        texts = said.get(key, said.get(folder))
+        texts = texts if isinstance(texts, dict) else {}
         for n, e in enumerate(edits, 1):
             names = [e.get(what) for what in ("input", "output", "mask")]
             if not all(isinstance(x, str) and x for x in (*names, e["instruction"])):
@@ -220,7 +222,8 @@ def emu(root: Path, partial: bool) -> Benchmark:
     groups, rows = open_table(files, EMU), []
     for n, (place, cells) in enumerate(groups.light(lambda names: list(EMU[:-1]))):
         idx, task, *texts = cells
-        if not is_name(str(idx)) or not all(isinstance(x, str) for x in texts) or not texts[0]:
+        if not isinstance(idx, int | str) or not is_name(str(idx)) or not all(
+                isinstance(x, str) for x in texts) or not texts[0].strip():
             raise ValueError(f"{place}: idx, instruction or a caption is missing: download it again")
         rows.append(Row(str(idx), (groups, n), to_the_letter(texts[0]), source_text=texts[1],
                         target_text=texts[2], group=str(task)))
@@ -324,9 +327,9 @@ def omniedit(root: Path) -> Benchmark:
     rows, asked, ratios = [], Counter(), {}
     for place, row in jsonl_of(root / "prompts.jsonl", ("picture", "task", "instruction")):
         task = TASK_NAMES.get(row["task"].lower())
-        if task is None or not row["instruction"].strip():
-            raise ValueError(f"{place}: task: {row['task'][:40]!r}: is none of {', '.join(TASKS)}, or no "
-                             "instruction")
+        if task is None or not row["instruction"].strip() or not is_name(row["picture"]):
+            raise ValueError(f"{place}: task: {row['task'][:40]!r}: is none of {', '.join(TASKS)}, or the "
+                             "picture is no file's name, or the instruction is empty")
         source = there(root / "pictures", row["picture"], place)
         asked[row["picture"]] += 1
         h, w = image_size(source)
@@ -532,7 +535,8 @@ def put_picture(path: Path, x: np.ndarray, out: str, rank: int) -> None:
 
 def keep_plan(out: Path, b: Benchmark, told: dict, dist: common.Dist) -> None:
     """OUT/plan.json, what decides the numbers; SystemExit if the folder was begun with something else."""
-    keys = hashlib.sha256("\n".join(r.key for r in b.rows).encode()).hexdigest()[:12]
+    asked = ((r.key, r.instruction, r.prompt, r.source_text, r.target_text) for r in b.rows)
+    keys = hashed(asked)[:12]
     plan, file = json.loads(json.dumps(told | {"rows": keys, "split": b.split})), out / "plan.json"
     if dist.rank == 0 and not file.is_file():
         put(file, (json.dumps(plan, indent=1) + "\n").encode())
@@ -564,27 +568,28 @@ class Lines:
         self.file.close()
 
     def add(self, line: dict) -> None:
-        """Not-a-number, "not defined for this row", becomes null, and infinity "inf"."""
+        """Its time comes with it. Not-a-number, "not defined for this row", becomes null, infinity "inf"."""
         odd = {k: None if math.isnan(v) else str(v) for k, v in line.items()
                if isinstance(v, float) and not math.isfinite(v)}
-        self.file.write((json.dumps(line | odd) + "\n").encode())
+        self.file.write((json.dumps(line | odd | {"at": round(time.time(), 3)}) + "\n").encode())
         self.file.flush()
 
 
 def read_lines(out: str) -> dict[str, dict]:
-    """{key: line} of all ranks; of several lines the finished one, else the last."""
-    done = {}
-    for file in sorted(Path(out).glob("rows.*.jsonl")):
-        for _, line in json_lines(file):
-            if isinstance(line, dict) and isinstance(line.get("key"), str):
-                if not finished(done.get(line["key"])):
-                    done[line["key"]] = line
-    return done
+    """{key: line} of all ranks, the latest of each."""
+    found = [line for file in sorted(Path(out).glob("rows.*.jsonl")) for _, line in json_lines(file)
+             if isinstance(line, dict) and isinstance(line.get("key"), str)]
+    return {line["key"]: line for line in sorted(found, key=lambda line: line["at"])}
 
 
 def finished(line: dict | None) -> bool:
     """Whether a row needs no further try: it has a result, and the judge's scores if it was judged."""
     return line is not None and "missing" not in line and line.get("judge_status", "ok") == "ok"
+
+
+def digest(path: Path | None) -> str:
+    """Of a result, so that one that is replaced is scored anew; "" of none."""
+    return hashed([path.read_bytes()])[:12] if path else ""
 
 
 def source_of(r: Row, folder: Path) -> np.ndarray | None:

@@ -376,6 +376,8 @@ def pie_entry(entry: object) -> dict:
     for name in ("image_path", "original_prompt", "editing_prompt", "editing_instruction"):
         if not isinstance(entry.get(name), str):
             raise ValueError(f"{name}: missing")
+    if not all(map(is_name, entry["image_path"].split("/"))):
+        raise ValueError(f"image_path: {entry['image_path'][:80]!r}: is no path below annotation_images")
     if str(entry.get("editing_type_id")) not in map(str, range(len(PIE_TYPES))):
         raise ValueError(f"editing_type_id: {str(entry.get('editing_type_id'))[:20]!r}: is none of 0 to 9")
     return entry | {"type": PIE_TYPES[int(entry["editing_type_id"])]}

@@ -18,6 +18,7 @@ import pytest
 import torch
 from inprocess import run_ranks, run_script
 from PIL import Image
+from test_measures_towers import clip_folder, clip_peer
 from test_served import Judge
 
 import checkpoint
@@ -68,7 +69,8 @@ def magicbrush(root, turns=(1, 3, 2)):
         said = {f"{folder}-input.png": "a picture"}
         for n in range(1, count + 1):
             before = "input" if n == 1 else f"output{n - 1}"
-            put(root / f"images/{folder}/{folder}-output{n}.png", noise(100 * k + n, 24 + n, 16))
+            wide = 24 if n < count else 26  # results are resized to it
+            put(root / f"images/{folder}/{folder}-output{n}.png", noise(100 * k + n, wide, 16))
             rgba = noise(100 * k).convert("RGBA")
             rgba.putalpha(hole().point(lambda v: 255 - v))  # transparent = edit
             put(root / f"images/{folder}/{folder}-mask{n}.png", rgba)
@@ -506,12 +508,12 @@ def test_chain_edits_its_own_results(at, tmp_path):
 
 
 def test_holes_are_filled_and_nothing_else(at, tmp_path):
-    for name, ckpt in (("userbench", "inpaint"), ("pie", "inpaint"), ("editbench", "inpaint")):
-        ask(at, name, tmp_path / name, ckpt=at / ckpt)
+    for name in ("userbench", "pie", "editbench", "magicbrush"):
+        ask(at, name, tmp_path / name, ckpt=at / "inpaint")
         b = bench.open_bench(name, str(at / name), True)
         for r in b.rows:
             result = pixels(bench.result_of(tmp_path / name / "pictures", r.key))
-            source = bench.picture(r.source)
+            source = bench.source_of(r, tmp_path / name / "pictures")
             mask = bench.mask_of(b, r, *source.shape[:2]) > 0
             assert np.array_equal(result[~mask], source[~mask]) and (result != source)[mask].any()
     found = json.loads((tmp_path / "pie/results.json").read_text())["tables"]["all"]["micro"]
@@ -543,6 +545,12 @@ def test_missing_and_damaged_results(at, tmp_path):
     (tree / "away").rename(tree / "fullset/style_change/en/k1.png")
     found = ask(at, "gedit", tmp_path / "out", results=tree)["tables"]["en"]
     assert found["results"] == 2 and found["missing"] == {"not a readable picture": 1}
+    lines = (tmp_path / "out/rows.0.jsonl").read_text().splitlines()
+    shutil.copy(tree / "fullset/style_change/cn/k1.png", tree / "fullset/style_change/en/k3.png")
+    again = ask(at, "gedit", tmp_path / "out", results=tree)["tables"]["en"]  # a result that was replaced
+    assert again["micro"] != found["micro"]
+    new = (tmp_path / "out/rows.0.jsonl").read_text().splitlines()[len(lines):]
+    assert [json.loads(x)["key"][-2:] for x in new] == ["k2", "k3"]
 
 
 def test_goes_on_after_a_kill(at, tmp_path, monkeypatch):
@@ -565,6 +573,28 @@ def test_goes_on_after_a_kill(at, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-9])
     found = ask(at, "emu", tmp_path / "cut", batch_size=1)
     assert scored == ["0", "1", "2", "1", "2"] and found["tables"] == whole["tables"]
+
+
+def test_networks_named_by_flags(at, tmp_path):
+    """Emu Edit's columns over a small random CLIP; equal captions are not defined, and 0 in another mean."""
+    folder = clip_folder(tmp_path, clip_peer())
+    found = ask(at, "emu", tmp_path / "out", clip=folder)
+    got = found["tables"]["all"]["micro"]
+    lines = [json.loads(x) for x in (tmp_path / "out/rows.0.jsonl").read_text().splitlines()]
+    values = [line["clip_dir"] for line in lines]
+    assert [v is None for v in values] == [True, False, True]
+    assert got["clip_dir"]["n"] == 1 and got["clip_dir"]["mean"] == pytest.approx(values[1])
+    assert got["clip_dir_or_0"]["n"] == 3 and got["clip_dir_or_0"]["mean"] == pytest.approx(values[1] / 3)
+    assert got["clip_out"]["n"] == 3 and found["left_out"] == {"dino_source": "no --dino"}
+    assert found["measures"]["clip_i_source"]["against"] == "source" and found["notes"] == [
+        "2 rows with equal captions"]
+    assert set(found["measures"]["clip_out"]) >= {"backbone", "weights", "preprocessing", "range"}
+    made = tmp_path / "out/pictures"
+    sets = ask(at, "emu", tmp_path / "sets", clip=folder, metrics="clip_fid", results=made)
+    sets = sets["tables"]["all"]["sets"]["clip_fid"]
+    assert sets["n"] == 3 and sets["value"] > 0 and sets["against"] == "sources"
+    assert "clip_fid: " in (tmp_path / "sets/table.txt").read_text()
+    assert "--clip" in refused(ask, at, "emu", tmp_path / "no", metrics="clip_fid")
 
 
 def test_another_plan_is_refused(at, tmp_path):
@@ -719,6 +749,8 @@ BAD = {  # name -> benchmark, what happens to it, words of the line
     "mask of words": ("pie", lambda root: pie(root, ("1", 2)), "mask: not a list of whole numbers"),
     "mask beyond": ("pie", lambda root: pie(root, (512 * 512, 2)), "a run begins at 262144"),
     "picture": ("pie", unlink("annotation_images/*/*/*.jpg"), "no such file in"),
+    "path": ("pie", rewrite("mapping_file.json", lambda c: c["000000000000"].update(
+        image_path="../annotation_images/0_kind/1_artificial/000000000000.jpg")), "is no path below"),
     "type": ("pie", rewrite("mapping_file.json", lambda c: c["000000000000"].update(editing_type_id="12")),
              "editing_type_id: '12': is none of 0 to 9"),
     "multi-turn": ("imgedit", rewrite("basic_edit.json", lambda c: {"1": {
@@ -730,6 +762,8 @@ BAD = {  # name -> benchmark, what happens to it, words of the line
     "no csv": ("editbench", unlink("annotations_generated.csv"), "annotations_generated.csv: No such file"),
     "tasks": ("omniedit", lambda root: (root / "prompts.jsonl").write_text(
         (root / "prompts.jsonl").read_text().rpartition("\n")[0]), "p0.png: 6 edits, its form has one of"),
+    "climbs": ("omniedit", lambda root: (root / "prompts.jsonl").write_text(
+        '{"picture": "../pictures/p0.png", "task": "add", "instruction": "y"}'), "picture is no file's name"),
     "task": ("omniedit", lambda root: (root / "prompts.jsonl").write_text(
         '{"picture": "p0.png", "task": "x", "instruction": "y"}'), "task: 'x': is none of swap"),
     "no prompts": ("userbench", lambda root: [p.unlink() for p in root.glob("*/prompts.jsonl")],
