@@ -66,6 +66,7 @@ from readers.files import (
 MAGICBRUSH_TURNS, GEDIT_ROWS, IMGEDIT_ROWS = {1053: "test", 528: "dev"}, 1212, 737
 # of ByteEdit's Table 2 the CLIPScore is on the scale of clip_cosine; its BLIPScore may be either of the two
 TEXT_METRICS = ("clip_cosine", "clip_t", "blip_itc", "blip_itm", "image_reward", "pick_score", "hps_v2")
+RATIOS = ((1, 1), (2, 3), (3, 2), (3, 4), (4, 3), (9, 16), (16, 9))  # of OmniEdit-Bench, width : height
 PIE_ROWS, EDITBENCH_ROWS, OMNIEDIT_PICTURES, USERBENCH_ROWS = 700, 240, 62, 100
 
 
@@ -345,9 +346,6 @@ def omniedit(root: Path) -> Benchmark:
                      "omniedit", notes=[f"pictures by their nearest ratio: {shares}"],
                      aggregation="O = sqrt(min(SC) PQ) per row, then the mean; accuracy: share of rows with "
                      "SC = 10 (the paper's is people's, the share of SC = 1 in {0, .5, 1})")
-
-
-RATIOS = ((1, 1), (2, 3), (3, 2), (3, 4), (4, 3), (9, 16), (16, 9))  # of OmniEdit-Bench, width : height
 
 
 def gedit(root: Path, language: str) -> Benchmark:
@@ -704,7 +702,7 @@ def table_text(b: Benchmark, columns: list[str], tables: dict, left_out: dict, o
     if overall:
         text += ["", f"Overall: {overall['overall of types']:.2f} of the types, "
                      f"{overall['overall of items']:.2f} of the items"]
-    return "\n".join([*text, "", *(f"{name}: {why}" for name, why in left_out.items())]).rstrip()
+    return "\n".join([*text, "", b.aggregation, *(f"{name}: {why}" for name, why in left_out.items())])
 
 
 def imgedit_files(b: Benchmark, done: dict[str, dict], out: Path, folder: Path) -> dict | None:
@@ -729,8 +727,8 @@ def sheet(b: Benchmark, done: dict[str, dict], folder: Path, most: int) -> Image
     for r in [r for r in b.rows if r.tables and "missing" not in done[r.key]][:most]:
         row = [source_of(r, folder), result_picture(b, r, folder)]
         row += [] if r.target is None else [picture(r.target)]
-        row = [Image.fromarray(x) for x in row]
-        for im in row:
+        row = [None if x is None else Image.fromarray(x) for x in row]
+        for im in filter(None, row):
             im.thumbnail((256, 256), Image.Resampling.LANCZOS)
         pictures.append(row)
         rows.append(f"{r.key}: {r.instruction or r.prompt}")

@@ -219,6 +219,7 @@ def read_arrow(file: str):
         source.seek(0)
         reader = pa.ipc.open_file(source) if whole else pa.ipc.open_stream(source)
         for batch in (map(reader.get_batch, range(reader.num_record_batches)) if whole else reader):
+            batch.validate(full=True)  # offsets that lie would be read outside of the file
             batches, size = [*batches, batch], size + batch.nbytes
             if size > 4 * os.path.getsize(file) + CACHE_BYTES:  # compressed, which save_to_disk does not do
                 raise ValueError(f"becomes more than {size:,} bytes")
@@ -282,7 +283,10 @@ def table_rows(path: Path) -> tuple[str, Rows]:
     first = next(iter(splits.values()))[0]
     names = open_names(first)
     if {"input_caption", "output_caption"} <= set(names):
-        groups = open_table(emu_files(splits, True)[1], EMU)
+        split, files = emu_files(splits, True)
+        if split != "test":
+            common.print0(f"note: {printable(str(path))}: Emu Edit's test rows are its split {split}")
+        groups = open_table(files, EMU)
         rows = groups.light(lambda names: list(EMU[:3]))
         return "emu", ((place, {"image": (groups, n), "key": str(key), "task": task,
                                 "instruction": text or "", "letter": True})
