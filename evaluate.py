@@ -813,7 +813,10 @@ def score(b: benches.Benchmark, r: benches.Row, names: list[str], towers: measur
     if masked and r.mask is not None and given["source"] is not None:
         given["mask"] = benches.mask_of(b, r, *given["source"].shape[:2], border=True) > 0.5
     asked = [n for n in names if all(given[k] is not None for k in measures.MEASURES[n].needs)]
-    found = measures.measure(asked, towers, result=result, **given)
+    try:
+        found = measures.measure(asked, towers, result=result, **given)
+    except ValueError as e:  # a picture too small for one of them
+        raise SystemExit(f"error: --metrics: {r.key}: {e}") from None
     return dict.fromkeys(names, math.nan) | found | {"file": benches.digest(file)}
 
 

@@ -552,6 +552,12 @@ def test_holes_are_filled_and_nothing_else(at, tmp_path):
     assert "inf" in (tmp_path / "pie/table.txt").read_text()
 
 
+def test_pictures_too_small_for_a_measure(at, tmp_path):
+    put(imgedit(tmp_path / "data") / "animal/1.jpg", noise(1, 20, 5))
+    line = refused(ask, at, "imgedit", tmp_path / "out", data=tmp_path / "data", metrics="ssim_source")
+    assert "--metrics: 1082: ssim: pictures of 20x5 pixels" in line
+
+
 def test_region_is_shown_on_request(at, tmp_path):
     for name, region in (("a", False), ("b", True)):
         ask(at, "pie", tmp_path / name, region=region)
