@@ -52,12 +52,14 @@ class Prep:
     std: tuple[float, float, float] = CLIP_STD
     half_even: bool = True  # a crop's half pixel: torchvision rounds to even, transformers down
     antialias: bool = True  # PIL's filter grows with the reduction; F.interpolate's does so only if told
+    tensor: bool = False  # the published code resizes a tensor, so that nothing is rounded to 8 bits
 
 
 CLIP_PREP = Prep()  # OpenAI's and open_clip's CLIP, ImageReward
 PICKSCORE_PREP = Prep(half_even=False)  # transformers' CLIPImageProcessor
-HPS_PREP = Prep(fit="pad")  # HPSv2's fork of open_clip (ResizeMaxSize); the same as CLIP's on squares
-IP2P_PREP = Prep(fit="square", antialias=False)  # InstructPix2Pix's ClipSimilarity
+# HPSv2's fork of open_clip (ResizeMaxSize, after ToTensor); torchvision antialiases tensors since 0.17
+HPS_PREP = Prep(fit="pad", tensor=True)
+IP2P_PREP = Prep(fit="square", antialias=False, tensor=True)  # InstructPix2Pix's ClipSimilarity
 DINO_PREP = Prep(short=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)  # DINO's and DINOv2's evaluation
 
 
@@ -91,19 +93,16 @@ def prepare(image: Tensor, prep: Prep) -> Tensor:
 
 
 def prepare_pictures(pictures: list[Image.Image], prep: Prep) -> Tensor:
-    """PIL pictures of any modes and sizes -> [B, 3, S, S] float32 normalised, pixel for pixel as published.
-
-    A network that resizes tensors and not PIL pictures (IP2P_PREP) goes through `prepare`.
-    """
+    """PIL pictures of any modes, sizes -> [B, 3, S, S] float32 normalised, pixel for pixel as published."""
     S, out = prep.size, []
     for picture in pictures:
         rgb = picture.convert("RGB")
-        if prep.antialias:
+        if not prep.tensor:
             h, w, top, left = placed(prep, rgb.height, rgb.width)
             rgb = rgb.resize((w, h), Image.Resampling.BICUBIC)
             rgb = rgb.crop((left, top, left + S, top + S))  # black outside of the picture
         x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        out.append(prepare(x, Prep(S, S, mean=prep.mean, std=prep.std) if prep.antialias else prep))
+        out.append(prepare(x, prep if prep.tensor else Prep(S, S, mean=prep.mean, std=prep.std)))
     return torch.cat(out)
 
 

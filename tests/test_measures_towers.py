@@ -46,10 +46,10 @@ F64 = torch.float64
 
 
 def array(h, w, seed=0):
-    return np.asarray(picture(w, h, seed))
+    return np.array(picture(h, w, seed))
 
 
-ROW = dict(result=array(41, 63, 1), source=array(50, 50, 2), target=array(41, 63, 3), source_text=BEFORE,
+ROW = dict(result=array(41, 66, 1), source=array(50, 50, 2), target=array(41, 66, 3), source_text=BEFORE,
            target_text=AFTER)
 
 
@@ -120,7 +120,7 @@ def test_clip_measures_equal_transformers(clip):
         "clip_score": 100 * (image(hf_pixels(ROW["result"])) @ after).clamp(min=0)}
     assert got == pytest.approx({k: v.item() for k, v in expected.items()}, abs=2e-4)
     assert len({round(abs(v), 4) for k, v in got.items() if k in ("clip_i", "clip_i_source", "clip_t")}) == 3
-    # half a pixel apart: torchvision rounds (49 - 32) / 2 to even, transformers down
+    # half a pixel apart: torchvision rounds (51 - 32) / 2 to even, transformers down
     assert got["clip_score"] != pytest.approx(100 * max(got["clip_cosine"], 0), abs=1e-3)
 
 
@@ -130,6 +130,15 @@ def test_equal_captions_have_no_direction(clip):
     assert math.isnan(measure(["clip_dir"], towers, **row)["clip_dir"])
     row = {**ROW, "result": ROW["source"]}  # an edit that changed nothing is a bad one, not a missing one
     assert measure(["clip_dir"], towers, **row)["clip_dir"] == 0
+
+
+def test_embeddings_are_made_once(clip):
+    towers = open_towers(clip=clip[0])
+    calls = []
+    towers.clip.vision.register_forward_hook(lambda *args: calls.append("picture"))
+    towers.clip.text_tower.register_forward_hook(lambda *args: calls.append("text"))
+    measure(["clip_i", "clip_i_source", "clip_t", "clip_out", "clip_dir"], towers, **ROW)
+    assert sorted(calls) == 3 * ["picture"] + 2 * ["text"]
 
 
 def test_scales_of_clip_score(clip):
@@ -151,7 +160,7 @@ def test_scales_of_clip_score(clip):
 
 def test_edited_part(clip):
     folder, image, text, _ = clip
-    mask = np.zeros((41, 63), bool)
+    mask = np.zeros((41, 66), bool)
     mask[10:30, 5:50] = True
     towers = open_towers(clip_large=folder)
     got = measure(["clip_edited"], towers, **{**ROW, "mask": mask})["clip_edited"]
@@ -209,13 +218,24 @@ def old_names(weights):
     return {**out, "pooler.dense.weight": torch.ones(128, 128), "pooler.dense.bias": torch.ones(128)}
 
 
-@pytest.mark.parametrize("layout", ["hub", "old", "new"])
-def test_dino_measures_equal_transformers(layout, tmp_path):
-    """[CLS] cosines and distance of key matrices from the names of the hub and of transformers."""
+def test_dino_under_three_kinds_of_names(tmp_path):
+    """The hub's, those of the published folders of transformers, and those of its version 5."""
     peer, names = dino_peer("v1")
-    weights = {"hub": published_dino(peer, names), "old": old_names(peer.state_dict()),
-               "new": peer.state_dict()}[layout]
-    path = save(tmp_path, weights)
+    hub = published_dino(peer, names)
+    for weights in (hub, old_names(peer.state_dict()), peer.state_dict()):
+        net = open_towers(dino=save(tmp_path, weights)).dino
+        assert net.state_dict().keys() == hub.keys()
+        assert all(torch.equal(v, hub[k].float()) for k, v in net.state_dict().items())
+    broken = old_names(peer.state_dict())
+    del broken["encoder.layer.1.attention.attention.key.bias"]
+    with pytest.raises(SystemExit, match="^error: --dino: .*missing .blocks.1.attn.qkv.bias"):
+        open_towers(dino=save(tmp_path, broken))
+
+
+def test_dino_measures_equal_transformers(tmp_path):
+    """[CLS] cosines and distance of key matrices."""
+    peer, names = dino_peer("v1")
+    path = save(tmp_path, published_dino(peer, names))
     towers = open_towers(dino=path, dino_keys=path)
     towers.dino.offset = towers.dino_keys.offset = 0.0  # transformers resizes positions to the exact size
     got = measure(["dino", "dino_source", "structure"], towers, **ROW)
@@ -233,7 +253,7 @@ def test_dino_measures_equal_transformers(layout, tmp_path):
     assert got["dino_source"] == pytest.approx(F.cosine_similarity(result, source, dim=0).item(), abs=1e-5)
 
     keys.clear()
-    moved = np.asarray(Image.fromarray(ROW["result"]).resize((50, 50), Image.Resampling.BICUBIC))
+    moved = np.array(Image.fromarray(ROW["result"]).resize((50, 50), Image.Resampling.BICUBIC))
     for x in (moved, ROW["source"]):
         x = torch.from_numpy(x).permute(2, 0, 1)[None].double()
         x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
@@ -306,7 +326,7 @@ def published_lpips(tmp_path, kind, seed=0):
     return f"{tmp_path}/{kind}net.pth,{tmp_path}/{kind}.pth", {**backbone, **heads}
 
 
-@pytest.mark.parametrize("kind", ["alex", "vgg", "squeeze"])
+@pytest.mark.parametrize("kind", ["alex", pytest.param("vgg", marks=pytest.mark.slow), "squeeze"])
 def test_lpips_equals_plain_code(kind, tmp_path):
     spec, w = published_lpips(tmp_path, kind)
     towers = open_towers(lpips=spec)
@@ -452,6 +472,7 @@ def test_features_of_fid(tmp_path):
         assert "299x299" in describe([name], towers)[name]["preprocessing"]
 
 
+@torch.no_grad()
 def test_pools_of_fid():
     """Means leave the padding out; a layer's batch norm uses the file's statistics."""
     x = torch.ones(1, 1, 4, 4)
@@ -549,7 +570,7 @@ def test_hps_from_its_own_file(tmp_path):
     towers = open_towers(hps=f"{tmp_path}/HPS_v2.1_compressed.pt,{words}")
     got = measure(["hps_v2"], towers, **ROW)["hps_v2"]
     x = torch.from_numpy(ROW["result"]).permute(2, 0, 1)[None].float() / 255
-    x = F.interpolate(x, (round(41 * 32 / 63), 32), mode="bicubic", antialias=True)
+    x = F.interpolate(x, (round(41 * 32 / 66), 32), mode="bicubic", antialias=True)
     top = (32 - x.shape[2]) // 2
     x = F.pad(x, (0, 0, top, 32 - x.shape[2] - top))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
@@ -602,5 +623,6 @@ def test_errors_of_files(clip, tmp_path):
             with pytest.raises(SystemExit) as e:
                 open_towers(**{flag: f"{tmp_path}/{name},{tmp_path}"})
             line = str(e.value)
-            assert line.startswith(f"error: --{flag}: ") and "\n" not in line and ": give" in line, line
+            assert line.startswith(f"error: --{flag}: ") and "\n" not in line, line
+            assert str(tmp_path) in line and ("give" in line or "download" in line), line
     assert open_towers() == Towers()

@@ -593,6 +593,10 @@ def test_padding_and_squares():
     mean, std = (y.new_tensor(v)[:, None, None] for v in (towers.CLIP_MEAN, towers.CLIP_STD))
     expected = (expected - mean) / std
     assert (towers.prepare(y, towers.IP2P_PREP) - expected).abs().max() < TOLERANCE
+    p = picture(300, 500)  # both of these resize tensors: nothing is rounded to 8 bits
+    for prep in (towers.IP2P_PREP, towers.HPS_PREP):
+        exact = towers.prepare(as_tensor(p), prep)
+        assert (towers.prepare_pictures([p], prep) - exact).abs().max() < 1e-3  # 8 bits: 1.5e-2
     other = towers.prepare(y, replace(towers.IP2P_PREP, antialias=True))
     assert (other - expected).abs().max() > 0.1
     modes = [Image.new("L", (30, 20), 7), Image.new("RGBA", (9, 99))]
@@ -744,6 +748,15 @@ def test_bad_files(tmp_path, capsys):
         assert line.startswith("error: ") and name in line and "\n" not in line and "give" in line, line
         assert "weights_only" not in line and "option" not in line  # torch's advice is to execute the file
     assert "executed" not in capsys.readouterr().out
+
+
+def test_torchscript_is_a_program(tmp_path, recwarn):
+    """As OpenAI publishes CLIP, and NVIDIA FID's Inception: not run, and said so."""
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(tmp_path / "ViT-B-32.pt"))
+    recwarn.clear()
+    with pytest.raises(SystemExit, match="error: .*ViT-B-32.pt: cannot be read .a TorchScript program"):
+        files.read_weights(str(tmp_path / "ViT-B-32.pt"))
+    assert not recwarn
 
 
 def test_half_precision_files_and_folders(tmp_path, clip_words):
