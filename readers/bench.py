@@ -180,14 +180,16 @@ def magicbrush(root: Path, captions: str) -> Benchmark:
     session from our own results, their multi-turn. Always against the true target."""
     file, rows = root / "edit_sessions.json", []
     content = read_json(file, "MagicBrush's edit_sessions.json")
-    said = read_json(root / f"{captions}_descriptions.json", f"MagicBrush's {captions}_descriptions.json")
+    names = (root / f"{captions}_description{s}.json" for s in ("s", ""))  # its scorer's default lacks the s
+    listed = next((path for path in names if path.is_file()), root / f"{captions}_descriptions.json")
+    said = read_json(listed, f"MagicBrush's {captions}_descriptions.json")
     for key, session in content.items():
         place = f"{file}: {key}"
         try:
             folder, edits = session_of(session)
         except ValueError as e:
             raise ValueError(f"{place}: {e}: download it again") from None
-        texts = said.get(key, said.get(folder))
+        texts = said.get(folder, said.get(key))  # the scorer looks captions up by the folder
         texts = texts if isinstance(texts, dict) else {}
         for n, e in enumerate(edits, 1):
             names = [e.get(what) for what in ("input", "output", "mask")]
@@ -197,8 +199,7 @@ def magicbrush(root: Path, captions: str) -> Benchmark:
             source, target, mask = (there(root / "images", f"{folder}/{x}", place) for x in names)
             text = texts.get(names[1])
             if not isinstance(text, str):
-                raise ValueError(f"{place}: {captions}_descriptions.json has no {names[1]}: download it "
-                                 "again")
+                raise ValueError(f"{place}: {listed.name} has no {names[1]}: download it again")
             one = dict(instruction=to_the_letter(e["instruction"]), prompt=text, target_text=text,
                        source_text=texts.get(names[0]), target=target, mask=mask)
             last = ("final_turn",) if n == len(edits) else ()

@@ -78,7 +78,7 @@ def magicbrush(root, turns=(1, 3, 2)):
             session.append({"input": f"{folder}-{before}.png", "mask": f"{folder}-mask{n}.png",
                             "output": f"{folder}-output{n}.png", "instruction": f"make it red {n} "})
             said[f"{folder}-output{n}.png"] = f"a red picture {n}"
-        sessions[key], local[key] = session, said
+        sessions[key], local[folder] = session, said
     (root / "edit_sessions.json").write_text(json.dumps(sessions))
     for name in ("local", "global"):
         (root / f"{name}_descriptions.json").write_text(json.dumps(local))
@@ -780,7 +780,7 @@ BAD = {  # name -> benchmark, what happens to it, words of the line
     "no sessions": ("magicbrush", unlink("edit_sessions.json"), "edit_sessions.json: No such file"),
     "no descriptions": ("magicbrush", unlink("local*"), "local_descriptions.json: No such file"),
     "no target": ("magicbrush", unlink("images/101/101-output2.png"), "101/101-output2.png: no such file in"),
-    "no caption": ("magicbrush", rewrite("local_descriptions.json", lambda c: c["key1"].clear()),
+    "no caption": ("magicbrush", rewrite("local_descriptions.json", lambda c: c["101"].clear()),
                    "local_descriptions.json has no 101-output1.png"),
     "train split": ("magicbrush", rewrite("edit_sessions.json", lambda c: c["key0"][0].update(mask=None)),
                     "turn 1: input, output, mask or instruction is missing"),
