@@ -244,22 +244,25 @@ def emu(root: Path, partial: bool) -> Benchmark:
 
 def pie(root: Path) -> Benchmark:
     root = root if (root / "mapping_file.json").is_file() else root / "data"
-    file, rows = root / "mapping_file.json", []
+    file, rows, cut = root / "mapping_file.json", [], 0
     for key, entry in read_json(file, "PIE-Bench's mapping_file.json").items():
         place = f"{file}: {key}"
         try:
             entry = pie_entry(entry)
             source = there(root / "annotation_images", entry["image_path"], place)
-            pie_mask(entry.get("mask"), *image_size(source))
+            h, w = image_size(source)
+            pie_mask(entry.get("mask"), h, w)
         except ValueError as e:
             raise ValueError(f"{place}: {e}: download it again") from None
+        cut += any(start + n > h * w for start, n in zip(entry["mask"][::2], entry["mask"][1::2]))
         before, after = (re.sub(r"[\[\]]", "", entry[k]) for k in ("original_prompt", "editing_prompt"))
         rows.append(Row("annotation_images/" + os.path.splitext(entry["image_path"])[0], source,
                         to_the_letter(entry["editing_instruction"]), after, before, after, mask=entry["mask"],
                         group=entry["type"]))
+    notes = [f"{cut:,} masks go past the end of their picture, and are cut there"] * bool(cut)
     return Benchmark("pie", "all", rows, PIE_ROWS,
                      ("structure", "psnr_unedited", "lpips_unedited", "l2_unedited", "ssim_unedited",
-                      "clip_score", "clip_edited"), suffix=".jpg",
+                      "clip_score", "clip_edited"), suffix=".jpg", notes=notes,
                      aggregation="mean over pictures; a picture without an unedited part has no score "
                      "there; results are PNG files under the .jpg names that its scorer wants")
 

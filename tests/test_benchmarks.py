@@ -253,8 +253,8 @@ def test_pie_masks():
     assert ["".join(str(int(v)) for v in row) for row in whole] == [
         "111111", "100001", "111101", "101001", "100001", "111111"]
     assert benchmarks.pie_mask([51250, 10], border=True).sum() == 2054
-    assert benchmarks.pie_mask([512 * 512 - 3, 10]).sum() == 3  # cut
-    for code in ([1, 2, 3], [-1, 2], [1.0, 2], "1 2", None, [512 * 512, 1], [True, 2]):
+    assert benchmarks.pie_mask([512 * 512 - 3, 10, 512 * 512, 5]).sum() == 3  # cut
+    for code in ([1, 2, 3], [-1, 2], [1.0, 2], "1 2", None, [True, 2]):
         with pytest.raises(ValueError, match="^mask: "):
             benchmarks.pie_mask(code)
 
@@ -416,6 +416,7 @@ def test_pie_rows(at):
     assert (r.source_text, r.target_text) == ("a round cake", "a square cake")
     assert r.instruction == "make it square " and [x.group for x in b.rows] == ["random", "delete object",
                                                                                 "change style"]
+    assert b.notes == ["3 masks go past the end of their picture, and are cut there"]
     inner, whole = (bench.mask_of(b, r, 16, 24, border=x) for x in (False, True))
     assert inner.sum() == 4 + 6 + 4 and whole[0].all() and whole[:, -1].all() and inner[0].sum() == 0
 
@@ -803,7 +804,6 @@ BAD = {  # name -> benchmark, what happens to it, words of the line
         (pie(root / "p") / "mapping_file.json").read_text()), "id, prompt or edit_type is missing"),
     "odd mask": ("pie", lambda root: pie(root, (1, 2, 3)), "mask: 3 numbers: a start without its length"),
     "mask of words": ("pie", lambda root: pie(root, ("1", 2)), "mask: not a list of whole numbers"),
-    "mask beyond": ("pie", lambda root: pie(root, (512 * 512, 2)), "a run begins at 262144"),
     "picture": ("pie", unlink("annotation_images/*/*/*.jpg"), "no such file in"),
     "path": ("pie", rewrite("mapping_file.json", lambda c: c["000000000000"].update(
         image_path="../annotation_images/0_kind/1_artificial/000000000000.jpg")), "is no path below"),
