@@ -36,6 +36,7 @@ from readers.benchmarks import (
     EMU_ROWS,
     GEDIT,
     emu_files,
+    emu_keys,
     is_name,
     jsonl_rows,
     open_table,
@@ -49,6 +50,7 @@ from readers.benchmarks import (
 from readers.edits import TASK_NAMES, TASKS
 from readers.files import (
     BadFile,
+    bad_name,
     hashed,
     image_size,
     inside,
@@ -222,13 +224,16 @@ def emu(root: Path, partial: bool) -> Benchmark:
     """Compared with the source, as UltraEdit and its followers do: there is no true result."""
     split, files = emu_files(table_files(root), partial)
     groups, rows = open_table(files, EMU), []
-    for n, (place, cells) in enumerate(groups.light(lambda names: list(EMU[:-1]))):
-        idx, task, *texts = cells
-        if not isinstance(idx, int | str) or not is_name(str(idx)) or not all(
-                isinstance(x, str) for x in texts) or not texts[0].strip():
-            raise ValueError(f"{place}: idx, instruction or a caption is missing: download it again")
-        rows.append(Row(str(idx), (groups, n), to_the_letter(texts[0]), source_text=texts[1],
-                        target_text=texts[2], group=str(task)))
+    listed = list(groups.light(lambda names: list(EMU[:-1])))
+    keys = emu_keys([cells[0] for _, cells in listed])
+    for n, (place, (_, task, *texts)) in enumerate(listed):
+        if not isinstance(texts[0], str) or not texts[0].strip():
+            raise ValueError(f"{place}: its instruction is missing: download it again")
+        before, after = (x if isinstance(x, str) and x.strip() else None for x in texts[1:])
+        rows.append(Row(keys[n], (groups, n), to_the_letter(texts[0]), source_text=before, target_text=after,
+                        group=str(task)))
+    if not rows:
+        raise ValueError(f"{root}: no rows: download it again")
     equal = sum(r.source_text == r.target_text for r in rows)
     bench = Benchmark("emu", f"split {split}", rows, EMU_ROWS,
                       ("clip_dir", "clip_i_source", "clip_out", "l1_source", "dino_source"),
@@ -237,6 +242,8 @@ def emu(root: Path, partial: bool) -> Benchmark:
     if split != "test":
         bench.notes.append(f"its test rows are in the split called {split}: the set of generations has the "
                            "names swapped")
+    if keys[0] != str(listed[0][1][0]):
+        bench.notes.append("idx is not one name each: results are named by their rows, 00000 and so on")
     if equal:
         bench.notes.append(f"{equal:,} rows with equal captions")
     return bench
@@ -284,7 +291,7 @@ def editbench(root: Path, column: str) -> Benchmark:
             raise ValueError(f"{file}: no column aos or {column}: give EditBench's, or another --column")
         for n, line in enumerate(table, 2):
             name, text = line["aos"], line[column]
-            if not is_name(name) or not text:
+            if not name or not text or bad_name(name) or "/" in name or name.startswith("."):
                 raise ValueError(f"{file}: line {n}: no aos or {column}: download it again")
             source, mask = (there(root / f"{what}_{kind}", f"{name}.png", f"{file}: line {n}")
                             for what in ("references", "masks"))

@@ -277,6 +277,13 @@ def emu_files(splits: dict[str, list[Path]], partial: bool) -> tuple[str, list[P
     return found[0], splits[found[0]]
 
 
+def emu_keys(idx: list) -> list[str]:
+    """Names of results: the column idx, or the row's number where that names some twice."""
+    keys = [str(x) for x in idx]
+    unlike = len(set(keys)) == len(keys) and all(map(is_name, keys))
+    return keys if unlike else [f"{n:05d}" for n in range(len(keys))]
+
+
 def table_rows(path: Path) -> tuple[str, Rows]:
     """-> layout and rows of GEdit-Bench's or Emu Edit's table; pictures are read when needed."""
     splits = table_files(path)
@@ -287,10 +294,11 @@ def table_rows(path: Path) -> tuple[str, Rows]:
         if split != "test":
             common.print0(f"note: {printable(str(path))}: Emu Edit's test rows are its split {split}")
         groups = open_table(files, EMU)
-        rows = groups.light(lambda names: list(EMU[:3]))
-        return "emu", ((place, {"image": (groups, n), "key": str(key), "task": task,
-                                "instruction": text or "", "letter": True})
-                       for n, (place, (key, task, text)) in enumerate(rows))
+        rows = list(groups.light(lambda names: list(EMU[:3])))
+        keys = emu_keys([cells[0] for _, cells in rows])
+        return "emu", [(place, {"image": (groups, n), "key": keys[n], "task": task, "letter": True,
+                                "instruction": text or ""})
+                       for n, (place, (_, task, text)) in enumerate(rows)]
     groups = open_table([f for files in splits.values() for f in files], GEDIT)
     rows = groups.light(lambda names: list(GEDIT[:-1]))
     return "gedit", ((place, {"image": (groups, n), "task": task, "key": key, "lang": lang,

@@ -399,6 +399,16 @@ def test_emu_by_count(tmp_path):
     assert "no split of 3,589 rows" in line and "test 2,022" in line
 
 
+def test_emu_names_that_come_twice(tmp_path):
+    file = emu(tmp_path) / "data/test-00000-of-00001.parquet"
+    table = pq.read_table(file).set_column(4, "idx", pa.array([7, 7, 8]))
+    pq.write_table(table, file)
+    b = bench.open_bench("emu", str(tmp_path), partial=True)
+    assert [r.key for r in b.rows] == ["00000", "00001", "00002"] and "named by their rows" in b.notes[0]
+    _, rows = benchmarks.table_rows(tmp_path)
+    assert [row["key"] for _, row in rows] == ["00000", "00001", "00002"]
+
+
 @pytest.mark.parametrize("invert", [False, True])
 def test_editbench_masks_by_their_areas(tmp_path, invert):
     b = bench.open_bench("editbench", str(editbench(tmp_path, invert)), True, column="prompt_mask-rich")
