@@ -1,10 +1,11 @@
-"""The scenes judge.
+"""The judge of scenes, and public benchmarks of edits.
 
     python evaluate.py parser  --out assets/parser --train_steps 6000          # the judge's parser
     python evaluate.py scenes  --ckpt assets/base,out/pefl --n 500       # tables, results.json, contact sheet
     python evaluate.py edits   --ckpt out/editnet,out/concat --n 300     # the same, of instruction editors
     python evaluate.py t2i     --ckpt assets/base --guidance 3           # the same, of text to image
     python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad, of either
+    python evaluate.py bench   --name magicbrush --data MagicBrush/test --ckpt out/editnet --clip CLIP_B32
 
 A scene's description is known, so the judge needs no human: a parser network (scenes/judge.py) reads
 attributes back from the picture, and the exact picture that belongs there is drawn again. `scenes` has the
@@ -14,12 +15,18 @@ instructions depend on the scene, noise on (seed, scene): equal for every checkp
 are paired. Intervals are 95% bootstraps over scenes. Every picture is judged as 8 bits per channel, a filled
 hole with the known pixels pasted back.
 
+`bench` samples a published benchmark with an editor, or takes a tree of results (--results), scores every row
+and prints the table (readers/bench.py, measures.py). Its rows are shared out over torchrun's ranks; the same
+command goes on after any kind of stop.
+
     1. Statistics     2. Config     3. Results: pictures of an editor     4. The tasks
+    5. bench     6. The commands
 """
 
 import json
 import math
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,12 +43,15 @@ import checkpoint
 import common
 import flow
 import log
+import measures
+import model
 import pipeline
-from data import shapes
-from log import open_out, provenance, write_json
+from data import bucket, shapes
+from log import bootstrap, open_out, provenance, table, write_json
 from measures import frechet
 from pipeline import Pipe
-from readers.files import read_image
+from readers import bench as benches
+from readers.files import BadFile, printable, read_image
 from scenes import dataset
 from scenes.dataset import EditScenes
 from scenes.draw import LEVELS
@@ -80,21 +90,6 @@ from scenes.judge_holes import (
 ####################################################################################################
 # 1. Statistics
 ####################################################################################################
-
-
-def bootstrap(*groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
-    """Mean and 95% percentile interval of values [N] over resampled scenes (not-a-number: not asked of this
-    scene) -> {"mean", "low", "high", "n"}. Of several groups: the mean of their means, each resampled on its
-    own, whatever their sizes (a group without values does not count)."""
-    groups = [np.asarray(g, np.float64) for g in groups]
-    groups = [g for g in (g[~np.isnan(g)] for g in groups) if len(g)]
-    if not groups:
-        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
-    rng = np.random.default_rng(seed)
-    means = np.mean([g[rng.integers(0, len(g), (draws, len(g)))].mean(1) for g in groups], 0)
-    low, high = np.percentile(means, (2.5, 97.5))
-    mean = float(np.mean([g.mean() for g in groups]))
-    return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, groups))}
 
 
 def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 0) -> dict:
@@ -388,12 +383,6 @@ def cell(name: str, v: dict) -> str:
     return f"{v['mean']:.4f} [{v['low']:.4f}, {v['high']:.4f}]"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join([r[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(r[1:], widths[1:]))])
-                     for r in [head, *rows])
-
-
 def sheet(results: list[Result], cases: AnyCases, rows: int) -> Image.Image:
     """source | what the mask leaves | each result, pasted | truth, for the first scenes of every case."""
     pictures, names, holes = [], [], results[0].kind == "scenes"
@@ -665,7 +654,7 @@ def check(cfg: Config) -> None:
         "n", "offset", "guidance", "image_guidance", "image_size", "rows", "lr", "tie"))
 
 
-def main(cfg: Config) -> None:
+def judge_scenes(cfg: Config) -> None:
     check(cfg)
     if common.ranks()[1] > 1:
         raise SystemExit("error: torchrun: several processes would judge the same: start one, without it")
@@ -682,5 +671,269 @@ def main(cfg: Config) -> None:
                          ) from None
 
 
+####################################################################################################
+# 5. bench
+####################################################################################################
+
+
+@dataclass
+class Bench:
+    """A benchmark of edits as it is published, to its table."""
+
+    name: Literal["magicbrush", "emu", "pie", "editbench", "omniedit", "gedit", "imgedit", "userbench"]
+    data: str  # its folder as published (readers/benchmarks.py has the layouts)
+    ckpt: str = ""  # editor that makes the results, into OUT/pictures, in the tree that its scorer reads
+    results: str = ""  # or such a tree of any system's results
+    out: str = "out/bench"  # folder for rows.*.jsonl, results.json, table.txt, sheet.png
+    partial: bool = False  # a set with fewer rows than published, too; the table says so
+    captions: Literal["local", "global"] = "local"  # magicbrush: descriptions, for clip_t
+    column: Literal["prompt_full", "prompt_mask-simple", "prompt_mask-rich"] = "prompt_full"  # editbench
+    language: Literal["", "en", "cn"] = ""  # gedit: one of its two
+    pictures: str = ""  # imgedit: the folder of its pictures, if not beside the file
+    metrics: str = ""  # names of measures.py, with commas; default those of the benchmark's tables
+    clip: str | None = None  # CLIP ViT-B/32: a folder of transformers', or WEIGHTS,TOKENIZER
+    clip_large: str | None = None  # CLIP ViT-L/14, the same
+    dino: str | None = None  # dino_vits16
+    dino_keys: str | None = None  # dino_vitb8, for structure
+    lpips: str | None = None  # BACKBONE,HEADS
+    blip: str | None = None  # BLIP for retrieval: a folder of transformers', or WEIGHTS,vocab.txt
+    image_reward: str | None = None  # ImageReward.pt,vocab.txt
+    pick_score: str | None = None  # PickScore_v1
+    hps: str | None = None  # HPS_v2.1_compressed.pt,TOKENIZER
+    inception: str | None = None  # of pytorch-fid, for fid and kid
+    judge: str = ""  # omniedit, gedit, imgedit: a served model, http://HOST/v1
+    judge_model: str = ""  # its name; its key is read from the variable JUDGE_API_KEY
+    budget: int | None = None  # requests to it, of each rank, retries counted; None: no end
+    region: bool = False  # show an instruction editor the mask; most tables do not
+    steps: int = 20  # of the sampler
+    guidance: float = 3.0  # of the text; 1 = off
+    image_guidance: float = 1.5  # of the source picture; 1 = off
+    solver: Literal["euler", "heun", "dpm"] = "euler"
+    image_size: int = 0  # side of the square of equal area that is worked at; 0: what it was trained at
+    seed: int = 0  # noise of a row = f(seed, its place in the benchmark)
+    sd3: str | None = None  # SD3's VAE and text encoders, where they are not what --ckpt came with
+    tokenizers: str | None = None
+    rows: int = 8  # of the contact sheet
+    batch_size: int = 16  # rows sampled together
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
+    device: str = "auto"  # auto, cpu, cuda
+
+
+TOWERS = ("clip", "clip_large", "dino", "dino_keys", "lpips", "blip", "image_reward", "pick_score", "hps",
+          "inception")
+# what does not change a number, or is told by the weights' sums
+UNTOLD = ("out", "data", "pictures", "device", "batch_size", "budget", "rows", "sd3", "tokenizers", *TOWERS)
+
+
+def bench(cfg: Bench) -> None:
+    # 1) rows, measures, judge, editor: all opened before the first row, an error costs no time
+    started = time.time()
+    common.check_bounds(cfg, at_least_1=("steps", "batch_size"),
+                        not_negative=("guidance", "image_guidance", "image_size", "rows", "budget"))
+    if bool(cfg.ckpt) == bool(cfg.results):
+        raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: give either an editor or a tree of --results")
+    if cfg.results and not Path(cfg.results).is_dir():
+        raise SystemExit(f"error: --results: {cfg.results}: no such folder: correct the path")
+    b = benches.open_bench(cfg.name, cfg.data, cfg.partial, cfg.captions, cfg.column, cfg.language,
+                           cfg.pictures)
+    dist = common.setup(cfg.device)
+    for s in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(s, signal.SIG_DFL)  # what is on disk is all the state there is
+    cfg = replace(cfg, precision=common.PRECISION[common.use_bf16(cfg.precision, dist)])
+    towers = measures.open_towers(**{name: getattr(cfg, name) for name in TOWERS}, device=dist.device)
+    names, left_out = choose_measures(b, cfg, towers)
+    singles = [name for name in names if name not in measures.SETS]
+    pipe = open_for(b, cfg, dist.device) if cfg.ckpt else None
+    about = {"measures": measures.describe(names, towers), "step": pipe and pipe.manifest.get("step")}
+    told = common.portable({k: v for k, v in asdict(cfg).items() if k not in UNTOLD})
+    benches.keep_plan(open_out(cfg.out), b, told | about, dist)
+    client = benches.open_client(b, cfg.judge, cfg.judge_model, cfg.budget, cfg.out, dist.rank)
+    folder = Path(cfg.results or f"{cfg.out}/pictures")
+
+    # 2) the rows of this rank that are not finished: results, measures, judge, a few at a time
+    done = benches.read_lines(cfg.out)
+    mine = [r for chain in benches.chains(b.rows)[dist.rank::dist.world] for r in chain
+            if (not benches.finished(done.get(r.key)) or
+                done[r.key]["file"] != benches.digest(benches.result_of(folder, r.key)) if r.tables else
+                pipe and not benches.result_of(folder, r.key))]
+    bar = log.progress(len(mine), desc=b.name, dist=dist)
+    with benches.Lines(cfg.out, dist.rank) as lines:
+        for part in benches.parts(mine, 4 * cfg.batch_size):
+            if pipe:
+                make_results(pipe, cfg, b, part, folder, dist.rank)
+            found = {r.key: score(b, r, singles, towers, folder) for r in part if r.tables}
+            stopped = client and benches.judge_rows(client, b, part, found, folder)
+            for key, line in found.items():
+                if not stopped or benches.finished(line):
+                    lines.add({"key": key, **line})
+            if stopped:
+                raise SystemExit(f"error: --judge: {client.url}: {stopped}: the same command goes on where "
+                                 "it ended")
+            bar.update(len(part))
+    bar.close()
+
+    # 3) the table, by the rank that ends last
+    done = benches.read_lines(cfg.out)
+    if waiting := sum(bool(r.tables) and r.key not in done for r in b.rows):
+        print(f"rank {dist.rank}: done; {waiting:,} rows are still with others", flush=True)
+    else:
+        write_tables(cfg, b, names, left_out, done, about, towers, folder, started)
+    common.cleanup()
+
+
+def choose_measures(b: benches.Benchmark, cfg: Bench, towers: measures.Towers) -> tuple[list[str], dict]:
+    """-> names, {name: why it is left out}. Those of --metrics must be possible; of the benchmark's own those
+    are taken whose networks are there."""
+    asked, names, left_out = [x.strip() for x in cfg.metrics.split(",") if x.strip()], [], {}
+    for name in asked or b.metrics:
+        try:
+            names += measures.check_names([name], towers)
+        except ValueError as e:
+            if asked:
+                raise SystemExit(f"error: {'' if str(e).startswith('--') else '--metrics: '}{e}") from None
+            flag = measures.MEASURES[name].tower
+            left_out[name] = f"no --{flag}" if getattr(towers, flag) is None else f"--{flag} has no tokenizer"
+    if b.judge and not cfg.judge:
+        left_out |= dict.fromkeys(benches.JUDGED[b.judge], "no --judge")
+    return list(dict.fromkeys(names)), left_out
+
+
+def open_for(b: benches.Benchmark, cfg: Bench, device: torch.device) -> Pipe:
+    """The editor, if it can do what the benchmark asks: follow instructions, or fill holes."""
+    needs = ["follow"] * all(r.instruction for r in b.rows)
+    needs += ["fill"] * all(r.mask is not None and r.prompt is not None for r in b.rows)
+    pipe = pipeline.open_editor(cfg.ckpt, device, tuple(needs), sd3=cfg.sd3, tokenizers=cfg.tokenizers)
+    size, token = cfg.image_size or pipe.size, pipe.net.cfg.patch * pipe.space.stride
+    if not size or size % token:
+        raise SystemExit(f"error: --image_size: {size or 'missing'}: must be a multiple of {token}, the "
+                         "model's patch in pixels")
+    if cfg.precision == "bf16":
+        model.half_linears(pipe.net)
+    pipe.net.to(device).eval().requires_grad_(False)
+    return pipe
+
+
+def make_results(pipe: Pipe, cfg: Bench, b: benches.Benchmark, rows: list[benches.Row], folder: Path,
+                 rank: int) -> None:
+    """Samples what has no result yet into the tree of results, each at its source's size.
+
+    An instruction editor sees the whole picture, and its mask with --region; nothing is pasted. One that
+    fills holes is given the mask, and what is outside it comes back as it was."""
+    token, size, jobs = pipe.net.cfg.patch * pipe.space.stride, cfg.image_size or pipe.size, {}
+    aspects = bool(pipe.manifest.get("config", {}).get("aspects"))
+    for r in rows:
+        if benches.result_of(folder, r.key):
+            continue
+        source = benches.source_of(r, folder)
+        h, w = source.shape[:2]
+        mask = np.ones((h, w), np.float32)
+        if r.mask is not None and (cfg.region or not pipe.follows):
+            mask = benches.mask_of(b, r, h, w)
+        H, W = bucket(h, w, size, token, aspects)
+        if pipe.follows and aspects:  # as sample.py: rather a shape between two buckets than a margin
+            H, W = shapes(size, token, (min(max(h / w, 1 / 4), 4),))[0]
+        if max(H, W) > pipe.net.cfg.pos_max * token:
+            raise SystemExit(f"error: --image_size: {size}: {r.key} needs {W}x{H}, the model takes at most "
+                             f"{pipe.net.cfg.pos_max * token} a side: give a smaller one")
+        fit = pipeline.to_work(source, mask, H, W, hide=not pipe.follows)
+        jobs.setdefault((H, W), []).append((r, source, mask[..., None], *fit))
+    for (H, W), found in jobs.items():
+        for at in range(0, len(found), cfg.batch_size):
+            part, sources, masks, boxes, mask_in, image_in = zip(*found[at:at + cfg.batch_size])
+            gens = common.generators(cfg.seed, 0, [r.place for r in part])
+            noise = common.randn(gens, (pipe.space.channels, H // pipe.space.stride, W // pipe.space.stride))
+            said = [r.instruction if pipe.follows else r.prompt for r in part]
+            x0 = pipeline.sample(pipe.net, pipe.space, said, torch.stack(mask_in), torch.stack(image_in),
+                                 noise, flow.timesteps(cfg.steps, pipe.shift), cfg.guidance,
+                                 cfg.image_guidance, cfg.solver, bf16=cfg.precision == "bf16").float().cpu()
+            if not x0.isfinite().all():
+                raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --precision fp32")
+            for r, source, mask, box, x in zip(part, sources, masks, boxes, x0):
+                x = pipeline.from_work(x, box, *source.shape[:2])
+                x = x if pipe.follows else mask * x + (1 - mask) * source
+                if r.copy:
+                    copy = benches.picture(r.source, alpha=True)
+                    benches.put_picture(folder / r.copy, copy, cfg.out, rank)
+                file = folder / f"{r.key}{b.suffix}"
+                benches.put_picture(file, (x + 0.5).astype(np.uint8), cfg.out, rank)
+
+
+def score(b: benches.Benchmark, r: benches.Row, names: list[str], towers: measures.Towers,
+          folder: Path) -> dict:
+    """Measures of a row by name, not-a-number where a row has not what one needs; {"missing": why} without a
+    usable result."""
+    file = benches.result_of(folder, r.key)
+    if not file:
+        return {"missing": "no file"}
+    try:
+        result = benches.result_picture(b, r, folder)
+    except BadFile as e:
+        return {"missing": "not a readable picture", "why": printable(str(e))[:200]}
+    given = {"source": benches.source_of(r, folder), "target": r.target and benches.picture(r.target),
+             "source_text": r.source_text, "target_text": r.target_text, "mask": None}
+    masked = any("mask" in measures.MEASURES[name].needs for name in names)
+    if masked and r.mask is not None and given["source"] is not None:
+        given["mask"] = benches.mask_of(b, r, *given["source"].shape[:2], border=True) > 0.5
+    asked = [n for n in names if all(given[k] is not None for k in measures.MEASURES[n].needs)]
+    try:
+        found = measures.measure(asked, towers, result=result, **given)
+    except ValueError as e:  # a picture too small for one of them
+        raise SystemExit(f"error: --metrics: {r.key}: {e}") from None
+    return dict.fromkeys(names, math.nan) | found | {"file": benches.digest(file)}
+
+
+def write_tables(cfg: Bench, b: benches.Benchmark, names: list[str], left_out: dict, done: dict,
+                 about: dict, towers: measures.Towers, folder: Path, started: float) -> None:
+    """results.json, table.txt, sheet.png; for ImgEdit its scorer's files."""
+    out, sets = Path(cfg.out), [name for name in names if name in measures.SETS]
+    columns = [name for name in names if name not in sets]
+    columns += ["clip_dir_or_0"] * ("clip_dir" in columns)
+    columns += benches.JUDGED[b.judge] if cfg.judge else ()
+    tables = benches.tables_of(b, columns, done)
+    for name, t in tables.items():
+        rows = [r for r in b.rows if name in r.tables and benches.finished(done[r.key])]
+        t["sets"] = {k: distance(k, b, rows, towers, folder) for k in sets if len(rows) > 1}
+    overall = benches.imgedit_files(b, done, out, folder) if b.name == "imgedit" else None
+    text = benches.table_text(b, columns, tables, left_out, overall)
+    write_json(out / "results.json", {
+        **provenance(started), "config": common.portable(asdict(cfg)), "benchmark": b.name, "split": b.split,
+        "published_rows": b.published, "aggregation": b.aggregation, "notes": b.notes, "left_out": left_out,
+        "judge": {"url": cfg.judge, "model": cfg.judge_model} if cfg.judge else None, **about,
+        "tables": tables, "overall": overall})
+    benches.put(out / "table.txt", f"{text}\n".encode())
+    if picture := benches.sheet(b, done, folder, cfg.rows):
+        picture.save(out / "sheet.png")
+    print(f"\n{text}\n\nwrote {out / 'results.json'}, table.txt" + ", sheet.png" * bool(picture), flush=True)
+
+
+def distance(name: str, b: benches.Benchmark, rows: list[benches.Row], towers: measures.Towers,
+             folder: Path) -> dict:
+    """fid, kid or clip_fid of results from their targets or, where there are none, from their sources."""
+    against = "targets" if rows[0].target is not None else "sources"
+    results = (benches.result_picture(b, r, folder) for r in rows)
+    others = (benches.picture(r.target) if r.target is not None else benches.source_of(r, folder)
+              for r in rows)
+    both = [measures.features_of_set(name, x, towers) for x in (results, others)]
+    value = (measures.kid if name == "kid" else measures.fid)(*both)
+    return {"value": value, "n": len(rows), "against": against}
+
+
+####################################################################################################
+# 6. The commands
+####################################################################################################
+
+# beside the tasks of Config, which judge scenes: name -> its flags, its function
+COMMANDS = {"bench": (Bench, bench)}
+
+
+def main(cfg) -> None:
+    run = next((run for kind, run in COMMANDS.values() if isinstance(cfg, kind)), judge_scenes)
+    run(cfg)
+
+
 if __name__ == "__main__":
-    common.command(main, Config, __doc__, "nothing was judged")
+    flags, lost = Config, "nothing was judged"
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        flags, lost = COMMANDS[sys.argv[1]][0], "the same command goes on"
+        sys.argv[:2] = [f"{sys.argv[0]} {sys.argv[1]}"]  # one word: results.json names the command by it
+    common.command(main, flags, __doc__, lost)

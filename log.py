@@ -475,3 +475,18 @@ def wilson(right: float, n: float, z: float = 1.959964) -> tuple[float, float]:
     centre = (right + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(right * (n - right) / n + z * z / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(*groups: np.ndarray, draws: int = 1000, seed: int = 0) -> dict:
+    """Mean and 95% percentile interval of values [N] over resampled rows (not-a-number: not asked of this
+    one) -> {"mean", "low", "high", "n"}. Of several groups: the mean of their means, each resampled on its
+    own, whatever their sizes (a group without values does not count)."""
+    groups = [np.asarray(g, np.float64) for g in groups]
+    groups = [g for g in (g[~np.isnan(g)] for g in groups) if len(g)]
+    if not groups:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    rng = np.random.default_rng(seed)
+    means = np.mean([g[rng.integers(0, len(g), (draws, len(g)))].mean(1) for g in groups], 0)
+    low, high = np.percentile(means, (2.5, 97.5))
+    mean = float(np.mean([g.mean() for g in groups]))
+    return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, groups))}

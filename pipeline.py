@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -275,6 +276,40 @@ def sample(net: model.Editor | model.EditNet, space: Space, captions: list[str],
             x = flow.interpolate(space.encode(begin.to(device)), noise, noise.new_full((len(noise),), ts[0]))
         z0 = flow.sample(denoise, x, ts, solver, **back)
     return space.decode(z0)
+
+
+def to_work(canvas: np.ndarray, mask: np.ndarray, H: int, W: int,
+            hide: bool = True) -> tuple[tuple, Tensor, Tensor]:
+    """Fit a picture uint8 [h0, w0, 3] and its mask [h0, w0] inside (H, W), the rest filled by reflection ->
+    box (top, left, h, w) of the picture in it, mask [1, H, W], picture [3, H, W] in [-1, 1].
+
+    What the mask hides must not leak into the known pixels around it, as plain resizing would let it: known
+    pixels are averaged among themselves, and a working pixel that any masked pixel falls on counts as masked.
+    hide=False: an edit sees the whole picture, and its mask stays soft.
+    """
+    size = mask.shape
+    scale = min(H / size[0], W / size[1])
+    h, w = (max(1, min(side, round(n * scale))) for side, n in zip((H, W), size))
+    hole = torch.from_numpy(mask >= 0.5 if hide else mask)[None, None].float()
+    x = torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 127.5 - 1
+    seen = 1 - hole if hide else torch.ones_like(hole)
+    if (h, w) != size:
+        parts = F.interpolate(torch.cat([x * seen, seen], 1), (h, w), mode="bicubic", antialias=True)
+        x = (parts[:, :3] / parts[:, 3:].clamp(min=1e-3)).clamp(-1, 1)
+        hole = F.adaptive_max_pool2d(hole, (h, w))
+    top, left = (H - h) // 2, (W - w) // 2
+    both = torch.cat([hole, x * (1 - hole) if hide else x], 1)[0].numpy()
+    both = torch.from_numpy(np.pad(both, ((0, 0), (top, H - h - top), (left, W - w - left)), "symmetric"))
+    return (top, left, h, w), both[:1], both[1:]
+
+
+def from_work(x0: Tensor, box: tuple, h: int, w: int) -> np.ndarray:
+    """Sampled [3, H, W] -> the picture in its box, scaled back to (h, w): float [h, w, 3], 0 to 255."""
+    top, left, high, wide = box
+    x = x0[:, top:top + high, left:left + wide]
+    if (high, wide) != (h, w):
+        x = F.interpolate(x[None], (h, w), mode="bicubic", antialias=True)[0]
+    return ((x.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
 
 
 ########################################## 4. baselines ######################################################

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=8 sample.py t2i --ckpt out/base --jsonl prompts.jsonl   # a share for each rank
     python sample.py t2i --ckpt stable-diffusion-3-medium/ --prompt "a red fox" --steps 28 --guidance 7
     python sample.py edit --ckpt out/editnet --image a.png --instruction "make it snow" "remove the red star"
-    python sample.py edit --ckpt out/editnet --jsonl GEdit-Bench/data --out out/gedit  # the scorer's tree
+    python sample.py edit --ckpt out/editnet --jsonl GEdit-Bench --out out/gedit  # the scorer's tree
 
 A picture of any size is fitted, without squashing, into a shape the model was trained at, and comes back at
 its own size: the generated region is scaled up and pasted into the original, whose pixels outside a soft seam
@@ -25,8 +25,9 @@ adds to it); of an animation the first frame is used.
 
 edit follows instructions. Several are a chain, each editing the result before; with a mask only what is white
 may change. --jsonl: lines {source, instruction or instructions, mask, seed, key, task}, or a benchmark's own
-file: GEdit-Bench's parquet, ImgEdit's basic_edit.json, MagicBrush's edit_sessions.json, with --image as the
-folder of their pictures. --layout names the results as a benchmark's scorer expects.
+files: GEdit-Bench's or Emu Edit's Arrow folder or parquet, ImgEdit's basic_edit.json, PIE-Bench's
+mapping_file.json, MagicBrush's edit_sessions.json, with --image as the folder of their pictures. --layout
+names the results as a benchmark's scorer expects; `evaluate.py bench` scores them.
 """
 
 import json
@@ -42,7 +43,6 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.distributed as td
-import torch.nn.functional as F
 import tyro
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -56,7 +56,8 @@ import model
 import pipeline
 import windows
 from data import bucket, shapes
-from readers.benchmarks import complete_edit, gedit_rows, json_rows, jsonl_rows, kept, unique
+from pipeline import from_work, to_work
+from readers.benchmarks import complete_edit, json_rows, jsonl_rows, kept, table_rows, unique
 from readers.files import (
     MAX_PIXELS,
     MAX_SIDE,
@@ -104,7 +105,7 @@ class Config:
     seam: int = 2  # pixels around the mask that fade from generated to original; 0 = hard paste
     blend: Literal["none", "every", "alternate"] = "none"  # put what is kept back after every (second) step
     paste: bool = True  # edit with a mask: the rest of the original untouched; False: as the model made it
-    layout: Literal["flat", "gedit", "imgedit", "magicbrush"] | None = None  # edit: default the input file's
+    layout: Literal["flat", "gedit", "imgedit", "magicbrush", "pie", "emu"] | None = None  # default --jsonl's
     weights: Literal["auto", "ema", "model"] = "auto"  # auto: the averaged ones where the checkpoint has them
     batch_size: int = 16  # results sampled together: speed and memory only
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
@@ -348,15 +349,16 @@ def from_row(row: dict, base: dict, path: Path) -> dict:
     return item
 
 
-def result_file(name: str, k: int, num_samples: int) -> str:
-    return f"{name}_{k}.png" if num_samples > 1 else f"{name}.png"
+def result_file(item: dict, name: str, k: int, num_samples: int) -> str:
+    """Every result is a PNG; PIE-Bench's scorer wants its under .jpg names, and reads what is inside."""
+    return (f"{name}_{k}" if num_samples > 1 else name) + item.get("suffix", ".png")
 
 
 def prepare_out(cfg: Config, items: list[dict], dist: common.Dist) -> Path:
     """Make --out and start samples.jsonl anew; refuses to write over an input."""
     out = Path(cfg.out)
     if common.is_main(dist):
-        files = {result_file(name, k, cfg.num_samples) for item in items for name in item["files"]
+        files = {result_file(item, name, k, cfg.num_samples) for item in items for name in item["files"]
                  for k in range(cfg.num_samples)} | {"samples.jsonl", "sheet.png"}
         files |= {item["shown"] for item in items if "shown" in item}
         listed = {item["key"]: item["listed"] for item in items if "listed" in item}
@@ -395,8 +397,8 @@ def list_edits(cfg: Config) -> tuple[list[dict], int]:
                              instructions=cfg.instruction)
 
     try:
-        if cfg.jsonl and (path.is_dir() or path.suffix == ".parquet"):
-            layout, rows = "gedit", gedit_rows(path)
+        if cfg.jsonl and (path.is_dir() or path.suffix in (".parquet", ".arrow")):
+            layout, rows = table_rows(path)
             items, bad = kept(rows, make)
         elif cfg.jsonl and path.suffix == ".json":
             layout, root, rows = json_rows(path, root if cfg.image else None)
@@ -635,30 +637,6 @@ def find_regions(item: dict, h: int, w: int) -> list[tuple[np.ndarray, str | Non
     return [found[name] for name in item["masks"]]
 
 
-def to_work(canvas: np.ndarray, mask: np.ndarray, H: int, W: int,
-            hide: bool = True) -> tuple[tuple, Tensor, Tensor]:
-    """Fit a picture inside (H, W), the rest filled by reflection -> Job's box, mask_in and masked.
-
-    What the mask hides must not leak into the known pixels around it, as plain resizing would let it: known
-    pixels are averaged among themselves, and a working pixel that any masked pixel falls on counts as masked.
-    hide=False: an edit sees the whole picture, and its mask stays soft.
-    """
-    size = mask.shape
-    scale = min(H / size[0], W / size[1])
-    h, w = (max(1, min(side, round(n * scale))) for side, n in zip((H, W), size))
-    hole = torch.from_numpy(mask >= 0.5 if hide else mask)[None, None].float()
-    x = torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 127.5 - 1
-    seen = 1 - hole if hide else torch.ones_like(hole)
-    if (h, w) != size:
-        parts = F.interpolate(torch.cat([x * seen, seen], 1), (h, w), mode="bicubic", antialias=True)
-        x = (parts[:, :3] / parts[:, 3:].clamp(min=1e-3)).clamp(-1, 1)
-        hole = F.adaptive_max_pool2d(hole, (h, w))
-    top, left = (H - h) // 2, (W - w) // 2
-    both = torch.cat([hole, x * (1 - hole) if hide else x], 1)[0].numpy()
-    both = torch.from_numpy(np.pad(both, ((0, 0), (top, H - h - top), (left, W - w - left)), "symmetric"))
-    return (top, left, h, w), both[:1], both[1:]
-
-
 # ---- pictures out --------------------------------------------------------------------------------
 
 
@@ -666,11 +644,7 @@ def place(x0: Tensor, job: Job) -> Job:
     """Sampled x0 [3, H, W] of a window -> the job with it in its layer, where nothing better is.
 
     Where windows overlap the earlier fades into the later, as the trust in it falls towards its border."""
-    top, left, h, w = job.box
-    x = x0[:, top:top + h, left:left + w]
-    if (h, w) != job.window[2:4]:
-        x = F.interpolate(x[None], job.window[2:4], mode="bicubic", antialias=True)[0]
-    x = ((x.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+    x = from_work(x0, job.box, *job.window[2:4])
     at, layer, trust = cut(job.window), job.layer.copy(), job.trust.copy()
     mine = windows.trust(job.window, job.mask.shape)
     b = (mine * (1 - trust[at]) / np.maximum(mine * (1 - trust[at]) + trust[at], 1e-6))[..., None]
@@ -707,7 +681,7 @@ def ramp(mask: np.ndarray, seam: int) -> np.ndarray:
 
 def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dict) -> None:
     """Write one result and append its row; several ranks append to one file, a line at a time."""
-    file = result_file(job.item["files"][job.turn], k, cfg.num_samples)
+    file = result_file(job.item, job.item["files"][job.turn], k, cfg.num_samples)
     keys = ("task", "steps", "guidance", "solver", "seam", "blend", "weights", "precision", "ckpt")
     about = job.about | {"prompt": job.prompt}
     if cfg.task == "edit":
@@ -719,7 +693,7 @@ def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dic
            "mask_area": round(float(job.mask.mean()), 4), "windows": job.place + 1,
            **{key: getattr(cfg, key) for key in keys}, **more}
     if "shown" in job.item and job.turn == 0:
-        write(out, job.item["shown"], Image.fromarray(job.canvas))
+        write(out, job.item["shown"], Image.fromarray(job.canvas if job.own is None else job.own))
     write(out, file, Image.fromarray(result), json.dumps(common.portable(row)) + "\n")
 
 
@@ -727,7 +701,7 @@ def write(out: Path, file: str, picture: Image.Image, row: str = "") -> None:
     srgb = PngImagePlugin.PngInfo()
     srgb.add(b"sRGB", b"\0")  # the chunk that says so; its intent: perceptual
     try:
-        picture.save(out / file, **{"pnginfo": srgb} if file != "sheet.png" else {})
+        picture.save(out / file, "PNG", **{"pnginfo": srgb} if file != "sheet.png" else {})
         with open(out / "samples.jsonl", "a") as f:
             f.write(row)
     except OSError as e:

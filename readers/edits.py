@@ -52,14 +52,16 @@ from readers.files import (
 from readers.pictures import column_texts, group_facts
 
 TASKS = ("swap", "remove", "add", "attribute", "background", "environment", "style")  # OmniEdit's seven
-TASK_WORDS = {  # as OmniEdit's column, GEdit-Bench and others say them
-    "swap": ("swap", "replace", "replacement", "object_swap", "obj_swap"),
-    "remove": ("remove", "removal", "object_removal", "obj_removal", "subject-remove"),
-    "add": ("add", "addition", "object_addition", "obj_addition", "subject-add"),
-    "attribute": ("attribute", "attribute_modification", "attr_mod", "color_alter", "material_alter"),
-    "background": ("background", "background_change", "background_swap", "bg"),
+TASK_WORDS = {  # as OmniEdit's column, GEdit-Bench (with a hyphen), ImgEdit and PIE-Bench say them
+    "swap": ("swap", "replace", "replacement", "object_swap", "obj_swap", "subject-replace",
+             "change object"),
+    "remove": ("remove", "removal", "object_removal", "obj_removal", "subject-remove", "delete object"),
+    "add": ("add", "addition", "object_addition", "obj_addition", "subject-add", "add object"),
+    "attribute": ("attribute", "attribute_modification", "attr_mod", "color_alter", "material_alter",
+                  "adjust", "change colour", "change material"),
+    "background": ("background", "background_change", "background_swap", "bg", "change background"),
     "environment": ("environment", "env", "environment_change", "tone_transfer"),
-    "style": ("style", "style_transfer", "style_change"),
+    "style": ("style", "style_transfer", "style_change", "change style"),
 }
 TASK_NAMES = {word: task for task, words in TASK_WORDS.items() for word in words}
 
@@ -145,14 +147,16 @@ class _Edits:
 
     def _take(self, name, rows, split, light=lambda row: row):
         """rows: (name, row) as for `checked`; light(row) -> dict(row = its number, and perhaps key, task,
-        score, size, id), or it raises ValueError. Bad rows are named and counted; the rest are split."""
+        score, size, id, held = whether it is held out, else a hash of its key says), or it raises
+        ValueError. Bad rows are named and counted; the rest are split."""
         kept, strange = [array("q"), array("b"), array("f"), array("i"), array("i")], Counter()
 
         def check(row):
             row = light(row)
             score, task, key, size = (row.get(k) for k in ("score", "task", "key", "size"))
             score, place = _score(score), _task(task, row.get("id"))
-            if split != "all" and held_out(str(key), HELDOUT) != (split == "heldout"):
+            held = row["held"] if "held" in row else split != "all" and held_out(str(key), HELDOUT)
+            if split != "all" and held != (split == "heldout"):
                 return
             strange[str(task)] += task is not None and place < 0
             known = size is not None and all(type(s) is int and 0 < s < 1 << 20 for s in size)
@@ -307,13 +311,17 @@ class EditLines(_Edits):
 
 class EditFolders(_Edits):
     """InstructPix2Pix as its authors publish it: seeds.json = [[folder, [seed, ...]], ...], and in each
-    folder prompt.json, SEED_0.jpg (before) and SEED_1.jpg (after). Each seed is a pair of its own."""
+    folder prompt.json, SEED_0.jpg (before) and SEED_1.jpg (after). Each seed is a pair of its own. Held out
+    is their test split: the last 5 % of seeds.json by position, folders that are missing counted (their val,
+    the 5 % before, is not)."""
 
     def __init__(self, root, split):
         self.root = str(root)
         try:
             listed = json.loads((Path(root) / "seeds.json").read_bytes())
             self.pairs = [(str(folder), str(seed)) for folder, seeds in listed for seed in seeds]
+            # the split of their edit_dataset.py, its rounding too
+            held = {str(folder) for folder, _ in listed[max(1, math.floor((0.9 + 0.05) * len(listed))):]}
         except (OSError, ValueError, TypeError, RecursionError) as e:
             problem = f"not a list of [folder, [seed, ...]] ({printable(str(e))[:80]})"
             raise BadFile(f"{root}/seeds.json", problem, "download it again") from None
@@ -323,7 +331,7 @@ class EditFolders(_Edits):
             print(f"skipped: {root}: {len(gone):,} of the folders in seeds.json do not exist: their pairs "
                   "are left out", file=sys.stderr)
         self.missing = sum(folder in gone for folder, _ in self.pairs)
-        self._take(str(root), ((f"{root}/{folder}", dict(row=n, key=folder))
+        self._take(str(root), ((f"{root}/{folder}", dict(row=n, key=folder, held=folder in held))
                                for n, (folder, _) in enumerate(self.pairs) if folder in there), split)
 
     def _row(self, i):
@@ -344,7 +352,8 @@ class EditFolders(_Edits):
 def open_preset(preset, path, split):
     """Edit source of a set in one of the layouts above: a file, or a folder of its files; SystemExit if there
     is none. split "train", "heldout" or "all": files or folders named dev, val, test ... are held out, else
-    5% of the pairs by a hash of their source's name, id or caption (its edits stay together)."""
+    5% of the pairs by a hash of their source's name, id or caption (its edits stay together), but for
+    InstructPix2Pix's folders (EditFolders)."""
     spec, path = f"{preset}:{path}", Path(path)
     if not path.exists():
         raise SystemExit(f"error: {spec}: no such file or folder: correct the path")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from inprocess import run_script
 from PIL import Image
+from test_benchmarks import MAKE, PLACES
 from test_sd3 import imagereward, random_state, write_sd3
 from test_text_encoders import small_tokenizers
 
@@ -33,6 +35,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "evaluate.py edits": "--n 2 --steps 1",
     "evaluate.py t2i": "--n 2 --steps 1",
     "evaluate.py study": "",
+    "evaluate.py bench": "--partial True --steps 1 --image_size 32",
     "make_edits.py specialist": "--n 14 --tries 1 --steps 4 --image_size 32",
     "make_edits.py region": "--n 3 --tries 1 --steps 2 --image_size 32",
     "make_edits.py score": "",
@@ -76,6 +79,11 @@ def checkout(tmp_path_factory) -> Path:
 def public_files(folder: Path) -> Path:
     """What the README takes from elsewhere, random and small: SD3, tokenizers, rewards, pictures, pairs."""
     photos(folder / "photos")
+    for name, place in PLACES.items():
+        MAKE[name](folder / place)
+    (folder / "others").mkdir()
+    for name in ("1082", "673"):
+        shutil.copy(folder / "photo.png", folder / f"others/{name}.png")
     rows = [{"source": f"photos/{i}.png", "edited": f"photos/{i + 3}.png", "instruction": "move it"}
             for i in range(20)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
