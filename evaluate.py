@@ -6,14 +6,16 @@
     python evaluate.py t2i     --ckpt assets/base --guidance 3           # the same, of text to image
     python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad, of either
     python evaluate.py bench   --name magicbrush --data MagicBrush/test --ckpt out/editnet --clip CLIP_B32
+    python evaluate.py study   --folders out/a out/b --out out/rating    # side by side by people; --answers
 
 A scene's description is known, so the judge needs no human: a parser network (scenes/judge.py) reads
 attributes back from the picture, and the exact picture that belongs there is drawn again. `scenes` has the
 tasks of ByteEdit (scenes/judge_holes.py), `edits` the seven of OmniEdit and `t2i` text to image
-(scenes/judge_edits.py). Masks and
-instructions depend on the scene, noise on (seed, scene): equal for every checkpoint, so that all comparisons
-are paired. Intervals are 95% bootstraps over scenes. Every picture is judged as 8 bits per channel, a filled
-hole with the known pixels pasted back.
+(scenes/judge_edits.py). Masks and instructions depend on the scene, noise on (seed, scene): equal for every
+checkpoint, so that all comparisons are paired. Intervals are 95% bootstraps over scenes. Every picture is
+judged as 8 bits per channel, a filled hole with the known pixels pasted back. Beside instruction editors
+`edits` takes sdedit:BASE, blended:BASE and diffedit:BASE: a base that draws is told the target's caption, and
+blended the region that changes (pipeline.baseline).
 
 `bench` samples a published benchmark with an editor, or takes a tree of results (--results), scores every row
 and prints the table (readers/bench.py, measures.py). Its rows are shared out over torchrun's ranks; the same
@@ -47,10 +49,11 @@ import measures
 import model
 import pipeline
 from data import bucket, shapes
-from log import bootstrap, open_out, provenance, table, write_json
+from log import bootstrap, open_out, provenance, sign_test, table, write_json
 from measures import frechet
 from pipeline import Pipe
 from readers import bench as benches
+from readers import rating
 from readers.files import BadFile, printable, read_image
 from scenes import dataset
 from scenes.dataset import EditScenes
@@ -106,15 +109,6 @@ def frechet_interval(a: np.ndarray, b: np.ndarray, draws: int = 40, seed: int = 
     return {"mean": value, "low": max(value - half, 0.0), "high": value + half, "n": N}
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of a fair coin; ties are left out."""
-    n, k = wins + losses, min(wins, losses)
-    if n == 0:
-        return 1.0
-    logs = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
-    return min(1.0, 2 * sum(math.exp(x - n * math.log(2)) for x in logs))
-
-
 def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dict]:
     """pictures uint8 [S, N, H, W, 3] -> metrics [S, N], and {metric: mean and interval} with what is of all
     scenes together: the Frechet distances, and the textures against the truths' (first seed, with its p)."""
@@ -157,7 +151,7 @@ def headlines(truth: dict, base: dict, blur: dict, less: dict[str, np.ndarray]) 
 @dataclass
 class Config:
     task: tyro.conf.Positional[Literal["parser", "scenes", "edits", "t2i", "compare"]]
-    ckpt: str = ""  # checkpoints or folders of saved pictures, with commas
+    ckpt: str = ""  # checkpoints or folders of saved pictures, with commas; edits: METHOD:BASE, too
     out: str = "out/evaluate"  # folder for results and the sheet, or for the parser
     save: str = ""  # scenes, edits: also keep the pictures here, a folder each, for a later `compare`
     parser: str = "assets/parser"  # the judge's parser
@@ -169,6 +163,7 @@ class Config:
     guidance: float = 1.0  # classifier-free guidance, of the instruction in edits; 1 = off
     image_guidance: float = 1.0  # edits: guidance of the source picture; 1 = off
     region: bool = False  # edits: show the editor which region changes
+    strength: float = 0.75  # edits: of sdedit and diffedit, the share of the steps that is run
     aspects: str = "1:1"  # width:height, with commas; edits: each is judged on its own; parser: it sees all
     image_size: int = 0  # edits: side of the square of equal area; 0 = what the editor was trained at
     solver: Literal["euler", "heun", "dpm"] = "euler"  # of the sampler
@@ -215,6 +210,7 @@ class Result:
     size: int
     stride: int = 1  # sides of its pictures are multiples of this
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    method: str = ""  # of pipeline.METHODS, if it is a base's work
 
 
 AnyCases = dict[str, Cases] | dict[str, EditCases]  # by folder: TASK, or ASPECT/TASK
@@ -233,11 +229,18 @@ def sample_result(result: Result, pipe: Pipe, cases: AnyCases, cfg: Config, step
                 part = slice(i, i + cfg.batch_size)
                 # a function of (seed, scene, task): the same for every checkpoint and batch size
                 gens = common.generators(seed, 0, c.indices[part], stream=STREAMS.index(c.task))
-                if pipe.follows:
+                if result.method:
+                    noise = common.randn(gens, (pipe.space.channels, h // pipe.space.stride,
+                                                w // pipe.space.stride))
+                    got = pipeline.baseline(
+                        result.method, pipe.net, pipe.space, c.target_caption[part], c.image[part],
+                        c.region[part].float(), noise, steps, pipe.shift, cfg.guidance, cfg.strength,
+                        c.source_caption[part], cfg.precision == "bf16").float().cpu()
+                elif pipe.follows:
                     mask = c.region[part].float() if cfg.region else torch.ones(len(gens), 1, h, w)
+                    got = drawn(pipe, cfg, c.caption[part], mask, c.image[part], gens, steps)
                 else:
-                    mask = c.mask[part]
-                got = drawn(pipe, cfg, c.caption[part], mask, c.image[part], gens, steps)
+                    got = drawn(pipe, cfg, c.caption[part], c.mask[part], c.image[part], gens, steps)
                 out[s, part] = to_uint8(got).numpy()
                 bar.update(len(got))
         result.pictures[key] = out
@@ -333,8 +336,12 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
     steps = steps * (len(entries) // len(steps))
     opened, results = [], []
     for entry, k in zip(entries, steps):  # all are opened before the first is sampled: an error costs no time
-        pipe = None
-        if (Path(entry) / "judge.json").is_file():
+        pipe, (method, _, base) = None, entry.partition(":")
+        if method in pipeline.METHODS and kind == "edits":
+            pipe = open_judged(base, device, "draw", "fill")
+            r = Result("edits", f"{entry.rstrip('/')}@{k}", cfg.image_size or pipe.size,
+                       pipe.net.cfg.patch * pipe.space.stride, method=method)
+        elif (Path(entry) / "judge.json").is_file():
             r = open_result(Path(entry))
             if r.kind != (kind or r.kind):
                 raise SystemExit(f"error: {entry}: holds pictures of `evaluate.py {r.kind}`, not of {kind}:"
@@ -651,7 +658,8 @@ def run_compare(cfg: Config, device: torch.device) -> None:
 def check(cfg: Config) -> None:
     """Refuse values that cannot work, before anything is loaded."""
     common.check_bounds(cfg, at_least_1=("batch_size", "train_steps"), not_negative=(
-        "n", "offset", "guidance", "image_guidance", "image_size", "rows", "lr", "tie"))
+        "n", "offset", "guidance", "image_guidance", "image_size", "rows", "lr", "tie"),
+        share=("strength",))
 
 
 def judge_scenes(cfg: Config) -> None:
@@ -923,7 +931,7 @@ def distance(name: str, b: benches.Benchmark, rows: list[benches.Row], towers: m
 ####################################################################################################
 
 # beside the tasks of Config, which judge scenes: name -> its flags, its function
-COMMANDS = {"bench": (Bench, bench)}
+COMMANDS = {"bench": (Bench, bench), "study": (rating.Study, rating.study)}
 
 
 def main(cfg) -> None:

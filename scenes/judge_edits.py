@@ -33,7 +33,7 @@ from scenes.judge import (
     picture_labels,
     to_float,
 )
-from scenes.text import ENVIRONMENT_WORDS, MATERIAL_WORDS, STYLE_WORDS, place_of
+from scenes.text import ENVIRONMENT_WORDS, MATERIAL_WORDS, STYLE_WORDS, caption, place_of
 
 ####################################################################################################
 # 1. Cases
@@ -53,6 +53,8 @@ class EditCases:
     truth: Tensor  # the target
     region: Tensor  # [N, 1, H, W] bool: all that the edited object draws, before or after; all that differs
     caption: list[str]  # the instruction
+    source_caption: list[str]  # of the source and of the target, in the same words where they agree
+    target_caption: list[str]
     resized: Tensor  # [N] bool: the edit is one of size, for which the parser has no head
     pictures: Tensor  # [N, 3] labels of PICTURE_HEADS in the target
     which: Tensor  # [M] pair of a box, rising
@@ -93,12 +95,14 @@ def edit_cases(task: str, indices: list[int], h: int, w: int, source: EditScenes
             objects.append(labels)
             roles.append(role)
         resized = task == "attribute" and before.objects[k].size != edit.target.objects[k].size
-        rows.append((image, truth, region, edit.instruction, resized, picture_labels(edit.target)))
-    image, truth, region, caption, resized, pictures = zip(*rows)
+        texts = (edit.instruction, *(caption(s, draw.rng_for(source.seed, index, 8))
+                                     for s in (before, edit.target)))
+        rows.append((image, truth, region, texts, resized, picture_labels(edit.target)))
+    image, truth, region, texts, resized, pictures = zip(*rows)
     return EditCases(task, list(indices), to_float(np.stack(image)), to_float(np.stack(truth)),
-                     torch.from_numpy(np.stack(region))[:, None], list(caption), torch.tensor(resized),
-                     torch.tensor(pictures), torch.tensor(which), torch.tensor(boxes), torch.tensor(objects),
-                     torch.tensor(roles))
+                     torch.from_numpy(np.stack(region))[:, None], *map(list, zip(*texts)),
+                     torch.tensor(resized), torch.tensor(pictures), torch.tensor(which), torch.tensor(boxes),
+                     torch.tensor(objects), torch.tensor(roles))
 
 
 def as_good(new: draw.Object, others: tuple[draw.Object, ...], h: int, w: int) -> list[draw.Object]:

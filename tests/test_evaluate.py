@@ -18,6 +18,7 @@ import common
 import data
 import evaluate
 import evaluate as ev
+import log
 import make_prefs
 import masks
 import model
@@ -55,9 +56,9 @@ def test_bootstrap():
 
 
 def test_sign_test():
-    assert evaluate.sign_test(10, 0) == pytest.approx(2 / 1024)
-    assert evaluate.sign_test(0, 0) == evaluate.sign_test(5, 5) == 1
-    assert evaluate.sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.1)
+    assert log.sign_test(10, 0) == pytest.approx(2 / 1024)
+    assert log.sign_test(0, 0) == log.sign_test(5, 5) == 1
+    assert log.sign_test(600, 400) == pytest.approx(2.7e-10, rel=0.1)
 
 
 def test_verdicts_and_gsb():

@@ -77,6 +77,9 @@ def test_cases(source, cases):
         assert (c.role == je.ELSEWHERE).any() == (task == "add")
         assert c.resized.any() == (task == "attribute")
     assert cases["swap"].caption[0] == source.load(0, 8, 8)["caption"]
+    assert cases["swap"].target_caption[0] == source.load(0, 8, 8)["target_caption"]
+    assert all(a != b for c in cases.values() for a, b in zip(c.source_caption, c.target_caption)
+               if c.task in ("background", "environment", "style"))
     with pytest.raises(ValueError, match="of task remove, not swap"):
         je.edit_cases("swap", [1], SIZE, SIZE, source)
 
@@ -268,6 +271,23 @@ def call(folders, out, task="edits", **flags):
              for k, v in flags.items()}
     ev.main(ev.Config(task, out=str(out), **flags))
     return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.usefixtures("one_thread_and_own_signals")
+def test_baselines_stand_in_the_same_table(folders, tmp_path):
+    """Bases that draw, beside an editor: what blended may not change stays."""
+    base = [f"{method}:{folders / name}" for method, name in (("blended", "base"), ("sdedit", "inpaint"),
+                                                              ("diffedit", "base"))]
+    got = call(folders, tmp_path, ckpt=",".join(["editnet", *base]), n=2, strength=0.5)
+    got = got["aspects"]["1x1"]["tasks"]
+    names = list(got["mean"])
+    assert names == [f"{folders / 'editnet'}@2", *(f"{b}@2" for b in base), "source", "truth"]
+    over = {name: got["swap"][name]["over"]["mean"] for name in names}
+    assert over[names[1]] < 0.003 < min(over[names[0]], over[names[2]])  # 8 bits
+    with pytest.raises(SystemExit, match="error: --ckpt: .*editnet: .*captions are to be drawn"):
+        call(folders, tmp_path, ckpt=f"sdedit:{folders / 'editnet'}")
+    with pytest.raises(SystemExit, match="--strength: 2"):
+        call(folders, tmp_path, strength=2.0)
 
 
 @pytest.mark.slow
