@@ -53,6 +53,8 @@ class Report:
 def check(cfg: Report) -> None:
     common.check_bounds(cfg, at_least_1=("points", "side"), above_0=("max_mb",), not_negative=("worst",),
                         below_1=("smooth",))
+    if cfg.points > 10_000:
+        common.refuse(cfg, "points", "a screen shows 10,000 at most")
     out, shown = Path(cfg.out), printable(str(cfg.out))[:200]
     if out.suffix.lower() not in (".html", ".htm") or "\0" in str(out):  # not over a run's metrics.jsonl
         raise SystemExit(f"error: --out: {shown}: is no name of a page: end it in .html")
@@ -146,8 +148,8 @@ def thin(steps, values, buckets):
     n = np.add.reduceat(known.astype(np.int64), starts)
     total = np.add.reduceat(np.where(known, values, 0.0), starts)
     mean = np.where(n > 0, total / np.maximum(n, 1), math.nan)
-    x = np.add.reduceat(steps, starts) // np.diff(np.append(starts, len(steps)))
-    return x, mean, np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
+    x = np.add.reduceat(steps.astype(np.float64), starts) / np.diff(np.append(starts, len(steps)))
+    return x.astype(np.int64), mean, np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
 
 
 def curve(run, steps, values, buckets, label="", dash=0):
@@ -239,14 +241,13 @@ def alarms_of(series, events=()):
     if "judge/heldout_tuned" in series:
         steps = series["judge/heldout_tuned"][0]
 
-        def better(name):
-            """Whether the tuned editor has the higher reward, at each step: 1, 0 or not-a-number."""
+        def gain(name):
+            """What the tuned editor has over the base, at each step."""
             pairs = (series.get(f"judge/{name}_{who}", (steps[:0],) * 2) for who in ("tuned", "base"))
             tuned, base = (dict(zip(x.tolist(), y.tolist())) for x, y in pairs)
-            gain = np.array([tuned.get(s, math.nan) - base.get(s, math.nan) for s in steps.tolist()])
-            return np.where(np.isnan(gain), math.nan, gain > 0)
+            return np.array([tuned.get(s, math.nan) - base.get(s, math.nan) for s in steps.tolist()])
 
-        below, risen = better("heldout") == 0, (better("aesthetic") == 1) | (better("alignment") == 1)
+        below, risen = gain("heldout") < 0, (gain("aesthetic") > 0) | (gain("alignment") > 0)
         enter("judge/heldout_tuned", below & risen & np.append(False, below[:-1]), lambda v: "the held-out "
               f"reward fell to {v:.3g}, below the base's, while a trained one rose: it is being hacked")
     return sorted(out, key=lambda a: a[0])
@@ -314,19 +315,27 @@ def read_json(path):
     raise BadFile(path, problem, "restore it, or write it again")
 
 
+def said(e, folder):
+    """A BadFile in words, without where the folder is."""
+    return str(e).removeprefix("error: ").replace(f"{printable(str(folder))}/", "")
+
+
 def short_names(paths):
     """As few of the last parts of each path as tell them apart: the rest is nobody's business."""
     parts = [Path(os.path.abspath(p)).parts for p in paths]
     out = []
     for mine in parts:
         n = next((n for n in range(1, len(mine)) if [p[-n:] for p in parts].count(mine[-n:]) == 1), len(mine))
-        out.append(_text("/".join(mine[-n:]), 120))
+        out.append(_text(os.path.join(*mine[-n:]), 120))
     return out
 
 
 def _text(value, most=500):
     """Anything as text that can be shown, cut."""
-    text = printable(value if isinstance(value, str) else json.dumps(value, default=str))
+    try:
+        text = printable(value if isinstance(value, str) else json.dumps(value, default=str))
+    except RecursionError:
+        text = "nested too deeply"
     return text if len(text) <= most else text[:most] + " ..."
 
 
@@ -357,7 +366,7 @@ def read_run(folder):
                      "ranks": m.get("world")} | about
             about |= {"precision": m.get("precision"), "samples": m.get("samples"), "checkpoint": max(steps)}
         except BadFile as e:
-            notes.append(str(e).removeprefix("error: "))
+            notes.append(said(e, folder))
     shown = ("command", "commit", "machine", "ranks", "torch", "date", "precision", "samples", "checkpoint")
     about = {k: _text(about[k]) for k in shown if about.get(k) is not None}
     config = config if isinstance(config, dict) else {}
@@ -375,7 +384,7 @@ def read_run(folder):
 SHARE = ("drawn", "named", "success", "edit", "kept", "kept_share", "shape", "colour", "material",
          "objects", "background", "environment", "style", "empty", "attributes", "judged", "truth_read",
          "source_read", "kept_asked")
-HIGHER = SHARE[:14 + 1]  # is better; of the others this is not said
+HIGHER = SHARE[:15]  # is better; of the others this is not said
 LOWER = ("exact", "over", "error", "hole", "seam", "frechet", "frechet_hole")
 BOUNDS = ("truth", "source", "another's picture")  # columns that are no editor's
 
@@ -435,7 +444,7 @@ def read_judge(folder, name, n):
         try:
             worst = worst_cases(*read_scores(folder / "scores.npz"), name, offset, n)
         except BadFile as e:
-            notes.append(str(e).removeprefix("error: "))
+            notes.append(said(e, folder))
     return {"folder": folder, "name": name, "about": about, "tables": tables[:200], "notes": notes,
             "worst": worst, "config": {_text(k, 80): _text(v) for k, v in list(config.items())[:200]}}
 
@@ -632,7 +641,7 @@ def add_pictures(runs, judges, saved, album, cfg):
         try:
             lost += gallery is not None and not fill(gallery, at, path, album)
         except BadFile as e:
-            notes.append(str(e).removeprefix("error: "))
+            notes.append(f"{gallery['title']}: {said(e, path.parent)}")
     if lost:
         notes.append(f"{lost} sheets or worst cases are left out, or without their pictures: they do not fit "
                      f"into {cfg.max_mb:g} MB (--max_mb)")
@@ -701,6 +710,8 @@ def report(cfg: Report) -> None:
     judges = [read_judge(f, names[f], cfg.worst) for f, files in found.items() if "results.json" in files]
     saved = {_text(read_json(f / "judge.json").get("name"), 120): f
              for f, files in found.items() if "judge.json" in files}
+    if not runs and not judges:
+        raise SystemExit("error: RUN: only pictures that --save kept: name the judge's folder, too")
     for thing in (*runs, *judges):
         for note in thing["notes"]:
             print(f"note: {thing['name']}: {note}", file=sys.stderr)
@@ -732,7 +743,7 @@ def report(cfg: Report) -> None:
                          f" give at least {1.1 * fixed / 1e6:.2g}, or fewer runs")
     galleries, worst, notes = add_pictures(runs, judges, saved, album, cfg)
     data |= {"galleries": galleries, "worst": worst + data["worst"], "pictures": album.urls,
-             "notes": data["notes"] + notes}
+             "notes": [*data["notes"], *notes[-10:]]}
     write(cfg.out, page.replace("@DATA@", inline(data)))
     print(f"wrote {cfg.out}: {len(runs)} run(s), {len(judges)} judge(s), {len(data['alarms'])} alarm(s), "
           f"{len(album.urls)} pictures, {os.path.getsize(cfg.out) / 1e6:.2f} MB")
