@@ -36,6 +36,7 @@ MOST_JSON, MOST_METRICS, MOST_SCORES = 2**26, 2**30, 2**28  # bytes that are rea
 DEEP, MOST_FOLDERS = 3, 2000  # how far below a given folder runs are looked for
 MOST_SHEETS = 24  # of a run's sheets: the first, the last, and some between
 TINY = 96  # pixels a side up to which a picture is kept without loss
+SHEET = 1600  # at most, of a sheet that cannot be cut apart
 
 
 #### 1. config ###############################################################################################
@@ -101,7 +102,7 @@ def read_metrics(path):
                 resumes.append(step)
             else:
                 rows.append((step, row))
-    series, events = {}, []
+    series, events, shown = {}, [], {}
     for step, row in rows:
         for key, value in row.items():
             if key in ("step", "time"):
@@ -110,7 +111,9 @@ def read_metrics(path):
                 events.append((step, _text(key), _text(value)))
             if value is not None and type(value) not in (int, float):
                 continue
-            steps, values = series.setdefault(_text(key), ([], []))
+            if key not in shown:
+                shown[key] = _text(key)
+            steps, values = series.setdefault(shown[key], ([], []))
             if steps and steps[-1] == step:
                 steps.pop(), values.pop()
             steps.append(step)
@@ -516,12 +519,12 @@ class Album:
     def __init__(self, room, side):
         self.room, self.side, self.urls, self.index = room, side, [], {}
 
-    def put(self, pictures, words=0):
+    def put(self, pictures, words=0, side=None):
         """Arrays or None -> their numbers (-1 for None), or None, and nothing is kept, if they do not fit.
-        words: bytes of what is said of them."""
+        words: bytes of what is said of them. side: of a sheet, which is not to be shrunk like a picture."""
         keys = [p is not None and hashlib.sha256(repr(p.shape).encode() + p.tobytes()).digest()
                 for p in pictures]
-        new = {k: encode(p, self.side) for k, p in zip(keys, pictures) if k and k not in self.index}
+        new = {k: encode(p, side or self.side) for k, p in zip(keys, pictures) if k and k not in self.index}
         size = words + sum(len(url) + 4 for url in new.values())
         if size > self.room:
             return None
@@ -592,7 +595,7 @@ def fill(gallery, at, path, album):
     titles, names, rows, scores = cells_of(path)
     pictures = [p for row in rows for p in row]
     words = 2 * sum(map(len, names)) + 8 * len(pictures) + 30 * len(scores) * len(rows)
-    numbers = album.put(pictures, words)
+    numbers = album.put(pictures, words, SHEET if titles == ["sheet"] else None)
     if numbers is None:
         return False
     numbers = iter(numbers)
