@@ -204,9 +204,9 @@ def alarms_of(series, events=()):
     thresholds are ours.
 
     Picture statistics that are half as far again from those of real pictures as at the start; change outside
-    the mask above 1.5 times that at the start; drift that grows in one step by more than three times the most
-    before; a discriminator that is right in 99 %; a held-out reward below the base's twice running while a
-    trained one is above; waiting for data in 10 % of the time; numbers that are not finite."""
+    the mask above 1.5 times that at the start; drift that grows more than three times as fast as ever before;
+    a discriminator that is right in 99 %; a held-out reward below the base's twice running while a trained
+    one is above; waiting for data in 10 % of the time; numbers that are not finite."""
     out = list(events)
 
     def enter(key, fired, say):
@@ -214,7 +214,7 @@ def alarms_of(series, events=()):
         for i in np.flatnonzero(fired & ~np.append(False, fired[:-1])).tolist():
             out.append((int(steps[i]), key, say(values[i])))
 
-    for key, (_, v) in series.items():
+    for key, (steps, v) in series.items():
         known = v[np.isfinite(v)]
         prefix, _, name = key.rpartition("/")
         if prefix in ("loss", "reward", "grad_norm", "judge", "alarm"):
@@ -230,7 +230,7 @@ def alarms_of(series, events=()):
             enter(key, np.nan_to_num(v) > RISE * known[0] + 0.005, lambda v: f"{v:.3g} changed outside the "
                   f"mask, {known[0]:.3g} at first: raise --eta")
         elif key in ("alarm/velocity_drift", "alarm/weight_drift"):
-            rise = np.diff(v, prepend=0.0)
+            rise = np.diff(v, prepend=0.0) / np.maximum(np.diff(steps, prepend=0), 1)  # in a step
             most = np.fmax.accumulate(np.append(0.0, rise[:-1]))
             fired = (rise > 3 * most) & (np.arange(len(v)) >= 3)
             enter(key, fired, lambda v: f"{name} grew to {v:.3g} all at once: lower --lr")

@@ -421,7 +421,7 @@ out.first = told();
 out.shown = [...document.querySelectorAll("main img")].filter((i) => i.complete && i.naturalWidth > 0).length;
 const chart = document.querySelector(".chart svg"), tip = document.querySelector(".chart .tip");
 chart.dispatchEvent(new KeyboardEvent("keydown", {key: "End", bubbles: true, cancelable: true}));
-out.tip = tip.textContent;
+out.tip = tip.textContent; out.swatch = tip.querySelector("svg").getBoundingClientRect().width;
 const set = (node, v, what) => { node.value = v; node.dispatchEvent(new Event(what, {bubbles: true})); };
 byId("log").click(); out.log = told(); byId("log").click();
 set(byId("smooth"), 0.9, "input"); out.raw = document.querySelectorAll("path.raw").length;
@@ -464,7 +464,7 @@ def test_in_a_browser(tmp_path):
     assert int(first["curves"]) == curves == 16 and int(first["charts"]) == len(curves_of(data)) == 7
     assert int(first["bad"]) == 1 and int(first["alarms"]) == len(data["alarms"]) == 1
     assert int(first["tables"]) == 1 and out["shown"] == int(first["pictures"]) > 10
-    assert "step 40" in out["tip"] and "-1" in out["tip"]
+    assert "step 40" in out["tip"] and "-1" in out["tip"] and out["swatch"] == 22
     assert int(out["log"]["curves"]) == curves and out["raw"] == curves
     assert int(out["one"]["curves"]) == curves // 2 and int(out["only"]["charts"]) == 1
     assert out["cut"] == "20%" and out["after"] != out["earlier"]
