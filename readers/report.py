@@ -36,7 +36,7 @@ MOST_JSON, MOST_METRICS, MOST_SCORES = 2**26, 2**30, 2**28  # bytes that are rea
 DEEP, MOST_FOLDERS = 3, 2000  # how far below a given folder runs are looked for
 MOST_SHEETS = 24  # of a run's sheets: the first, the last, and some between
 TINY = 96  # pixels a side up to which a picture is kept without loss
-SHEET = 1600  # at most, of a sheet that cannot be cut apart
+SHEET = 1000, 16_000  # width, height at most of a sheet that cannot be cut apart
 
 
 #### 1. config ###############################################################################################
@@ -357,9 +357,8 @@ def read_run(folder):
     if starts:
         about = {k: v for k, v in starts[-1].items() if k != "config"}
         config = starts[-1].get("config")
-        others = {(_text(s.get("commit")), _text(s.get("machine"))) for s in starts}
-        notes += [f"started {len(starts)} times, by {len(others)} pairs of commit and machine: the last is "
-                  "shown"] if len(others) > 1 else []
+        if len({(_text(s.get("commit")), _text(s.get("machine"))) for s in starts}) > 1:
+            notes.append(f"started {len(starts)} times, not always with one commit on one machine")
     steps = [int(m[1]) for p in folder.glob("step_*") if (m := re.fullmatch(r"step_(\d{1,15})", p.name))]
     if steps:
         try:
@@ -376,6 +375,8 @@ def read_run(folder):
     when = [datetime.datetime.fromtimestamp(t, datetime.timezone.utc).isoformat(" ", "minutes")
             for t in run.pop("times")]
     about |= dict(zip(("first row", "last row"), when))
+    about |= {f"start {i}": ", ".join(_text(s.get(k), 80) for k in ("date", "commit", "machine"))
+              for i, s in list(enumerate(starts, 1))[:-1][-10:]}  # before the last
     run |= {"folder": folder, "about": about, "notes": run["notes"] + notes,
             "config": {_text(k, 80): _text(v) for k, v in list(config.items())[:200]}}
     found = alarms_of(run["series"], run.pop("events"))
@@ -500,10 +501,10 @@ def worst_cases(editors, found, name, offset, n):
 
 
 #### 6. pictures #############################################################################################
-def encode(picture, side):
-    """uint8 [h, w, 3] -> a data: URL, at most `side` pixels a side. Tiny ones without loss."""
+def encode(picture, most):
+    """uint8 [h, w, 3] -> a data: URL, at most `most` = (width, height) in pixels. Tiny ones without loss."""
     im = Image.fromarray(np.ascontiguousarray(picture))
-    im.thumbnail((side, side), Image.Resampling.LANCZOS)
+    im.thumbnail(most, Image.Resampling.LANCZOS)
     kind = "webp" if features.check("webp") else "jpeg"
     settings = {"quality": 82}
     if kind == "webp":
@@ -517,14 +518,14 @@ class Album:
     """The pictures of the page, each once, up to `room` bytes."""
 
     def __init__(self, room, side):
-        self.room, self.side, self.urls, self.index = room, side, [], {}
+        self.room, self.most, self.urls, self.index = room, (side, side), [], {}
 
-    def put(self, pictures, words=0, side=None):
+    def put(self, pictures, words=0, most=None):
         """Arrays or None -> their numbers (-1 for None), or None, and nothing is kept, if they do not fit.
-        words: bytes of what is said of them. side: of a sheet, which is not to be shrunk like a picture."""
+        words: bytes of what is said of them. most: width and height of a sheet, which is no picture."""
         keys = [p is not None and hashlib.sha256(repr(p.shape).encode() + p.tobytes()).digest()
                 for p in pictures]
-        new = {k: encode(p, side or self.side) for k, p in zip(keys, pictures) if k and k not in self.index}
+        new = {k: encode(p, most or self.most) for k, p in zip(keys, pictures) if k and k not in self.index}
         size = words + sum(len(url) + 4 for url in new.values())
         if size > self.room:
             return None

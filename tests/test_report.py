@@ -114,6 +114,7 @@ def test_a_resumed_run(tmp_path):
     _, data = page_of(tmp_path, folder)
     (curve,), run = curves_of(data)["reward/aesthetic"], data["runs"][0]
     assert curve["x"] == [10, 20, 30, 40, 50] and curve["y"] == [10, 20, 60, 80, 100]
+    assert run["about"]["start 1"].count(",") >= 3 and "start 2" not in run["about"]
     assert run["resumes"] == [20] and len(run["notes"]) == 1 and "2 rows were done again" in run["notes"][0]
     pefl(folder, (10, 20), sheets=False, scale=3)  # begun anew in its folder
     (curve,) = curves_of(page_of(tmp_path, folder)[1])["reward/aesthetic"]
@@ -245,7 +246,7 @@ def test_judges(tmp_path):
     assert [name for name, _ in of_pefl[0]["pictures"]] == ["pefl@8", "base@20"]  # the one in question first
     encoded = data["pictures"][of_pefl[0]["pictures"][0][1]]
     expected = np.array(Image.open(tmp_path / "saved/pefl@8/edit/seed_0/000013.png"))
-    assert encoded == reports.encode(expected, 384)
+    assert encoded == reports.encode(expected, (384, 384))
     assert data["galleries"][0]["columns"] == ["source", "base@20", "pefl@8"]
 
 
