@@ -420,7 +420,8 @@ def tables_of(node, path=(), depth=0):
         metrics = list(dict.fromkeys(m for v in columns.values() for m, x in v.items() if _leaf(x)))
         rows = [[_text(m, 80), m in SHARE, int(m in HIGHER) - int(m in LOWER),
                  [_cell(v[m]) if _leaf(v.get(m)) else None for v in columns.values()]] for m in metrics]
-        out.append({"title": title, "columns": [_text(k, 120) for k in columns], "rows": rows,
+        heads = ["A - B" if k == "difference" else _text(k, 120) for k in columns]
+        out.append({"title": title, "columns": heads, "rows": rows,
                     "bounds": [k in BOUNDS for k in columns]})
     for k, v in node.items():
         if k not in columns and k != "config":

@@ -261,7 +261,7 @@ def test_comparisons(tmp_path):
     log.write_json(tmp_path / "c/results.json", found)
     gsb, difference = page_of(tmp_path, tmp_path / "c")[1]["judges"][0]["tables"]
     assert gsb["gsb"][0][:5] == ["overall", 2, 2, 0, 200.0] and gsb["title"] == "edit"
-    assert difference["columns"] == ["difference"] and difference["rows"][0][3] == [[0.75, 0.25, 1.0]]
+    assert difference["columns"] == ["A - B"] and difference["rows"][0][3] == [[0.75, 0.25, 1.0]]
     leaf = evaluate.bootstrap(np.arange(4))
     deep = {"aspects": {"1x1": {"size": [8, 8], "tasks": {"remove": {"e": {"success": leaf}}},
                                 "parser": {"remove": {"truth_read": leaf}}}}}
