@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -385,6 +386,9 @@ def test_bad_input(tmp_path, capsys):
     assert data["judges"][0]["tables"][0]["rows"] == [["x", False, 0, [[None, None, 2.0]]]]
     assert "scores.npz: is damaged" in data["judges"][0]["notes"][0]
     assert any("sheet.png" in n for n in data["notes"])
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    refused("metrics.jsonl: is no regular file", run)
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
     refused("holds neither", run)
