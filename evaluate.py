@@ -7,6 +7,7 @@
     python evaluate.py compare --ckpt out/pefl,assets/base --steps 8,20  # paired good / same / bad, of either
     python evaluate.py bench   --name magicbrush --data MagicBrush/test --ckpt out/editnet --clip CLIP_B32
     python evaluate.py study   --folders out/a out/b --out out/rating    # side by side by people; --answers
+    python evaluate.py report  out/pefl out/judge --out report.html     # runs and judges as one HTML file
 
 A scene's description is known, so the judge needs no human: a parser network (scenes/judge.py) reads
 attributes back from the picture, and the exact picture that belongs there is drawn again. `scenes` has the
@@ -54,6 +55,7 @@ from measures import frechet
 from pipeline import Pipe
 from readers import bench as benches
 from readers import rating
+from readers import report as pages
 from readers.files import BadFile, printable, read_image
 from scenes import dataset
 from scenes.dataset import EditScenes
@@ -481,7 +483,7 @@ def finish(cfg: Config, started: float, results: list[Result], cases: AnyCases, 
     if cfg.save:
         for r in results:
             save_result(r, cases, seeds, Path(cfg.save) / r.name.replace("/", "_"))
-    sheet(results, cases, cfg.rows).save(out / "sheet.png")
+    log.save_sheet(sheet(results, cases, cfg.rows), out / "sheet.png")
     write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **content})
     print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
 
@@ -581,7 +583,7 @@ def run_t2i(cfg: Config, device: torch.device) -> None:
                                 for k in ORDER if k in report["truth"]]))
     shown = [name for name in columns if name != "another's picture"]
     rows = [[to_float(columns[name][0][i]) for name in shown] for i in range(min(4 * cfg.rows, cfg.n))]
-    log.contact_sheet(rows, shown, row_titles=p.caption).save(out / "sheet.png")
+    log.save_sheet(log.contact_sheet(rows, shown, row_titles=p.caption), out / "sheet.png")
     write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "t2i": report})
     print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
 
@@ -931,7 +933,8 @@ def distance(name: str, b: benches.Benchmark, rows: list[benches.Row], towers: m
 ####################################################################################################
 
 # beside the tasks of Config, which judge scenes: name -> its flags, its function
-COMMANDS = {"bench": (Bench, bench), "study": (rating.Study, rating.study)}
+COMMANDS = {"bench": (Bench, bench), "study": (rating.Study, rating.study),
+            "report": (pages.Report, pages.report)}
 
 
 def main(cfg) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as td
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 from common import Dist, git_revision, one_line, portable, print0
@@ -68,6 +68,7 @@ def peak_memory():
 
 class Metrics:
     """Means, to stdout, OUT/metrics.jsonl and W&B. Rank 0 writes. A failing logger never stops a run.
+    OUT/starts.jsonl gets a row for each start: command, commit, machine, config.
 
     wandb: "auto" (WANDB_MODE if set, else online with an API key, else offline), "online", "offline", "off".
     run_id: W&B id from the checkpoint (put `metrics.run_id` into its meta): a resumed run goes on there.
@@ -86,6 +87,8 @@ class Metrics:
         self._open()
         if resumed_from is not None:
             self._row({"resumed_from": resumed_from})
+        if self.file:
+            self._say_start(config, resumed_from)
         self._start_wandb(wandb, project, config)
 
     def _open(self):
@@ -97,6 +100,16 @@ class Metrics:
         except OSError as e:
             self.file = None
             print0(f"warning: {self.out_dir}/metrics.jsonl: {e.strerror}; it is not written")
+
+    def _say_start(self, config, resumed_from):
+        row = provenance(time.time()) | {"ranks": self.dist.world, "resumed_from": resumed_from,
+                                         "config": portable(config)}
+        row.pop("seconds")  # of a judge
+        try:
+            with open(self.out_dir / "starts.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(_no_nan(row), default=str) + "\n")
+        except OSError as e:
+            print0(f"warning: {self.out_dir}/starts.jsonl: {e.strerror}; it is not written")
 
     def _start_wandb(self, mode, project, config):
         if mode == "auto":
@@ -178,7 +191,7 @@ class Metrics:
                 key = re.sub(r"[^A-Za-z0-9_.-]+", "_", key)
                 path = self.out_dir / "images" / f"step_{step:08d}_{key}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
+                save_sheet(picture, path)
             except OSError as e:
                 print0(f"warning: {path}: {one_line(e)}; the picture is not saved")
         if self.run:
@@ -268,11 +281,13 @@ def to_pil(picture):
     return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
 
 
-def contact_sheet(rows, titles, row_titles=None, scale=None, smooth=False):
+def contact_sheet(rows, titles, row_titles=None, scale=None, smooth=False, scores=None):
     """One PIL picture from rows of what `to_pil` takes, or None for an empty cell.
 
     titles: one per column. row_titles: one per row, wrapped, at the left. scale: integer magnification; None
     brings pictures of at most 64 px to about 128. smooth: Lanczos; nearest shows the pixels as they are.
+    scores: {name: a number per row}, not drawn. They, the titles and where the pictures are stand as JSON in
+    .info["cells"], which `save_sheet` keeps, so that readers/report.py can cut them apart again.
     """
     pictures = [[None if p is None else to_pil(p) for p in row] for row in rows]
     longest = max([1] + [max(p.size) for row in pictures for p in row if p])
@@ -298,17 +313,31 @@ def contact_sheet(rows, titles, row_titles=None, scale=None, smooth=False):
             place = x0 + w / 2, top - line * (len(head) - i)
             draw.text(place, text, fill="#202020", font=font, anchor="ma")
         x0 += w + gap
-    y = top + gap // 2
+    y, boxes = top + gap // 2, []
     for row, side, h in zip(pictures, sides, heights):
+        boxes.append([])
         for i, text in enumerate(side):
             draw.text((gap, y + line * i), text, fill="#202020", font=font)
         x = gap + left
         for p, w in zip(row, widths):
+            place = (x + (w - p.width) // 2, y) if p else None
+            boxes[-1].append(place and [*place, *p.size])
             if p:
-                sheet.paste(p, (x + (w - p.width) // 2, y))
+                sheet.paste(p, place)
             x += w + gap
         y += h + gap
+    texts = [[str(t)[:400] for t in part] for part in (titles, row_titles or [])]
+    sheet.info["cells"] = json.dumps(_no_nan({"titles": texts[0], "rows": texts[1], "boxes": boxes,
+                                              "scale": 1 if smooth else scale, "scores": scores or {}}))
     return sheet
+
+
+def save_sheet(sheet, path):
+    """A picture as PNG; of a `contact_sheet` with where its cells are."""
+    about = PngImagePlugin.PngInfo()
+    if "cells" in sheet.info:
+        about.add_text("cells", sheet.info["cells"])
+    sheet.save(path, format="PNG", pnginfo=about)
 
 
 def _wrap(text, font, width, limit):
@@ -326,6 +355,7 @@ def _wrap(text, font, width, limit):
             lines, current = lines + [current], word
     lines += [current] if current else []
     return lines if len(lines) <= limit else lines[:limit - 1] + [lines[limit - 1] + " ..."]
+
 
 def image_stats(x: torch.Tensor) -> dict[str, float]:
     """Statistics that reward hacking moves, to compare with the real pictures' (default ours, paper silent).

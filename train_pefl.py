@@ -493,8 +493,8 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
         out[name] = pipeline.sample(net, space, captions, batch["mask"], batch.get("source", x), noise, ts,
                                     bf16=bf16).clamp(-1, 1)
         v[name] = net(x_t, half, *net.encode_text(captions), *given.condition).float()
-    row = {f"judge/{name}_{who}": score(image, c).mean().item()
-           for name, score in scores.items() for who, image in out.items()}
+    each = {f"{name}_{who}": score(image, c) for name, score in scores.items() for who, image in out.items()}
+    row = {f"judge/{k}": r.mean().item() for k, r in each.items()}
     real = log.image_stats(x)
     row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in log.image_stats(out["tuned"]).items()}
     keep = (1 - given.hole).expand_as(x)
@@ -507,7 +507,8 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
     row["alarm/weight_drift"] = (moved / sum(w.float().square().sum() for w in before.values()).sqrt()).item()
     shown = batch["source"] if "source" in batch else x * (1 - given.hole)
     rows = [[p.cpu() for p in four] for four in zip(x[:8], shown, out["base"], out["tuned"])]
-    return row, log.contact_sheet(rows, ["picture", "input", "base", "tuned"], row_titles=captions[:8])
+    return row, log.contact_sheet(rows, ["picture", "input", "base", "tuned"], row_titles=captions[:8],
+                                  scores={k: r[:8].tolist() for k, r in each.items()})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ And what a run does to its machine: workers, streams, locks."""
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,8 +195,7 @@ def test_wandb_out_of_reach_is_not_waited_for(monkeypatch):
 
 def test_metrics_of_a_folder_that_was_deleted(tmp_path, capsys):
     metrics = log.Metrics(tmp_path / "out", common.Dist(), {}, "off")
-    (tmp_path / "out/metrics.jsonl").unlink()
-    (tmp_path / "out").rmdir()
+    shutil.rmtree(tmp_path / "out")
     metrics.flush(1, {"a": 1.0})
     metrics.close()
     assert "was deleted; begun anew" in capsys.readouterr().out

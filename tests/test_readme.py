@@ -36,6 +36,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "evaluate.py t2i": "--n 2 --steps 1",
     "evaluate.py study": "",
     "evaluate.py bench": "--partial True --steps 1 --image_size 32",
+    "evaluate.py report": "",
     "make_edits.py specialist": "--n 14 --tries 1 --steps 4 --image_size 32",
     "make_edits.py region": "--n 3 --tries 1 --steps 2 --image_size 32",
     "make_edits.py score": "",

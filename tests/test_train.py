@@ -526,6 +526,11 @@ def test_chain(made, tmp_path):
     found = call(made, tmp_path / "pefl", train_pefl, base=base, phases="4/3/2x2", **flags)
     assert {"judge/aesthetic_tuned", "alarm/weight_drift"} <= found[-1].keys()
     assert all(list((tmp_path / n / "images").glob("*.png")) for n in ("inpaint", "pefl"))
+    with Image.open(tmp_path / "pefl/images/step_00000002_samples.png") as sheet:  # for readers/report.py
+        plan = json.loads(sheet.info["cells"])
+    assert plan["titles"] == ["picture", "input", "base", "tuned"]
+    assert {"aesthetic_base", "aesthetic_tuned"} <= plan["scores"].keys()
+    assert all(len(v) == len(plan["boxes"]) and np.isfinite(v).all() for v in plan["scores"].values())
 
 
 #### numbers that are not finite #############################################################################
