@@ -389,7 +389,7 @@ SHARE = ("drawn", "named", "success", "edit", "kept", "kept_share", "shape", "co
          "objects", "background", "environment", "style", "empty", "attributes", "judged", "truth_read",
          "source_read", "kept_asked")
 HIGHER = SHARE[:15]  # is better; of the others this is not said
-LOWER = ("exact", "over", "error", "hole", "seam", "frechet", "frechet_hole")
+LOWER = ("exact", "over", "error", "hole", "seam", "texture", "textures", "frechet", "frechet_hole")
 BOUNDS = ("truth", "source", "another's picture")  # columns that are no editor's
 
 
@@ -422,7 +422,7 @@ def tables_of(node, path=(), depth=0):
                  [_cell(v[m]) if _leaf(v.get(m)) else None for v in columns.values()]] for m in metrics]
         heads = ["A - B" if k == "difference" else _text(k, 120) for k in columns]
         out.append({"title": title, "columns": heads, "rows": rows,
-                    "bounds": [k in BOUNDS for k in columns]})
+                    "bounds": [k in BOUNDS or k.endswith(", blurred") for k in columns]})
     for k, v in node.items():
         if k not in columns and k != "config":
             out += tables_of(v, (*path, k) if k not in ("tasks", "aspects") else path, depth + 1)

@@ -254,7 +254,7 @@ def test_judges(tmp_path):
 def test_comparisons(tmp_path):
     """What `evaluate.py compare` writes, and edits by aspect, however deep the tables are."""
     same = np.full((1, 4), 0.1)
-    a = {"attributes": np.array([[1.0, 1, 0, 1]]), "exact": same, "seam": same}
+    a = {"attributes": np.array([[1.0, 1, 0, 1]]), "texture": same, "exact": same, "seam": same}
     b = a | {"attributes": np.array([[0.0, 1, 0, 0]])}
     more = {k: evaluate.bootstrap(v[0]) for k, v in a.items()}
     found = {"a": "A", "b": "B", "tasks": {"edit": {"gsb": evaluate.compare(a, b, 0.05), "difference": more}}}
