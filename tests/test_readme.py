@@ -32,7 +32,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
                      "--image_size 32",
     "make_prefs.py": "--n 12 --steps 2",
     "evaluate.py scenes": "--n 4 --steps 2,2",
-    "evaluate.py edits": "--n 2 --steps 1",
+    "evaluate.py edits": "--n 2 --steps 1 --image_size 32",
     "evaluate.py t2i": "--n 2 --steps 1",
     "evaluate.py study": "",
     "evaluate.py bench": "--partial True --steps 1 --image_size 32",
@@ -48,6 +48,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "make_cache.py": "--image_size 32 --workers 0",
     "kernels/bench.py": "--shapes test --ms 1",
     "-m pretrained": "",
+    "runs/claims.py": "",
     "runs/memory.py omni": "--image_size 32 --device cpu",
 }
 # in test_run_gpu.py, and in test_rating.py, which has raters
