@@ -3,17 +3,21 @@
     python make_prefs.py --ckpt assets/base --out out/prefs --n 3000 --steps 4,6,8     # known truth ranks
     python make_prefs.py --texts prompts.txt --ckpt A,B --steps 8,20 --judge people --out out/study
     python make_prefs.py --labels anna.jsonl,ben.jsonl --out out/study                  # what they exported
+    python make_prefs.py --data laion --recaption http://HOST/v1 --model NAME --judge clipscore:CLIP,TOKENIZER
 
 With pictures, --data: aesthetic pairs are the true picture, the best and the worst of k generations that fill
 a hole, and degraded copies; alignment pairs are true and false captions. With --texts: diverse ones of them
 are drawn k times each, by the checkpoints and numbers of steps in turn, and ranked by a reward, --judge, or
-by people, for whom a page is written (readers/study.py). train_reward.py reads what is written.
+by people, for whom a page is written (readers/study.py). With --recaption a served model describes the
+pictures whose own captions fit least, by a reward: alignment pairs of new against old caption (Sec. 3.2).
+train_reward.py reads what is written.
 """
 
 import json
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +34,9 @@ import log
 import masks
 import pipeline
 import rewards
+from factory.instruct import words
 from log import open_out, provenance, write_json
-from readers import prompts, study
+from readers import prompts, served, study
 from readers.files import BadFile, clean_caption, too_many
 from scenes import dataset
 from scenes import text as scene_text
@@ -50,6 +55,9 @@ class Config:
     clusters: int = 64  # of K-means, for knn (the paper names none)
     neighbours: int = 10  # nearest ones that knn and votek look at (the paper names none)
     judge: str = "people"  # of --texts: people, who get a page, or a reward (rewards.open_reward)
+    recaption: str | None = None  # address of a served vision-language model, up to /v1: it writes captions
+    model: str = ""  # its name; its key is read from the variable JUDGE_API_KEY
+    lowest: float = 0.3  # of --recaption: share of the --n pictures whose captions fit least, by --judge
     gold: float = 0.05  # share of items with a ruined picture, to see whether an annotator looks
     repeats: float = 0.05  # share of items that come twice, to see whether he agrees with himself
     labels: str | None = None  # lines that the page of --out exported, with commas: write the preferences
@@ -361,11 +369,87 @@ def from_labels(cfg: Config) -> None:
     print(f"wrote {study.write_ranked(cfg.out, items)}: {len(items):,} of {asked:,} items decided")
 
 
+def overlap(a: str, b: str) -> float:
+    """Words that two texts share, over all of theirs, 0 to 1."""
+    one, other = words(a), words(b)
+    return len(one & other) / max(1, len(one | other))
+
+
+def recaption(cfg: Config, out: Path, source, reward, size: int, device: torch.device) -> dict:
+    """OUT/alignment.jsonl of new against old captions of the same pictures -> counts for results.json.
+
+    reward: score(pictures, captions), of pictures of `size`. A new caption counts where it beats the old one
+    by --margin, and is no paraphrase of it (fewer than half of the words are shared). What the model says is
+    kept in OUT/served.jsonl: the same command goes on.
+    """
+    client = served.Served(cfg.recaption, cfg.model, cache=out / "served.jsonl")
+    (out / "images").mkdir(exist_ok=True)
+
+    def look(index: int, side: int) -> np.ndarray:
+        return data.fit(source.load(index, side, side)["image"], side, side)[0]
+
+    def fit_of(pictures: list[np.ndarray], captions: list[str]) -> np.ndarray:
+        parts = range(0, len(captions), cfg.batch_size)
+        with torch.inference_mode():
+            found = [reward(to_float(np.stack(pictures[k:k + cfg.batch_size])).to(device),
+                            captions[k:k + cfg.batch_size]).float().cpu() for k in parts]
+        return torch.cat(found).numpy() if found else np.zeros(0)
+
+    # 1) the pictures whose captions fit least
+    known, texts, scores, bad = [], [], [], 0
+    for start in range(cfg.offset, cfg.offset + cfg.n, cfg.batch_size):
+        pictures, part = [], []
+        for i in range(start, min(start + cfg.batch_size, cfg.offset + cfg.n)):
+            try:
+                text = clean_caption(source.load(i, size, size)["caption"])[0]
+                if text:
+                    pictures.append(look(i, size))
+                    part.append(text)
+                    known.append(i)
+            except BadFile as problem:
+                bad += 1
+                common.print0(f"skipped: {str(problem).removeprefix('error: ')}")
+                if too_many(bad, i + 1 - cfg.offset):
+                    raise
+        scores += fit_of(pictures, part).tolist()
+        texts += part
+    order = np.argsort(scores, kind="stable")[:round(cfg.lowest * len(scores))]
+    print(f"{len(known):,} captioned pictures, {bad} skipped; {len(order):,} of them are described")
+
+    # 2) what the served model sees there
+    replies = list(served.describe(client, (look(known[k], 512) for k in order)))
+    if client.stopped:
+        raise SystemExit(f"error: --recaption: {client.url}: {client.stopped}: the same command goes on "
+                         "where it ended")
+    said = [(k, reply.value) for k, reply in zip(order, replies) if reply.status == "ok"]
+    better = fit_of([look(known[k], size) for k, _ in said], [text for _, text in said])
+
+    # 3) pairs of those that fit better, and say something else
+    rows, close = [], 0
+    for (k, text), score in zip(said, better):
+        if score - scores[k] < max(cfg.margin, 1e-6):
+            continue
+        if overlap(text, texts[k]) >= 0.5:
+            close += 1
+            continue
+        file = f"images/{known[k]:08d}_picture.png"
+        Image.fromarray(look(known[k], 512)).save(out / file)
+        rows.append({"image": file, "better": text, "worse": texts[k], "kind": "recaption"})
+    (out / "alignment.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"wrote {out / 'alignment.jsonl'}: {len(rows):,} pairs; of {len(said):,} new captions "
+          f"{close:,} were paraphrases and {len(said) - close - len(rows):,} fitted no better; "
+          f"{len(order) - len(said):,} replies could not be used")
+    return {"pairs": len(rows), "described": len(said), "paraphrases": close, "served": dict(client.counts)}
+
+
 def check(cfg: Config) -> None:
     """Refuse values that cannot work, before anything is loaded."""
     common.check_bounds(cfg, at_least_1=("batch_size", "clusters", "neighbours"),
                         not_negative=("n", "captions", "offset", "margin"),
-                        share=("mismatched", "gold", "repeats"))
+                        share=("mismatched", "gold", "repeats", "lowest"))
+    if cfg.recaption and cfg.judge == "people":
+        common.refuse(cfg, "judge", "which captions fit least is told by a reward: name one, such as "
+                                    "clipscore:CLIP,TOKENIZER")
     if cfg.labels:
         return  # what is asked of models does not matter there
     common.numbers(cfg.steps, "steps", 1)
@@ -394,11 +478,17 @@ def main(cfg: Config) -> None:
     wanted = cfg.n + cfg.captions
     if not 1 <= wanted <= len(source) - cfg.offset:
         raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)}, with --captions and --offset")
-    pipe = pipeline.open_editor(cfg.ckpt, dist.device, ("fill",))
-    pipe.net.to(dist.device).eval().requires_grad_(False)
+    if cfg.recaption:
+        net = rewards.open_reward(cfg.judge, dist.device, "--judge")
+        size = net.cfg.image_size if isinstance(net, rewards.PreferenceReward) else 224  # CLIP's, and BLIP's
+        work = partial(recaption, reward=rewards.score_of(net), size=size, device=dist.device)
+    else:
+        pipe = pipeline.open_editor(cfg.ckpt, dist.device, ("fill",))
+        pipe.net.to(dist.device).eval().requires_grad_(False)
+        work = partial(make_prefs, pipe=pipe)
     try:
         out = open_out(cfg.out)
-        counts = make_prefs(cfg, out, source, pipe)
+        counts = work(cfg, out, source)
         write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})
     except OSError as e:  # what is read is read by data.py and checkpoint.py, which say so
         raise SystemExit(f"error: --out: {cfg.out}: cannot write {e.filename or 'there'} ({e.strerror or e}"

@@ -380,6 +380,21 @@ def _one_sentence(value, words=60):
     return value
 
 
+def describe(client, pictures):
+    """Pictures -> Replies: a caption of each, one sentence (ByteEdit Sec. 3.2: c_p of an alignment pair)."""
+    def text(mark):
+        return [f"Question {mark}. A picture:", 0,
+                "Describe it for somebody who cannot see it: one sentence of at most 60 words that names "
+                "what is there, how many, colours, materials, places and the surroundings, and nothing that "
+                'is not in it. Answer with one JSON object and nothing else: '
+                f'{{"id": "{mark}", "caption": "..."}}']
+
+    def read(reply, mark):
+        return _one_sentence(the_object(reply, mark).get("caption"))
+
+    yield from client.ask_all((text, (picture,), read) for picture in pictures)
+
+
 def name_edits(client, pairs):
     """(source, edited) -> Replies: the instruction that would lead from one to the other.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_served import Judge
 from test_study import answer, export
 
 import checkpoint
@@ -100,3 +101,77 @@ def test_mistakes_give_one_line(made, tmp_path, change, words):
         make_prefs.main(config(made, tmp_path, **change))
     text = str(stop.value)
     assert text.startswith("error: ") and "\n" not in text and words in text, text
+
+
+# ---- new captions by a served model ----------------------------------------------------------------------
+
+
+def captioned(at, n=10):
+    """Pictures of one grey each, and captions that say something else."""
+    at.mkdir()
+    for i in range(n):
+        Image.fromarray(np.full((40, 40, 3), 20 * i + 10, np.uint8)).save(at / f"{i}.png")
+        (at / f"{i}.txt").write_text(TEXTS[i])
+    return at
+
+
+def writer(n, question):
+    """Describes pictures by their grey: most anew, one in its own words, one in two sentences."""
+    grey = int(question.pictures[0][0, 0, 0]) // 20
+    said = {3: TEXTS[3] + " again", 4: "Grey. Very grey."}.get(grey, f"a plain square of grey number {grey}")
+    return {"id": question.mark, "caption": said}
+
+
+def test_new_captions_for_those_that_fit_least(made, tmp_path, capsys):
+    """Which pairs are kept follows from the reward alone; again, and nothing is asked."""
+    server, data = Judge(writer), str(captioned(tmp_path / "in"))
+    source = make_prefs.data.open_source(data, "train")
+    N = len(source)
+    flags = dict(data=data, recaption=f"http://127.0.0.1:{server.server_port}/v1",
+                 model="judge", judge=str(made / "reward"), n=N, lowest=0.8, margin=0.0, device="cpu",
+                 batch_size=4)
+    make_prefs.main(make_prefs.Config(out=str(tmp_path / "o"), **flags))
+    rows = [json.loads(line) for line in (tmp_path / "o/alignment.jsonl").read_text().splitlines()]
+    net = rewards.open_reward(str(made / "reward"))
+    score, size = rewards.score_of(net), net.cfg.image_size
+
+    def fit(i, text):
+        x = torch.full((1, 3, size, size), (20 * i + 10) / 127.5 - 1)
+        with torch.inference_mode():
+            return score(x, [text]).item()
+
+    grey = [int(source.load(i, 8, 8)["image"][0, 0, 0]) // 20 for i in range(N)]
+    old = {i: fit(i, TEXTS[i]) for i in grey}
+    lowest = sorted(grey, key=old.get)[:round(0.8 * N)]
+    want = {i: f"a plain square of grey number {i}" for i in lowest if i not in (3, 4)
+            and fit(i, f"a plain square of grey number {i}") - old[i] > 1e-6}
+    bad = 4 in lowest
+    assert 0 < len(want) < len(lowest)
+    assert {TEXTS.index(r["worse"]): r["better"] for r in rows} == want
+    assert all(r["kind"] == "recaption" and (tmp_path / "o" / r["image"]).is_file() for r in rows)
+    assert len(server.asked) == len(lowest)
+    said = capsys.readouterr().out
+    assert f"{N} captioned pictures, 0 skipped; {len(lowest)} of them are described" in said
+    assert f"{int(bad)} replies could not be" in said
+    make_prefs.main(make_prefs.Config(out=str(tmp_path / "o"), **flags))
+    assert len(server.asked) == len(lowest) + bad  # what could not be used
+    pairs = preferences.open_pairs(tmp_path / "o/alignment.jsonl")
+    assert len(pairs) == len(want) and all(p.image_better == p.image_worse for p in pairs)
+    with pytest.raises(SystemExit, match="error: --judge: people: .*told by a reward"):
+        make_prefs.main(make_prefs.Config(out=str(tmp_path / "p"), **flags | {"judge": "people"}))
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_served_model_that_is_not_there(made, tmp_path):
+    flags = dict(data=str(captioned(tmp_path / "in", 3)), recaption="http://127.0.0.1:9/v1", model="judge",
+                 judge=str(made / "reward"), n=3, lowest=1.0, device="cpu", out=str(tmp_path / "o"))
+    own = make_prefs.served.Served
+
+    def client(*args, **more):
+        return own(*args, **more, backoff=0.0, attempts=1, give_up=2)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(make_prefs.served, "Served", client)
+        with pytest.raises(SystemExit, match="error: --recaption: http://127.0.0.1:9/v1: .*the same command"):
+            make_prefs.main(make_prefs.Config(**flags))
