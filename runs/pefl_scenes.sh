@@ -13,7 +13,7 @@ PY=${PYTHON:-python}
 OUT=${OUT:-out/pefl_scenes}
 ARMS=${ARMS:-pefl rewardless no_aesthetic no_alignment no_coherence}
 JUDGE=${JUDGE:-judge}  # folder of tables, below OUT
-PROBE=${PROBE:-1}  # part 4, too
+PROBE=${PROBE:-1}  # paired counts and part 4, too
 JOBS=${JOBS:-$(nproc)}  # trainings side by side
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "${QUICK:-0}" = 1 ]; then
@@ -88,6 +88,7 @@ ckpts="$ckpts,assets/base,$OUT/control" steps="$steps,8,8"
 for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$last" steps="$steps,8"; done; done
 $PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n "$N" --save "$OUT/pictures" --out "$OUT/$JUDGE" |
     tee "$OUT/$JUDGE.txt"
+[ "$PROBE" = 1 ] || exit 0
 saved() { echo "$OUT/pictures/$(echo "$1" | tr / _)"; }
 for arm in $ARMS; do
     for seed in $SEEDS; do
@@ -100,7 +101,7 @@ done | tee "$OUT/compare_$JUDGE.txt"
 
 # 4) how well a fresh coherence model, trained alike, tells real pixels from generated ones at the seam: of the base (the seeds'
 #    own first steps) and of what PeFL made of it
-[ "$PROBE" = 1 ] && [ "$ALONE" -gt 0 ] || exit 0
+[ "$ALONE" -gt 0 ] || exit 0
 export OMP_NUM_THREADS=1
 for seed in $SEEDS; do
     [ -d "$OUT/pefl$seed" ] || continue
