@@ -204,7 +204,7 @@ def checks(log: Log, skip: list[str], warm: str, small: bool) -> None:
     if not small:
         started["warm"] = start(log, f"{warm} --steps 3 --out {log.scratch / 'warm'}")
     if "selftest" not in skip:
-        which = "--part 0/6" if small else f"--jobs {max(1, cores - 4)}"  # the interpreter takes minutes for all
+        which = "--part 0/6" if small else f"--jobs {max(1, cores - 4)}"  # all takes the interpreter minutes
         part(log, "selftest", box(100, small), f"-m kernels.selftest {which}")
     for name, process in started.items():
         finish(log, name, process, box(100, small))
