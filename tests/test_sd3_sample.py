@@ -5,7 +5,7 @@ import copy
 import pytest
 import test_text_encoders as texts
 import torch
-from test_weights import F64, TOLERANCE, both, error, folders, peers, states, tokenizers, words  # noqa: F401
+from test_pretrained import F64, TOLERANCE, both, error, folders, peers, states, tokenizers, words  # noqa: F401
 
 import common
 import flow
