@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from inprocess import run_ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_vae import randomize
 from test_text_encoders import files as token_files  # noqa: F401
+from test_vae import randomize
 
 import data
 import make_cache

@@ -17,11 +17,11 @@ import test_text_encoders as texts
 import torch
 from inprocess import run_script
 from safetensors.torch import load_file, save_file
-from test_frozen import CFG as VAE_CFG
-from test_frozen import picture, their_decode, their_encode
-from test_frozen import randomize as random_vae
-from test_frozen import to_diffusers as vae_to_diffusers
 from test_model import fp64_rms, inputs
+from test_vae import CFG as VAE_CFG
+from test_vae import picture, their_decode, their_encode
+from test_vae import randomize as random_vae
+from test_vae import to_diffusers as vae_to_diffusers
 
 import checkpoint
 from model import PRESETS, Editor, EditorConfig, MMDiT, inpainting
