@@ -266,7 +266,7 @@ def main(cfg: Config) -> None:
                 (g_loss / cfg.accum).backward()
             disc.requires_grad_(True)
 
-            # L^D, Eq. 6 and 8: every pixel of x is real, every pixel of x0' is generated. R1, which asks for a
+            # L^D, Eq. 6 and 8: every pixel of x is real, every pixel of x0' is generated. R1, which needs a
             # second derivative, as a difference: |D(x + .01 noise) - D(x)|^2 (Lin et al. 2025)
             with autocast:
                 real, fake = disc(x + faint), disc(seen.detach())                                # logits
