@@ -33,7 +33,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -944,7 +944,11 @@ def main(cfg) -> None:
 
 if __name__ == "__main__":
     flags, lost = Config, "nothing was judged"
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+    words = (*get_args(get_args(get_type_hints(Config, include_extras=True)["task"])[0]), *COMMANDS)
+    if len(sys.argv) < 2 or not sys.argv[1].startswith("-") and sys.argv[1] not in words:
+        raise SystemExit(f"error: command line: {' '.join(sys.argv[1:2]) or 'no task'}: use one of "
+                         f"{', '.join(words)}")
+    if sys.argv[1] in COMMANDS:
         flags, lost = COMMANDS[sys.argv[1]][0], "the same command goes on"
         sys.argv[:2] = [f"{sys.argv[0]} {sys.argv[1]}"]  # one word: results.json names the command by it
     common.command(main, flags, __doc__, lost)
