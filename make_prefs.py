@@ -218,8 +218,9 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
                 Image.fromarray(to_uint8(x).numpy()).save(out / files[k])
             # a kind each: to tell the best from the worst is more than to tell the true from the generated
             told = [("truth", "best"), ("truth", "worst"), *([("best", "worst")] if told else [])]
+            far = {"truth": 0.0, "best": float(distance[best[j], j]), "worst": float(distance[worst[j], j])}
             items += [{"prompt": prompts[j], "generations": [files[a], files[b]], "ranking": [1, 2],
-                       "kind": f"{a} over {b}"} for a, b in told]
+                       "kind": f"{a} over {b}", "gap": round(far[b] - far[a], 6)} for a, b in told]
             for k, how in (("truth", how_truth), ("best", how_best)):
                 items.append({"prompt": prompts[j], "generations": [files[k], files[f"{k}_bad"]],
                               "ranking": [1, 2], "kind": how})
@@ -434,7 +435,8 @@ def recaption(cfg: Config, out: Path, source, reward, size: int, device: torch.d
             continue
         file = f"images/{known[k]:08d}_picture.png"
         Image.fromarray(look(known[k], 512)).save(out / file)
-        rows.append({"image": file, "better": text, "worse": texts[k], "kind": "recaption"})
+        rows.append({"image": file, "better": text, "worse": texts[k], "kind": "recaption",
+                     "gap": round(float(score - scores[k]), 6)})
     (out / "alignment.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"wrote {out / 'alignment.jsonl'}: {len(rows):,} pairs; of {len(said):,} new captions "
           f"{close:,} were paraphrases and {len(said) - close - len(rows):,} fitted no better; "

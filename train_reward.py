@@ -329,12 +329,13 @@ def accuracy(reward, held: preferences.Pairs, every: int, cfg: Config, dist: com
 
     With its 95 % Wilson interval, the loss, mean and deviation of the scores (which the loss leaves free; the
     manifest keeps them under meta.val, to normalise by, as ImageReward is), and the accuracy of every kind
-    where the pairs have one. All ranks get the same.
+    and of the least, the middle and the largest third of the gaps, where the pairs have them. All ranks get
+    the same.
     """
     pairs = preferences.Pairs(held[::every])
     pairs.name, pairs.root = held.name, held.root
-    kinds = [getattr(p, "kind", None) for p in pairs]
-    rows = {"": 0, **{k: i for i, k in enumerate(sorted({k for k in kinds if k}), 1)}}
+    groups = [{"", p.kind, third} for p, third in zip(pairs, thirds([p.gap for p in pairs]))]
+    rows = {name: i for i, name in enumerate(sorted({name for group in groups for name in group}))}
     sums = torch.zeros(len(rows), 5, dtype=torch.float64)  # right, loss, score, score^2, pairs
     loader = data.pair_loader(pairs, reward.cfg.image_size, cfg.batch_size, rank=dist.rank, world=dist.world,
                               workers=cfg.workers, stride=reward.cfg.patch, once=True, device=dist.device)
@@ -346,18 +347,28 @@ def accuracy(reward, held: preferences.Pairs, every: int, cfg: Config, dist: com
             (r_better > r_worse).float(), F.softplus(r_worse - r_better), (r_better + r_worse) / 2,
             (r_better**2 + r_worse**2) / 2, torch.ones_like(r_better)], 1)
         for i, values in zip(batch["index"].tolist(), one.double().cpu()):
-            for kind in {"", kinds[i] or ""}:
-                sums[rows[kind]] += values
+            for name in groups[i]:
+                sums[rows[name]] += values
     reward.train()
     loader.close()
     sums = sums.to(dist.device)
     if dist.world > 1:
         torch.distributed.all_reduce(sums)
-    (right, loss, score, square, n), *by_kind = sums.tolist()
+    (right, loss, score, square, n), *by_group = sums.tolist()
     low, high = wilson(right, n)
     return {"val/acc": right / n, "val/low": low, "val/high": high, "val/pairs": int(n), "val/loss": loss / n,
             "val/score_mean": score / n, "val/score_std": max(square / n - (score / n)**2, 0.0)**0.5,
-            **{f"val/acc_{kind}": r[0] / r[-1] for kind, r in zip(list(rows)[1:], by_kind) if r[-1]}}
+            **{f"val/acc_{name}": r[0] / r[-1] for name, r in zip(list(rows)[1:], by_group) if r[-1]}}
+
+
+def thirds(gaps: list[float]) -> list[str]:
+    """Whether each gap is among the least, the middle or the largest third of the known ones; else ""."""
+    known = sorted(g for g in gaps if not math.isnan(g))
+    if len(known) < 3:
+        return [""] * len(gaps)
+    low, high = known[len(known) // 3], known[2 * len(known) // 3]
+    return ["" if math.isnan(g) else "gap_low" if g < low else "gap_mid" if g < high else "gap_high"
+            for g in gaps]
 
 
 def plateau_text(cfg: Config, step: int, row: dict) -> str:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from readers.files import BadFile, checked, held_out, json_lines, printable
 
-Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind", defaults=[""])
+# kind: what tells better from worse; gap: by how much it does, in whatever unit, not-a-number where unknown
+Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind gap",
+                  defaults=["", math.nan])
 
 
 def _pairs_of(row):
     """Row of a preference file -> list of Pair. Of ImageReward's ranks lower is better; ties are skipped."""
-    kind = str(row.get("kind", ""))  # what tells better from worse: accuracy is reported for each
+    kind, gap = str(row.get("kind", "")), row.get("gap")
+    gap = float(gap) if type(gap) in (int, float) and abs(gap) < math.inf else math.nan
     caption = next((row[k] for k in ("caption", "prompt", "text") if isinstance(row.get(k), str)), None)
     if "ranking" in row or "generations" in row:
         files, ranks = row.get("generations"), row.get("ranking")
@@ -22,15 +25,16 @@ def _pairs_of(row):
         ranked = list(zip(files, ranks))
         if not all(type(f) is str and type(r) in (int, float) and abs(r) < math.inf for f, r in ranked):
             raise ValueError("generations must be file names and ranking finite numbers")
-        return [Pair(f, caption, g, caption, kind) for f, a in ranked for g, b in ranked if a < b]
+        gap = gap if len(ranked) == 2 else math.nan
+        return [Pair(f, caption, g, caption, kind, gap) for f, a in ranked for g, b in ranked if a < b]
     better, worse = row.get("better"), row.get("worse")
     if not (isinstance(better, str) and isinstance(worse, str)) or better == worse:
         raise ValueError("better and worse must be two different strings")
     if isinstance(row.get("image"), str):
-        return [Pair(row["image"], better, row["image"], worse, kind)]
+        return [Pair(row["image"], better, row["image"], worse, kind, gap)]
     if caption is None:
         raise ValueError("neither caption (of two pictures) nor image (of two captions)")
-    return [Pair(better, caption, worse, caption, kind)]
+    return [Pair(better, caption, worse, caption, kind, gap)]
 
 
 class Pairs(list):

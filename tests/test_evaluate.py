@@ -409,8 +409,8 @@ def test_unknown_flag_and_missing_checkpoint_from_the_shell(folders):
     done = run("scenes", "--chekpoint", "x")
     assert done.returncode == 1 and "--chekpoint: there is no such flag: use --ckpt" in done.stderr
     done = run("judge")
-    assert done.returncode == 1 and done.stderr.endswith("judge: use one of parser, scenes, edits, t2i, compare, "
-                                                         "bench, study, report\n")
+    assert done.returncode == 1 and done.stderr.endswith(
+        "judge: use one of parser, scenes, edits, t2i, compare, bench, study, report\n")
     command = ["scenes", "--ckpt", "/no/such/folder", "--parser", folders / "parser"]  # a process of its own
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", *command], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "/no/such/folder" in done.stderr

@@ -1,6 +1,7 @@
 """train_reward.py: real processes on flat coloured pictures, tiny sizes."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -111,6 +112,26 @@ def test_original_init_is_below_adam_eps():
         score = head(x)[:, 0]
         torch.nn.functional.softplus(score[8:] - score[:8]).mean().backward()
         assert x.grad.abs().max() < 1e-8 if original else x.grad.abs().max() > 1e-4
+
+
+def test_accuracy_by_kind_and_by_gap(folder, tmp_path):
+    """One kind is told the wrong way round, and its gaps are the least: the accuracies say so."""
+    lines = []
+    for i in range(60):
+        better, worse = ("bright", "dark") if i % 2 else ("dark", "bright")
+        lines.append({"caption": f"picture {i}", "better": f"{better}{i}.png", "worse": f"{worse}{i}.png",
+                      "kind": "right" if i % 2 else "wrong", "gap": i % 2 + 0.001 * i})
+    held = folder / "held.jsonl"
+    held.write_text("\n".join(map(json.dumps, lines)))
+    run(command(folder / "pictures.json", tmp_path, val_pairs=held))
+    val = rows(tmp_path)[1][-1]
+    assert val["val/acc_right"] > 0.9 and val["val/acc_wrong"] < 0.1 and 0.4 < val["val/acc"] < 0.6
+    assert val["val/acc_gap_low"] < 0.1 and val["val/acc_gap_high"] > 0.9
+    assert (val["val/acc_gap_low"] + val["val/acc_gap_mid"] + val["val/acc_gap_high"]) / 3 == pytest.approx(
+        val["val/acc"], abs=0.01)
+    nan = math.nan
+    assert train_reward.thirds([3.0, nan, 1.0, 2.0]) == ["gap_high", "", "gap_low", "gap_mid"]
+    assert train_reward.thirds([1.0, nan, 2.0]) == ["", "", ""]  # too few
 
 
 def test_wilson():
