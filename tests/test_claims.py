@@ -1,6 +1,8 @@
 """runs/claims.py: verdicts of known differences, the row in RESULTS.md; and one claim, end to end."""
 
+import os
 import runpy
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,13 @@ def test_all_claims_of_the_table_that_can_be_judged_so_have_a_command(capsys):
     assert said == ["C1", "C2", "C3", "C4", "C5", "C6", "C8", "C10"]
     table = (ROOT / "RESULTS.md").read_text()
     assert all(f"\n| {name} |" in table for name in said)
+
+
+def test_an_unknown_arm_costs_no_time(tmp_path):
+    done = subprocess.run(["bash", "runs/pefl_scenes.sh"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "ARMS": "pefl magic", "OUT": str(tmp_path / "o")})
+    assert done.returncode == 2 and "error: ARMS: magic: use pefl, rewardless" in done.stderr
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow
