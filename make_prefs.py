@@ -69,6 +69,8 @@ class Config:
     steps: str = "20"  # of sampling, for each of the k in turn, with commas
     guidance: float = 1.0  # classifier-free guidance; 1 = off
     solver: Literal["euler", "heun", "dpm"] = "euler"  # of the sampler
+    degrade: Literal["look", "all", "none"] = "look"  # copies made worse: in look alone; or by colour
+    # casts and content moved against the seam, too, which are the coherence reward's to see
     margin: float = 0.25  # least gap of a pair: a fraction of the error; of a reward, std of its scores
     mismatched: float = 0.67  # share of false captions that are another scene's; the rest: one fact
     batch_size: int = 64  # pictures sampled together
@@ -112,17 +114,25 @@ def _ghost(x: Tensor, rng: np.random.Generator) -> Tensor:
     return x + float(rng.uniform(0.3, 0.6)) * (_shift(_shift(x, rng), rng) - x)
 
 
+def _pale(x: Tensor, rng: np.random.Generator) -> Tensor:
+    mean = x.mean((1, 2), keepdim=True)
+    return mean + float(rng.uniform(0.25, 0.6)) * (x - mean)
+
+
 DEGRADATIONS = {"blur": _blur, "noise": _noise, "colour": _colour, "blocks": _blocks, "shift": _shift,
-                "ghost": _ghost}
+                "ghost": _ghost, "pale": _pale}
+KINDS = {"all": ("blur", "noise", "colour", "blocks", "shift", "ghost"),
+         "look": ("blur", "noise", "blocks", "ghost", "pale"), "none": ()}
 
 
-def degrade(x: Tensor, truth: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, str]:
-    """A worse version of a picture x [3, H, W] in the hole mask [1, H, W], and what was done: blur, noise,
-    colour shift, blocks, content shifted against the seam, ghosting. Worse means 3% farther from the truth: a
-    blurred bad picture can be the better one."""
-    names = list(DEGRADATIONS)
+def degrade(x: Tensor, truth: Tensor, mask: Tensor, rng: np.random.Generator, names: tuple[str, ...]) \
+        -> tuple[Tensor, str]:
+    """A worse version of a picture x [3, H, W] in the hole mask [1, H, W], by one of `names`, and which:
+    blur, noise, colour shift, blocks, content shifted against the seam, ghosting, contrast lost. Worse means
+    3% farther from the truth: a blurred bad picture can be the better one."""
     before = truth_distance(x[None], truth[None], mask[None])
-    for name in [*(names[i] for i in rng.permutation(len(names))), "colour", "noise", "noise"]:
+    last = ("colour" if "colour" in names else "noise", "noise", "noise")  # which always does it, in the end
+    for name in [*(names[i] for i in rng.permutation(len(names))), *last]:
         y = (x + mask * (DEGRADATIONS[name](x, rng) - x)).clamp(-1, 1)
         if truth_distance(y[None], truth[None], mask[None]) > before + 0.03:
             break
@@ -211,8 +221,9 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
             told = clear(float(distance[best[j], j]), float(distance[worst[j], j]), cfg.margin)
             wins += told
             pictures = {"truth": truth[j], "best": made[best[j], j], "worst": made[worst[j], j]}
-            pictures["truth_bad"], how_truth = degrade(truth[j], truth[j], mask[j], rng)
-            pictures["best_bad"], how_best = degrade(pictures["best"], truth[j], mask[j], rng)
+            how, names = {}, KINDS[cfg.degrade]
+            for k in ("truth", "best") if names else ():
+                pictures[f"{k}_bad"], how[k] = degrade(pictures[k], truth[j], mask[j], rng, names)
             files = {k: f"images/{index:08d}_{k}.png" for k in pictures}
             for k, x in pictures.items():
                 Image.fromarray(to_uint8(x).numpy()).save(out / files[k])
@@ -221,9 +232,8 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
             far = {"truth": 0.0, "best": float(distance[best[j], j]), "worst": float(distance[worst[j], j])}
             items += [{"prompt": prompts[j], "generations": [files[a], files[b]], "ranking": [1, 2],
                        "kind": f"{a} over {b}", "gap": round(far[b] - far[a], 6)} for a, b in told]
-            for k, how in (("truth", how_truth), ("best", how_best)):
-                items.append({"prompt": prompts[j], "generations": [files[k], files[f"{k}_bad"]],
-                              "ranking": [1, 2], "kind": how})
+            items += [{"prompt": prompts[j], "generations": [files[k], files[f"{k}_bad"]], "ranking": [1, 2],
+                       "kind": kind} for k, kind in how.items()]
 
             # 3) false captions: of a scene, one that its picture belies (of a generated one: its known
             #    part); of a photo, the caption of another that says something else

@@ -53,7 +53,7 @@ def stages(cfg: Config) -> list[Stage]:
             "showcase": f"runs/showcase.py --out {out}"}),
         Stage("preferences: pictures of the base, ranked by the known truth", 90, {
             "prefs": f"make_prefs.py --ckpt assets/base --n {n.prompts} --captions {n.captions} "
-                     f"--steps 4,6,8,20 --out {out}/prefs"}),
+                     f"--steps 4,6,8,20 --degrade all --out {out}/prefs"}),
         Stage("rewards: aesthetic (Eq. 1) and alignment (Eq. 5)", 225, {
             "aesthetic": f"train_reward.py --pairs {out}/prefs/aesthetic.json --preset tiny --augment 2 "
                          f"--steps {n.reward_steps} --out {out}/aesthetic {reward}",

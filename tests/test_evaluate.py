@@ -261,14 +261,16 @@ def test_parser_boxes_and_labels():
 # ---- preferences -----------------------------------------------------------------------------------------
 
 
-def test_degradations_are_worse_and_stay_in_the_hole(cases):
-    c, seen = cases["outpaint"], set()
+@pytest.mark.parametrize("kinds", ["look", "all"])
+def test_degradations_are_worse_and_stay_in_the_hole(cases, kinds):
+    c, seen, names = cases["outpaint"], set(), make_prefs.KINDS[kinds]
+    assert kinds == "all" or not {"colour", "shift"} & set(names)
     for i in range(40):
-        y, name = make_prefs.degrade(c.truth[i], c.truth[i], c.mask[i], np.random.default_rng(i))
+        y, name = make_prefs.degrade(c.truth[i], c.truth[i], c.mask[i], np.random.default_rng(i), names)
         seen.add(name)
         assert torch.equal(y * (1 - c.mask[i]), c.truth[i] * (1 - c.mask[i]))
         assert judge.truth_distance(y[None], c.truth[i:i + 1], c.mask[i:i + 1]) > 0.01
-    assert seen == set(make_prefs.DEGRADATIONS)
+    assert seen == set(names)
 
 
 def test_clear_pairs_and_kinds_of_false_captions():
