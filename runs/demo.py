@@ -105,9 +105,11 @@ def main(cfg: Config) -> None:
         say(f"{head}: {clock(time.time() - start)}")
         if number == 1:
             say(f"    look at {out / 'showcase.png'}")
+    runs = " ".join(f"{out}/{name}" for name in ("pefl", "aesthetic", "alignment", "judge"))
+    run({"report": f"evaluate.py report {runs} --out {out}/report.html"}, out, lambda: None)
     report(out)
-    print(f"\n{clock(time.time() - began)}; pictures: {out}/showcase.png, {out}/judge/sheet.png; "
-          f"the commands: {out}/*.done")
+    print(f"\n{clock(time.time() - began)}; curves, tables, before and after: {out}/report.html; pictures: "
+          f"{out}/showcase.png, {out}/judge/sheet.png; the commands: {out}/*.done")
 
 
 def run(commands: dict[str, str], out: Path, progress) -> None:

@@ -141,12 +141,13 @@ def test_demo(checkout):
     sizes = [Image.open(at / name).size for name in ("showcase.png", "judge/sheet.png")]
     assert min(min(size) for size in sizes) > 400
     logs = {p.name: p.stat().st_mtime_ns for p in at.glob("*.log")}
-    names = ("showcase", "prefs", "aesthetic", "alignment", "pefl", "judge")
+    names = ("showcase", "prefs", "aesthetic", "alignment", "pefl", "judge", "report")
+    assert (at / "report.html").stat().st_size > 50_000
     assert logs.keys() == {f"{name}.log" for name in names}
     (at / "judge.done").unlink()
     assert run(command, checkout).splitlines()[:3] == table.splitlines()[:3]
     again = {p.name: p.stat().st_mtime_ns for p in at.glob("*.log")}
-    assert {name for name in logs if again[name] != logs[name]} == {"judge.log"}
+    assert {name for name in logs if again[name] != logs[name]} == {"judge.log", "report.log"}
     with contextlib.chdir(checkout):
         other = run_script("runs/demo.py", "--out", "out/demo", "--judged", "5")
     assert other.returncode != 0 and "error: --out: out/demo: was begun with other settings" in other.stderr
