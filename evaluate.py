@@ -338,8 +338,8 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
     steps = steps * (len(entries) // len(steps))
     opened, results = [], []
     for entry, k in zip(entries, steps):  # all are opened before the first is sampled: an error costs no time
-        pipe, (method, _, base) = None, entry.partition(":")
-        if method in pipeline.METHODS and kind == "edits":
+        pipe, (method, base) = None, method_of(entry)
+        if method and kind == "edits":
             pipe = open_judged(base, device, "draw", "fill")
             r = Result("edits", f"{entry.rstrip('/')}@{k}", cfg.image_size or pipe.size,
                        pipe.net.cfg.patch * pipe.space.stride, method=method)
@@ -692,7 +692,8 @@ class Bench:
 
     name: Literal["magicbrush", "emu", "pie", "editbench", "omniedit", "gedit", "imgedit", "userbench"]
     data: str  # its folder as published (readers/benchmarks.py has the layouts)
-    ckpt: str = ""  # editor that makes the results, into OUT/pictures, in the tree that its scorer reads
+    ckpt: str = ""  # editor that makes the results, into OUT/pictures, in the tree that its scorer reads; or
+    # METHOD:BASE, of sdedit, blended, diffedit, where the benchmark says what the result shows
     results: str = ""  # or such a tree of any system's results
     out: str = "out/bench"  # folder for rows.*.jsonl, results.json, table.txt, sheet.png
     partial: bool = False  # a set with fewer rows than published, too; the table says so
@@ -718,6 +719,7 @@ class Bench:
     steps: int = 20  # of the sampler
     guidance: float = 3.0  # of the text; 1 = off
     image_guidance: float = 1.5  # of the source picture; 1 = off
+    strength: float = 0.75  # of sdedit and diffedit: share of the steps that is run
     solver: Literal["euler", "heun", "dpm"] = "euler"
     image_size: int = 0  # side of the square of equal area that is worked at; 0: what it was trained at
     seed: int = 0  # noise of a row = f(seed, its place in the benchmark)
@@ -739,7 +741,8 @@ def bench(cfg: Bench) -> None:
     # 1) rows, measures, judge, editor: all opened before the first row, an error costs no time
     started = time.time()
     common.check_bounds(cfg, at_least_1=("steps", "batch_size"),
-                        not_negative=("guidance", "image_guidance", "image_size", "rows", "budget"))
+                        not_negative=("guidance", "image_guidance", "image_size", "rows", "budget"),
+                        share=("strength",))
     if bool(cfg.ckpt) == bool(cfg.results):
         raise SystemExit(f"error: --ckpt: {cfg.ckpt!r}: give either an editor or a tree of --results")
     if cfg.results and not Path(cfg.results).is_dir():
@@ -809,10 +812,19 @@ def choose_measures(b: benches.Benchmark, cfg: Bench, towers: measures.Towers) -
 
 
 def open_for(b: benches.Benchmark, cfg: Bench, device: torch.device) -> Pipe:
-    """The editor, if it can do what the benchmark asks: follow instructions, or fill holes."""
+    """The editor, if it can do what the benchmark asks: follow instructions, or fill holes; for METHOD:BASE
+    draw what the rows say that their results show."""
     needs = ["follow"] * all(r.instruction for r in b.rows)
     needs += ["fill"] * all(r.mask is not None and r.prompt is not None for r in b.rows)
-    pipe = pipeline.open_editor(cfg.ckpt, device, tuple(needs), sd3=cfg.sd3, tokenizers=cfg.tokenizers)
+    method, path = method_of(cfg.ckpt)
+    if method:
+        needs = ["draw", "fill"]
+        lacks = "captions of the results" if any(not r.target_text for r in b.rows) else \
+            "masks" if method == "blended" and any(r.mask is None for r in b.rows) else ""
+        if lacks:
+            raise SystemExit(f"error: --ckpt: {cfg.ckpt}: {method} needs {lacks}, and rows of {b.name} have "
+                             "none: give an editor")
+    pipe = pipeline.open_editor(path, device, tuple(needs), sd3=cfg.sd3, tokenizers=cfg.tokenizers)
     size, token = cfg.image_size or pipe.size, pipe.net.cfg.patch * pipe.space.stride
     if not size or size % token:
         raise SystemExit(f"error: --image_size: {size or 'missing'}: must be a multiple of {token}, the "
@@ -823,12 +835,20 @@ def open_for(b: benches.Benchmark, cfg: Bench, device: torch.device) -> Pipe:
     return pipe
 
 
+def method_of(ckpt: str) -> tuple[str, str]:
+    """ "sdedit:assets/base" -> its two parts; another path -> "" and itself."""
+    method, _, base = ckpt.partition(":")
+    return (method, base) if method in pipeline.METHODS else ("", ckpt)
+
+
 def make_results(pipe: Pipe, cfg: Bench, b: benches.Benchmark, rows: list[benches.Row], folder: Path,
                  rank: int) -> None:
     """Samples what has no result yet into the tree of results, each at its source's size.
 
     An instruction editor sees the whole picture, and its mask with --region; nothing is pasted. One that
     fills holes is given the mask, and what is outside it comes back as it was."""
+    method = method_of(cfg.ckpt)[0]
+    whole = pipe.follows or bool(method)  # all of the picture may change
     token, size, jobs = pipe.net.cfg.patch * pipe.space.stride, cfg.image_size or pipe.size, {}
     aspects = bool(pipe.manifest.get("config", {}).get("aspects"))
     for r in rows:
@@ -837,7 +857,7 @@ def make_results(pipe: Pipe, cfg: Bench, b: benches.Benchmark, rows: list[benche
         source = benches.source_of(r, folder)
         h, w = source.shape[:2]
         mask = np.ones((h, w), np.float32)
-        if r.mask is not None and (cfg.region or not pipe.follows):
+        if r.mask is not None and (cfg.region if pipe.follows else method in ("", "blended")):
             mask = benches.mask_of(b, r, h, w)
         H, W = bucket(h, w, size, token, aspects)
         if pipe.follows and aspects:  # as sample.py: rather a shape between two buckets than a margin
@@ -845,22 +865,28 @@ def make_results(pipe: Pipe, cfg: Bench, b: benches.Benchmark, rows: list[benche
         if max(H, W) > pipe.net.cfg.pos_max * token:
             raise SystemExit(f"error: --image_size: {size}: {r.key} needs {W}x{H}, the model takes at most "
                              f"{pipe.net.cfg.pos_max * token} a side: give a smaller one")
-        fit = pipeline.to_work(source, mask, H, W, hide=not pipe.follows)
+        fit = pipeline.to_work(source, mask, H, W, hide=not whole)
         jobs.setdefault((H, W), []).append((r, source, mask[..., None], *fit))
     for (H, W), found in jobs.items():
         for at in range(0, len(found), cfg.batch_size):
             part, sources, masks, boxes, mask_in, image_in = zip(*found[at:at + cfg.batch_size])
             gens = common.generators(cfg.seed, 0, [r.place for r in part])
             noise = common.randn(gens, (pipe.space.channels, H // pipe.space.stride, W // pipe.space.stride))
-            said = [r.instruction if pipe.follows else r.prompt for r in part]
-            x0 = pipeline.sample(pipe.net, pipe.space, said, torch.stack(mask_in), torch.stack(image_in),
-                                 noise, flow.timesteps(cfg.steps, pipe.shift), cfg.guidance,
-                                 cfg.image_guidance, cfg.solver, bf16=cfg.precision == "bf16").float().cpu()
+            given, bf16 = (torch.stack(mask_in), torch.stack(image_in)), cfg.precision == "bf16"
+            if method:
+                x0 = pipeline.baseline(method, pipe.net, pipe.space, [r.target_text for r in part],
+                                       given[1], given[0], noise, cfg.steps, pipe.shift, cfg.guidance,
+                                       cfg.strength, [r.source_text or "" for r in part], bf16).float().cpu()
+            else:
+                said = [r.instruction if pipe.follows else r.prompt for r in part]
+                x0 = pipeline.sample(pipe.net, pipe.space, said, *given, noise,
+                                     flow.timesteps(cfg.steps, pipe.shift), cfg.guidance,
+                                     cfg.image_guidance, cfg.solver, bf16=bf16).float().cpu()
             if not x0.isfinite().all():
                 raise SystemExit(f"error: {cfg.ckpt}: the model gave NaN: try --precision fp32")
             for r, source, mask, box, x in zip(part, sources, masks, boxes, x0):
                 x = pipeline.from_work(x, box, *source.shape[:2])
-                x = x if pipe.follows else mask * x + (1 - mask) * source
+                x = x if whole else mask * x + (1 - mask) * source
                 if r.copy:
                     copy = benches.picture(r.source, alpha=True)
                     benches.put_picture(folder / r.copy, copy, cfg.out, rank)

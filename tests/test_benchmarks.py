@@ -563,6 +563,25 @@ def test_holes_are_filled_and_nothing_else(at, tmp_path):
     assert "inf" in (tmp_path / "pie/table.txt").read_text()
 
 
+def test_baselines_where_captions_are_known(at, tmp_path):
+    """METHOD:BASE of sets that say what a result shows; refused where one says nothing, or has no masks."""
+    def change(name, ckpt, out, **kw):
+        got = ask(at, name, tmp_path / out, ckpt=ckpt, metrics="l1_source", steps=4, **kw)
+        table = next(iter(got["tables"].values()))
+        assert table["results"] == table["expected"] == 3
+        return table["micro"]["l1_source"]["mean"]
+
+    base = at / "inpaint"
+    little, much = (change("emu", f"sdedit:{base}", f"e{s}", strength=s) for s in (0.25, 1.0))
+    assert 0.01 < little < much
+    free, inside = (change("pie", f"{m}:{base}", m, strength=1.0) for m in ("sdedit", "blended"))
+    assert inside < 0.7 * free  # what the masks keep stays
+    assert change("pie", f"diffedit:{base}", "diffedit") > 0
+    line = refused(ask, at, "gedit", tmp_path / "g", ckpt=f"sdedit:{base}")
+    assert "sdedit needs captions of the results, and rows of gedit have none" in line
+    assert "blended needs masks" in refused(ask, at, "emu", tmp_path / "h", ckpt=f"blended:{base}")
+
+
 def test_pictures_too_small_for_a_measure(at, tmp_path):
     put(imgedit(tmp_path / "data") / "animal/1.jpg", noise(1, 20, 5))
     line = refused(ask, at, "imgedit", tmp_path / "out", data=tmp_path / "data", metrics="ssim_source")
