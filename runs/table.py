@@ -48,6 +48,12 @@ def quantile(freedom: float) -> float:
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3))
 
 
+def group_of(name: str) -> str:
+    """OUT/NAME0/step_00000700@20 -> NAME/step_00000700@20: without folder and seed."""
+    parts = re.match(r"(?:.*/)?((?!step_)[^/]*?)(\d*)(/step_\d+)?(@\d+)?(?: \(\d+\))?$", name)
+    return "".join(filter(None, (parts[1], parts[3], parts[4])))
+
+
 def main(out: str, metrics: list[str]) -> None:
     path = Path(out) / "scores.npz"
     try:
@@ -58,8 +64,7 @@ def main(out: str, metrics: list[str]) -> None:
                          "`scenes` wrote") from None
     groups = {}  # NAME@STEPS -> rows
     for i, name in enumerate(names):
-        parts = re.match(r"(?:.*/)?([^/]*?)(\d*)(/step_\d+)?(@\d+)?(?: \(\d+\))?$", name)
-        groups.setdefault("".join(filter(None, (parts[1], parts[3], parts[4]))), []).append(i)
+        groups.setdefault(group_of(name), []).append(i)
     (first, of_first), *others = groups.items()
     keys = [key.rsplit("/", 1) for key in found]
     for metric in metrics:
