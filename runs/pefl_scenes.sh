@@ -5,7 +5,7 @@
 #   QUICK=1 bash runs/pefl_scenes.sh                    one seed of everything, the demo's numbers of steps: 25 minutes
 # Arms, each one flag from pefl: rewardless (L_reg + L_vgg alone), no_aesthetic, no_alignment, no_coherence; pasted (rewards see
 # what users see), noise (stage 2 starts as sampling does), known (L_reg and L_vgg outside the hole), late (adversarial from phase
-# 2 on), two (two steps of the coherence model a step), r1, global (holes of the whole picture, too).
+# 2 on), two (two steps of the coherence model a step), r1, global (holes of the whole picture, too); noise+known is both.
 # Always beside them: the base, the base with blurred holes, and flow matching on as many pictures (control).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +35,10 @@ spawn() {  # COMMAND: in the background, JOBS at a time; a job that fails ends t
     "$@" & pids+=($!)
 }
 finish() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }  # bash remembers how each one ended
-flags() {  # ARM -> what differs
+flags() {  # ARM, or several with + between them -> what differs
+    for part in ${1//+/ }; do flag "$part" || return; done
+}
+flag() {
     case $1 in
         pefl) ;;
         rewardless) echo "--w_aesthetic 0 --w_alignment 0 --w_coherence 0" ;;

@@ -70,7 +70,8 @@ def test_all_claims_of_the_table_that_can_be_judged_so_have_a_command(capsys):
 
 def test_seeds_are_told_from_steps():
     group_of = runpy.run_path(str(ROOT / "runs/table.py"))["group_of"]
-    known = {"out/x/pefl0/step_00000700@20": "pefl/step_00000700@20", "assets/base@8": "base@8", "one1": "one",
+    known = {"out/x/pefl0/step_00000700@20": "pefl/step_00000700@20", "assets/base@8": "base@8",
+             "one1": "one", "noise+known0@20": "noise+known@20",
              "out/x/late12/step_00000060@20": "late/step_00000060@20", "out/editnet2@20 (3)": "editnet@20",
              "assets/base@20, blurred": "base@20, blurred"}
     assert {name: group_of(name) for name in known} == known
@@ -78,7 +79,7 @@ def test_seeds_are_told_from_steps():
 
 def test_an_unknown_arm_costs_no_time(tmp_path):
     done = subprocess.run(["bash", "runs/pefl_scenes.sh"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "ARMS": "pefl magic", "OUT": str(tmp_path / "o")})
+                          env={**os.environ, "ARMS": "pefl known+magic", "OUT": str(tmp_path / "o")})
     assert done.returncode == 2 and "error: ARMS: magic: use pefl, rewardless" in done.stderr
     assert not (tmp_path / "o").exists()
 
