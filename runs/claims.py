@@ -129,7 +129,7 @@ def columns(names: list[str], arm: str) -> list[int]:
     """Where in `names` the seeds of ARM@STEPS are: OUT/ARM0/step_00000700@20, or assets/base@20."""
     stem, steps = arm.split("@")
     return [i for i, name in enumerate(names)
-            if re.fullmatch(rf"(?:.*/)?{stem}\d*(?:/step_\d+)?@{steps}(?: \(\d+\))?", name)]
+            if re.fullmatch(rf"(?:.*/)?{re.escape(stem)}\d*(?:/step_\d+)?@{steps}(?: \(\d+\))?", name)]
 
 
 def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
