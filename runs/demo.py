@@ -32,7 +32,7 @@ class Config:
     align_steps: int = 350  # of the alignment reward
     phases: str = "20/15/10x60,8/6/3x24"  # of PeFL, T/T1/T2 x steps (Sec. 3.3)
     disc_first: int = 24  # steps in which the coherence model learns alone
-    judged: int = 80  # held-out scenes for each task
+    judged: int = 60  # held-out scenes for each task
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     fast: bool = False  # two steps of everything
 
