@@ -769,8 +769,7 @@ def bench(cfg: Bench) -> None:
             if (not benches.finished(done.get(r.key)) or
                 done[r.key]["file"] != benches.digest(benches.result_of(folder, r.key)) if r.tables else
                 pipe and not benches.result_of(folder, r.key))]
-    bar = log.progress(len(mine), desc=b.name, dist=dist)
-    with benches.Lines(cfg.out, dist.rank) as lines:
+    with log.progress(len(mine), desc=b.name, dist=dist) as bar, benches.Lines(cfg.out, dist.rank) as lines:
         for part in benches.parts(mine, 4 * cfg.batch_size):
             if pipe:
                 make_results(pipe, cfg, b, part, folder, dist.rank)
@@ -783,7 +782,6 @@ def bench(cfg: Bench) -> None:
                 raise SystemExit(f"error: --judge: {client.url}: {stopped}: the same command goes on where "
                                  "it ended")
             bar.update(len(part))
-    bar.close()
 
     # 3) the table, by the rank that ends last
     done = benches.read_lines(cfg.out)

@@ -17,6 +17,15 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+@pytest.fixture(autouse=True)
+def no_bars_left():
+    """A progress bar that an error left open would move the next test's bars down a line."""
+    yield
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+
+
 @pytest.fixture
 def one_thread_and_own_signals():
     """For tests that call main(), which installs handlers and may choose a number of threads."""
