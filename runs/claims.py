@@ -96,7 +96,8 @@ def main(cfg: Config) -> None:
         claim, out = CLAIMS[name], Path(cfg.out)
         print(f"\n{name}: {claim.title} ({claim.paper}): {cost(claim, cfg.quick)} on two plain cores, less "
               "what is done already", flush=True)
-        folder = out / claim.script.removesuffix(".sh")
+        # what --quick trained is no start of the real thing
+        folder = out / (claim.script.removesuffix(".sh") + "_quick" * cfg.quick)
         command(cfg, claim, folder)
         page = report(name, claim, folder / claim.scores, cfg)
         (out / f"{name}.md").write_text(page)

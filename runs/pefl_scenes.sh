@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
+if [ "${QUICK:-0}" = 1 ]; then OUT=${OUT:-out/pefl_scenes_quick}; fi  # its runs are no start of the real ones
 OUT=${OUT:-out/pefl_scenes}
 ARMS=${ARMS:-pefl rewardless no_aesthetic no_alignment no_coherence}
 JUDGE=${JUDGE:-judge}  # folder of tables, below OUT

@@ -102,5 +102,5 @@ def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
     if name == "C6":
         capfd.readouterr()
         table = runpy.run_path(str(ROOT / "runs/table.py"))["main"]
-        table(str(tmp_path / "o/editnet/judge_weights"), ["edit", "over"])
+        table(str(tmp_path / "o/editnet_quick/judge_weights"), ["edit", "over"])
         assert "| unweighted@20 - weighted@20 |" in capfd.readouterr().out
