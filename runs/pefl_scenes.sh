@@ -3,6 +3,8 @@
 #   bash runs/pefl_scenes.sh                            some 15 hours on 2 plain cores; what is done is not done again
 #   ARMS="pefl pasted noise" SEEDS=0 N=200 bash runs/pefl_scenes.sh
 #   QUICK=1 bash runs/pefl_scenes.sh                    one seed of everything, the demo's numbers of steps: 25 minutes
+# Numbers, each a variable: PREFS prompts and CAPTIONS pictures for the rewards, LOOKS and READS steps of theirs, ALONE, ONE and TWO
+# steps of the coherence model alone (of phase 1's), of phase 1 and of phase 2.
 # Arms, each one flag from pefl: rewardless (L_reg + L_vgg alone), no_aesthetic, no_alignment, no_coherence; pasted (rewards see
 # what users see), noise (stage 2 starts as sampling does), known (L_reg and L_vgg outside the hole), late (adversarial from phase
 # 2 on), two (two steps of the coherence model a step), r1, global (holes of the whole picture, too); noise+known is both.
@@ -18,11 +20,13 @@ PROBE=${PROBE:-1}  # paired counts and part 4, too
 JOBS=${JOBS:-$(nproc)}  # trainings side by side
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "${QUICK:-0}" = 1 ]; then
-    SEEDS=${SEEDS:-0} N=${N:-60} PREFS=240 CAPTIONS=3000 LOOKS=250 READS=350 ALONE=24 ONE=60 TWO=24
+    SEEDS=${SEEDS:-0} N=${N:-60} PREFS=${PREFS:-240} CAPTIONS=${CAPTIONS:-3000} LOOKS=${LOOKS:-250} READS=${READS:-350}
+    ALONE=${ALONE:-24} ONE=${ONE:-60} TWO=${TWO:-24}
     REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 32 --noise 0.3 --eval_every 0 --wandb off"
     RECIPE="--batch_size 16 --lr 2e-5 --warmup 10 --ema 0.95" WEIGHT=0.0005
 else
-    SEEDS=${SEEDS:-0 1 2} N=${N:-500} PREFS=4000 CAPTIONS=20000 LOOKS=1000 READS=2000 ALONE=300 ONE=700 TWO=250
+    SEEDS=${SEEDS:-0 1 2} N=${N:-500} PREFS=${PREFS:-4000} CAPTIONS=${CAPTIONS:-20000} LOOKS=${LOOKS:-1000} READS=${READS:-2000}
+    ALONE=${ALONE:-300} ONE=${ONE:-700} TWO=${TWO:-250}
     REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_every 500 --wandb off"
     RECIPE="--batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995" WEIGHT=0.0003
 fi
