@@ -7,9 +7,11 @@
                                                        shows that all runs, and decides little
 
 The work is that of runs/pefl_scenes.sh and runs/editnet.sh: arms shared by claims are trained once, what is
-done is not done again, a run that was cut resumes. A claim holds where every difference that it names is
-beyond its 95 % interval (runs/table.py: seeds and scenes), does not hold where one is so the other way, and
-is not decided else. What is compared for quality is a measure that a blurred base cannot win (evaluate.py).
+done is not done again, a run that was cut resumes. OUT/C1.md has the arms and the verdict, OUT/C1.png what
+was drawn: where the claim's arm gains most, the middle, and where it loses most. A claim holds where every
+difference that it names is beyond its 95 % interval (runs/table.py: seeds and scenes), does not hold where
+one is so the other way, and is not decided else. What is compared for quality is a measure that a blurred
+base cannot win (evaluate.py). --arm noise+known asks the same of PeFL with other flags (C1 to C4).
 """
 
 import os
@@ -23,10 +25,16 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from log import contact_sheet  # noqa: E402
 from runs.table import estimate  # noqa: E402
+from scenes.dataset import EditScenes, Scenes  # noqa: E402
+from scenes.judge import to_float  # noqa: E402
+from scenes.judge_edits import edit_cases  # noqa: E402
+from scenes.judge_holes import make_cases, paste  # noqa: E402
 
 
 class Claim(NamedTuple):
@@ -77,8 +85,9 @@ CLAIMS = {
 class Config:
     claims: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # C1 ... C10, or all; none: a list
     out: str = "out/claims"  # runs, judgements, a page for each claim
-    seeds: str = "0 1 2"  # of training
-    quick: bool = False  # one seed, few steps
+    seeds: str = ""  # of training; empty: 0 1 2, with --quick 0
+    quick: bool = False  # few steps; runs/pefl_scenes.sh says which variables change their numbers
+    arm: str = "pefl"  # of runs/pefl_scenes.sh, in place of PeFL as in the paper; C1 to C4
     write: str = ""  # a RESULTS.md whose first table has a row for each claim
 
 
@@ -88,20 +97,39 @@ def main(cfg: Config) -> None:
         raise SystemExit(f"error: {unknown[0]}: use {', '.join(CLAIMS)}, or all")
     if cfg.write and not Path(cfg.write).is_file():
         raise SystemExit(f"error: --write: {cfg.write}: no such file: name a RESULTS.md")
+    if wrong := [name for name in names if cfg.arm != "pefl" and CLAIMS[name].script != FEEDBACK]:
+        raise SystemExit(f"error: --arm: {cfg.arm}: {wrong[0]} has no PeFL: leave it out")
     if not names:
         print("\n".join(f"{name:<4} {c.title}: {cost(c, False)}; --quick {cost(c, True)}"
                         for name, c in CLAIMS.items()))
         return
     for name in names:
-        claim, out = CLAIMS[name], Path(cfg.out)
+        claim, out = with_arm(CLAIMS[name], cfg.arm), Path(cfg.out)
         print(f"\n{name}: {claim.title} ({claim.paper}): {cost(claim, cfg.quick)} on two plain cores, less "
               "what is done already", flush=True)
         # what --quick trained is no start of the real thing
         folder = out / (claim.script.removesuffix(".sh") + "_quick" * cfg.quick)
         command(cfg, claim, folder)
         page = report(name, claim, folder / claim.scores, cfg)
-        (out / f"{name}.md").write_text(page)
-        print(page, f"\nwrote {out / f'{name}.md'}", sep="")
+        at = out / (name if cfg.arm == "pefl" else f"{name}_{cfg.arm}")
+        at.with_suffix(".md").write_text(page)
+        sheet(claim, folder).save(at.with_suffix(".png"))
+        print(page, f"\nwrote {at}.md and {at.name}.png", sep="")
+
+
+def with_arm(claim: Claim, arm: str) -> Claim:
+    """The same of `arm` in place of pefl: no_alignment becomes arm+no_alignment; base and control stay."""
+    if arm == "pefl":
+        return claim
+    own = {word: f"{arm}+{word}".removesuffix("+pefl") for word in claim.env["ARMS"].split()}
+
+    def of(column: str) -> str:
+        stem, steps = column.split("@")
+        return f"{own.get(stem, stem)}@{steps}"
+
+    return claim._replace(title=f"{claim.title} ({arm})", env={"ARMS": " ".join(own.values())},
+                          scores=f"{claim.scores}_{arm}", better=of(claim.better),
+                          than=tuple(map(of, claim.than)))
 
 
 def cost(claim: Claim, quick: bool) -> str:
@@ -110,7 +138,7 @@ def cost(claim: Claim, quick: bool) -> str:
 
 def command(cfg: Config, claim: Claim, folder: Path) -> None:
     """Run the script, unless it was run for the same arms, seeds and numbers; SystemExit where it fails."""
-    env = {"OUT": str(folder.resolve()), "SEEDS": "0" if cfg.quick else cfg.seeds, "PYTHON": sys.executable}
+    env = {"OUT": str(folder.resolve()), "SEEDS": seeds_of(cfg), "PYTHON": sys.executable}
     if claim.script == FEEDBACK:
         env |= {"JUDGE": claim.scores, "PROBE": "0", "QUICK": str(int(cfg.quick))}
     elif cfg.quick:
@@ -126,6 +154,10 @@ def command(cfg: Config, claim: Claim, folder: Path) -> None:
     known.write_text(asked)
 
 
+def seeds_of(cfg: Config) -> str:
+    return cfg.seeds or ("0" if cfg.quick else "0 1 2")
+
+
 def columns(names: list[str], arm: str) -> list[int]:
     """Where in `names` the seeds of ARM@STEPS are: OUT/ARM0/step_00000700@20, or assets/base@20."""
     stem, steps = arm.split("@")
@@ -133,22 +165,27 @@ def columns(names: list[str], arm: str) -> list[int]:
             if re.fullmatch(rf"(?:.*/)?{re.escape(stem)}\d*(?:/step_\d+)?@{steps}(?: \(\d+\))?", name)]
 
 
-def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
-    """Markdown: the arms, the differences, the verdict; the row goes into --write."""
+def judged(claim: Claim, scores: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Names of the columns, and TASK or ASPECT/TASK -> the metric that decides, [columns, scenes]."""
     try:
         found = dict(np.load(scores / "scores.npz"))
         names = found.pop("names").tolist()
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         raise SystemExit(f"error: {scores / 'scores.npz'}: missing or damaged: remove {scores}.asked and run "
                          "the same command again") from None
-    keys = [key for key in found if key.rsplit("/", 1)[1] == claim.metric]
-    if claim.off_square:
-        keys = [key for key in keys if not key.startswith("1x1/")]
+    tasks = {key.rsplit("/", 1)[0]: rows for key, rows in found.items() if key.endswith(f"/{claim.metric}")}
+    return names, {task: rows for task, rows in tasks.items()
+                   if not (claim.off_square and task.startswith("1x1/"))}
+
+
+def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
+    """Markdown: the arms, the differences, the verdict; the row goes into --write."""
+    names, tasks = judged(claim, scores)
     shared = claim.script == FEEDBACK  # all tasks are asked of the same scenes
     scale = 100 if claim.higher else 1
 
-    def value(tasks: list[np.ndarray]) -> tuple[str, float, float]:
-        mean, half = estimate(tasks, shared)
+    def value(of: list[np.ndarray]) -> tuple[str, float, float]:
+        mean, half = estimate(of, shared)
         digits = 1 if claim.higher else 4
         return f"{scale * mean:.{digits}f} ± {scale * half:.{digits}f}", mean, half
 
@@ -157,20 +194,22 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
         if not columns(names, arm):
             raise SystemExit(f"error: {scores / 'scores.npz'}: no {arm}: remove {scores}.asked and run the "
                              "same command again")
-        lines.append(f"| {arm} | {value([found[key][columns(names, arm)] for key in keys])[0]} |")
+        lines.append(f"| {arm} | {value([rows[columns(names, arm)] for rows in tasks.values()])[0]} |")
     signs, told = [], []
     for arm in claim.than:
         a, b = columns(names, claim.better), columns(names, arm)
         b = b * len(a) if len(b) == 1 else b  # the base has no seeds
-        text, mean, half = value([found[key][a] - found[key][b] for key in keys])
+        text, mean, half = value([rows[a] - rows[b] for rows in tasks.values()])
         lines.append(f"| {claim.better} - {arm} | {text} |")
         told.append(f"{text} against {arm}")
         gain = mean if claim.higher else -mean
         signs.append(0 if abs(mean) <= half else 1 if gain > 0 else -1)
     verdict = "does not hold" if -1 in signs else "holds" if set(signs) == {1} else "not decided"
-    seeds = "1 seed, few steps" if cfg.quick else f"{len(cfg.seeds.split())} seeds"
+    n = len(seeds_of(cfg).split())
+    seeds = f"{n} seed{'s' * (n > 1)}{', few steps' * cfg.quick}"
     here = f"{claim.metric} of {claim.better}: {'; '.join(told)} ({seeds})"
-    call = f"`python runs/claims.py {name}{' --quick' if cfg.quick else ''}`"
+    call = f"python runs/claims.py {name}{' --quick' * cfg.quick}"
+    call = f"`{call}{f' --arm {cfg.arm}' * (cfg.arm != 'pefl')}`"
     row = f"| {name} | {claim.title} | {claim.paper} | {here} | {verdict} | {call} |"
     if cfg.write:
         path = Path(cfg.write)
@@ -179,6 +218,38 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
             raise SystemExit(f"error: --write: {path}: has no row that begins with '| {name} |'")
         path.write_text(text)
     return f"## {name}: {claim.title}\n\n" + "\n".join(lines) + f"\n\n{verdict}: {here}; {call}\n"
+
+
+def sheet(claim: Claim, folder: Path) -> Image.Image:
+    """Scenes by how much the claim's arm is ahead of the first one that it is compared with: the three best,
+    two from the middle, the three worst. source | hole or instruction | the arms, a seed each | truth."""
+    names, tasks = judged(claim, folder / claim.scores)
+    first = {arm: columns(names, arm)[0] for arm in (claim.better, *claim.than)}
+    ahead = (1 if claim.higher else -1) * np.concatenate(
+        [rows[first[claim.better]] - rows[first[claim.than[0]]] for rows in tasks.values()])
+    place = [(task, i) for task, rows in tasks.items() for i in range(rows.shape[1])]
+    order = [int(i) for i in np.argsort(-ahead, kind="stable") if not np.isnan(ahead[i])]
+    middle = len(order) // 2
+    chosen = dict.fromkeys(order[:3] + order[middle - 1:middle + 1] + order[-3:])
+    saved = {arm: folder / "pictures" / names[i].replace("/", "_") for arm, i in first.items()}
+    pictures, titles = [], []
+    for i in chosen:
+        task, row = place[i]
+        files = {arm: sorted((at / task / "seed_0").glob("*.png"))[row] for arm, at in saved.items()}
+        index = int(files[claim.better].stem)
+        made = [to_float(np.asarray(Image.open(file))[None]) for file in files.values()]
+        h, w = made[0].shape[2:]
+        if claim.script == FEEDBACK:
+            c = make_cases(task, [index], h, Scenes("heldout"))
+            left = [c.image, c.image * (1 - c.mask) + 0.5 * c.mask]
+            made = [paste(x, c) for x in made]
+        else:
+            c = edit_cases(task.split("/")[-1], [index], h, w, EditScenes("heldout"))
+            left = [c.image]
+        pictures.append([x[0] for x in (*left, *made, c.truth)])
+        titles.append(f"{ahead[i]:+.3f} {task}: {c.caption[0]}")
+    heads = ["picture", *(["hole"] if claim.script == FEEDBACK else []), *first, "truth"]
+    return contact_sheet(pictures, heads, row_titles=titles)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,14 @@ train() {  # NAME FLAGS: of the present seed; parts share editnet
     local name=$1; shift
     case " $begun " in *" $name$seed "*) return ;; esac
     begun="$begun $name$seed"
-    spawn $PY train_omni.py $SHORT --data scenes --steps "$STEPS" --sample_every "$STEPS" --seed "$seed" "$@" --out "$OUT/$name$seed"
+    spawn $PY train_omni.py $SHORT --data scenes --steps "$STEPS" --sample_every "${SHEETS:-$STEPS}" --seed "$seed" "$@" --out "$OUT/$name$seed"
 }
 judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same held-out edits
     local name=$1 flags=() ckpts=""; shift
     while [ "$1" != -- ]; do flags+=("$1"); shift; done; shift
     for run in "$@"; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$run$seed"; done; done
     OMP_NUM_THREADS=$JOBS $PY evaluate.py edits --ckpt "${ckpts#,}" --steps 20 --n "$N" "${flags[@]}" \
-        --out "$OUT/judge_$name" | tee "$OUT/judge_$name.txt"
+        --save "$OUT/pictures" --out "$OUT/judge_$name" | tee "$OUT/judge_$name.txt"
 }
 
 mkdir -p "$OUT"

@@ -32,6 +32,7 @@ else
 fi
 # for tests
 LOOKS=${STEPS:-$LOOKS} READS=${STEPS:-$READS} ONE=${STEPS:-$ONE} TWO=${STEPS:-$TWO}
+SHEETS=${SHEETS:-$ONE}  # steps between a PeFL run's sample sheets
 if [ -n "${STEPS:-}" ]; then ALONE=0 PREFS=$((4 * STEPS)) CAPTIONS=$((100 * STEPS)); fi
 
 pids=()
@@ -79,7 +80,7 @@ for seed in $SEEDS; do
             --phases "20/15/10x$ONE,8/6/3x$TWO" --adversarial_from 1 --p_global 0 $RECIPE \
             --disc_init "$OUT/aesthetic" --disc_first "$ALONE" --disc_lr 3e-4 --reward_noise 0.2 \
             --eta 0.05 --w_aesthetic "$WEIGHT" --w_alignment "$WEIGHT" --w_coherence 0.1 $(flags "$arm") \
-            --seed "$seed" --sample_every "$ONE" --save_every $(((ONE + 1) / 2)) --keep 4 --wandb off --out "$OUT/$arm$seed"
+            --seed "$seed" --sample_every "$SHEETS" --save_every $(((ONE + 1) / 2)) --keep 4 --wandb off --out "$OUT/$arm$seed"
     done
 done
 # ... and a control: the base trained on with flow matching, on as many pictures and masks

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = runpy.run_path(str(ROOT / "runs/claims.py"))
@@ -44,6 +45,17 @@ def test_less_is_better_and_the_base_has_no_seeds(tmp_path):
     assert "\nholds: texture of pefl@20: -0.1" in page
     blurred, = (i for i, n in enumerate(np.load(tmp_path / "judge/scores.npz")["names"]) if "blurred" in n)
     assert blurred not in CLAIMS["columns"](list(np.load(tmp_path / "judge/scores.npz")["names"]), "base@20")
+
+
+def test_another_arm_stands_for_pefl():
+    claim = CLAIMS["with_arm"](CLAIMS["CLAIMS"]["C1"], "noise+known")
+    assert claim.env["ARMS"] == "noise+known noise+known+rewardless" and claim.better == "noise+known@20"
+    assert claim.than == ("base@20", "control@20", "noise+known+rewardless@20")
+    names = [f"out/noise+known{end}" for end in ("0/step_00000060@20", "1/step_00000060@20", "@8")]
+    names += ["out/noise+known+rewardless0/step_00000060@20"]
+    assert CLAIMS["columns"](names, claim.better) == [0, 1] and CLAIMS["columns"](names, claim.than[2]) == [3]
+    with pytest.raises(SystemExit, match="error: --arm: late: C5 has no PeFL"):
+        CLAIMS["main"](CLAIMS["Config"](("C4", "C5"), arm="late"))
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -90,12 +102,13 @@ def test_an_unknown_arm_costs_no_time(tmp_path):
                                         ("C6", "| weighted@20 - unweighted@20 |")])
 def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
     """Both scripts, with steps that can be counted on one hand; again, and nothing is repeated."""
-    for k, v in {"STEPS": "2", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled"}.items():
+    for k, v in {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled"}.items():
         monkeypatch.setenv(k, v)
     cfg = CLAIMS["Config"]((name,), out=str(tmp_path / "o"), quick=True)
     CLAIMS["main"](cfg)
     page = (tmp_path / f"o/{name}.md").read_text()
     assert line in page and "1 seed, few steps" in page
+    assert Image.open(tmp_path / f"o/{name}.png").height > 300
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
     CLAIMS["main"](cfg)
     assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}

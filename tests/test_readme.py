@@ -30,7 +30,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "train_scorer.py": "--steps 2 --batch_size 4 --wandb off --eval_pairs 8 --workers 0",
     "train_pefl.py": "--phases 20/15/10x1,8/6/3x1 --batch_size 2 --sample_every 0 --wandb off "
                      "--image_size 32",
-    "make_prefs.py": "--n 12 --steps 2",
+    "make_prefs.py": "--n 12 --captions 60 --steps 2",
     "evaluate.py scenes": "--n 4 --steps 2,2",
     "evaluate.py edits": "--n 2 --steps 1 --image_size 32",
     "evaluate.py t2i": "--n 2 --steps 1",
@@ -46,7 +46,7 @@ SMALL = {  # appended to a command: the last value of a flag wins
     "make_pack.py": "--limit 5 --image_size 16 --heldout 2 --workers 1",
     "sample.py": "--steps 2 --size 32",
     "make_cache.py": "--image_size 32 --workers 0",
-    "kernels/bench.py": "--shapes test --ms 1",
+    "kernels/bench.py": "--shapes test --ms 1 --only eager,ours",
     "-m pretrained": "",
     "runs/claims.py": "",
     "runs/memory.py omni": "--image_size 32 --device cpu",
