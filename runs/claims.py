@@ -237,7 +237,7 @@ def sheet(claim: Claim, folder: Path) -> Image.Image:
         task, row = place[i]
         files = {arm: sorted((at / task / "seed_0").glob("*.png"))[row] for arm, at in saved.items()}
         index = int(files[claim.better].stem)
-        made = [to_float(np.asarray(Image.open(file))[None]) for file in files.values()]
+        made = [to_float(np.array(Image.open(file))[None]) for file in files.values()]
         h, w = made[0].shape[2:]
         if claim.script == FEEDBACK:
             c = make_cases(task, [index], h, Scenes("heldout"))
