@@ -528,7 +528,8 @@ def config_from(cls: type, arch: dict, kind: str, what: str = "the checkpoint"):
 ####################################################################################################
 
 
-VARIANTS = ("editnet", "controlnet", "textcontrol", "concat")
+VARIANTS = ("editnet", "attend", "controlnet", "textcontrol", "concat")
+SOURCE_TOKENS = ("editnet", "attend")  # those in which the source is a stream of its own
 
 
 class EditNet(nn.Module):
@@ -539,14 +540,15 @@ class EditNet(nn.Module):
                      source's and to the text, all as they stand before that block; what it makes of the image
                      and of the text tokens is added to the base's after the block, and what it makes of each
                      source token to the image token at its place
+        attend       the same, but what it makes of the source tokens is added nowhere
         controlnet   the copies run on their own: noisy + source tokens enter the first one; only image tokens
                      are added to the base's
         textcontrol  the same, and text tokens are added too
         concat       InstructPix2Pix: the source is further channels of the input; no copies, all is tuned
 
     Sums enter through zero Linears, new input columns are zero (ours: OmniEdit is silent). That the source
-    tokens' own output is added is our reading of Sec. 4 ("output of the control branch tokens"): without it
-    every pixel that is to stay has to be found by attention (LOG.md). An instruction is
+    tokens' own output is added is our reading of Sec. 4 ("output of the control branch tokens"): without it,
+    as in `attend`, every pixel that is to stay has to be found by attention (LOG.md). An instruction is
     read by a trainable copy of a built-in text encoder, since the base's has only read captions; `base` alone
     is untouched. Base blocks read that copy too, so a ControlNet gets a text that learns, which the published
     ones, on frozen encoders, do not: `--text_lr 0` compares as the paper does. Free-form edits have a region
@@ -576,7 +578,7 @@ class EditNet(nn.Module):
             self.img_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
         if variant == "editnet":
             self.src_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
-        if variant in ("editnet", "textcontrol"):
+        if variant in ("editnet", "attend", "textcontrol"):
             self.txt_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth - 1))  # the last: no text
         for name, p in self.named_parameters():
             if name.startswith(("img_out.", "src_out.", "txt_out.", "src_embedder.")):
@@ -587,17 +589,26 @@ class EditNet(nn.Module):
         return {"kind": "editnet", "variant": self.variant, "cached": self.cached, "base": self.base.arch}
 
     @torch.no_grad()
-    def attach(self, weights: dict[str, Tensor]) -> None:
-        """Take the base's weights (a state dict of Editor), and begin the copies as copies of it."""
+    def attach(self, weights: dict[str, Tensor], start: str = "picture") -> None:
+        """Take the base's weights (a state dict of Editor), and begin the copies as copies of it.
+
+        Source tokens begin as the base sees a picture that it denoises (start="picture") or what a mask
+        leaves of one ("masked"; the base must have been trained for holes), the region as nothing (ours).
+        SystemExit where the base has seen no masks.
+        """
         self.base.load_state_dict(weights)
         if self.cfg.txt_bytes:
             self.text.load_state_dict(self.base.text.state_dict())
         if self.variant != "concat":
             self.branch.load_state_dict(self.base.mmdit.joint_blocks.state_dict())
-        if self.variant == "editnet":  # source tokens begin as the base sees a picture; the region as nothing
-            image = self.base.mmdit.x_embedder.proj
-            self.src_embedder.proj.weight[:, :-1] = image.weight[:, :self.cfg.channels]
-            self.src_embedder.proj.bias.copy_(image.bias)
+        if self.variant in SOURCE_TOKENS:
+            if start == "masked" and not self.cfg.inpaint:
+                raise SystemExit("error: --source_start: masked: the base was not trained for holes (--stage "
+                                 "inpaint): leave it out")
+            C, seen = self.cfg.channels, self.base.mmdit.x_embedder.proj  # of x, the mask, the masked picture
+            self.src_embedder.proj.weight[:, :C] = seen.weight[:, -C:] if start == "masked" \
+                else seen.weight[:, :C]
+            self.src_embedder.proj.bias.copy_(seen.bias)
 
     def encode_text(self, instructions: list[str] | Tensor) -> tuple[Tensor, Tensor]:
         """[B] instructions, or their byte_ids -> txt [B, Lt, txt_dim], vec [B, vec_dim]. "" is guidance's
@@ -641,7 +652,7 @@ class EditNet(nn.Module):
             img = img + self.source_tokens(src, region)
             for block in m.joint_blocks:
                 img, txt = m.run(block, img, txt, silu_c)
-        elif self.variant == "editnet":
+        elif self.variant in SOURCE_TOKENS:
             img = self.interact(img, txt, silu_c, src, region, memory)
         else:
             img = self.parallel(img, txt, silu_c, src, region)
@@ -661,7 +672,9 @@ class EditNet(nn.Module):
                 both, read_txt = m.run(control, torch.cat([img, tokens], 1), txt, silu_c)
                 read_img, tokens = both[:, :L], both[:, L:]
             img, txt = m.run(block, img, txt, silu_c)
-            img = img + self.img_out[i](read_img) + self.src_out[i](tokens)
+            img = img + self.img_out[i](read_img)
+            if self.variant == "editnet":
+                img = img + self.src_out[i](tokens)
             if txt is not None:
                 txt = txt + self.txt_out[i](read_txt)
         return img
@@ -746,7 +759,7 @@ def flops(net: Editor | EditNet, batch: int, img: int, txt: int, backward: bool 
         return (linears(joint.x_block, tokens, backward) + linears(joint.context_block, txt, backward)
                 + 4 * batch * scores * net.cfg.width * (1 + 2 * backward))
 
-    base, source = getattr(net, "base", net), img * (getattr(net, "variant", "") == "editnet")
+    base, source = getattr(net, "base", net), img * (getattr(net, "variant", "") in SOURCE_TOKENS)
     trains = any(p.requires_grad for p in base.parameters())  # else no gradient before the branch joins
     beside = (("img_out", img), ("src_out", img), ("txt_out", txt))
     return (sum(block(b, img, backward and (trains or i > 0)) for i, b in enumerate(base.mmdit.joint_blocks))

@@ -338,7 +338,7 @@ def count_omni(cfg: train_omni.Config, dist: common.Dist, ranks: int = 0) -> Ran
     img = (side // editor.cfg.patch) ** 2
     branch = ""
     if cfg.stage == "edit" and editor.variant != "concat":
-        source = f" + {img} source" * (editor.variant == "editnet")
+        source = f" + {img} source" * (editor.variant in model.SOURCE_TOKENS)
         branch = f", branch {img} image{source} + {words} text"
     print(f"tokens a block: base {img} image + {words} text{branch}")
     latents = cfg.batch_size, editor.cfg.channels, side, side

@@ -15,18 +15,19 @@ from runs.bench_models import randomize
 PLAIN = replace(model.PRESETS["test"], predict="v")
 BASES = {"text to image": PLAIN, "inpainting, x0": model.inpainting(model.PRESETS["test"]),
          "qk norm, dual": replace(PLAIN, qk_norm=True, dual=1)}
-NETS = {"editnet": ("editnet", False), "cached": ("editnet", True), "controlnet": ("controlnet", False),
-        "textcontrol": ("textcontrol", False), "concat": ("concat", False)}
+NETS = {"editnet": ("editnet", False), "attend": ("attend", False), "cached": ("editnet", True),
+        "controlnet": ("controlnet", False), "textcontrol": ("textcontrol", False),
+        "concat": ("concat", False)}
 TEXT = ["remove the red circle", "turn the star green"]
 
 
-def build(name: str, cfg=PLAIN, trained: bool = True) -> model.EditNet:
+def build(name: str, cfg=PLAIN, trained: bool = True, start: str = "picture") -> model.EditNet:
     """A variant on a base with random weights; `trained`: its own weights are random as well."""
     torch.manual_seed(0)
     base = randomize(model.Editor(cfg))
     variant, cached = NETS[name]
     net = model.EditNet(cfg, variant, cached)
-    net.attach(base.state_dict())
+    net.attach(base.state_dict(), start)
     if trained:
         g = torch.Generator().manual_seed(1)
         for n, p in net.named_parameters():
@@ -45,6 +46,22 @@ def inputs(h=16, w=24, seed=2):
 def run(net, x, t, src, region, text=TEXT, **kw):
     with torch.no_grad():
         return net(x, t, *net.encode_text(text), src, region, **kw)
+
+
+def test_source_tokens_begin_as_the_base_sees_a_picture_or_what_a_mask_leaves():
+    """With start="masked" they are what the base's first layer makes of a known picture beside x = 0."""
+    cfg = BASES["inpainting, x0"]
+    x, t, src, region = inputs()
+    for start, seen in (("picture", (src, torch.zeros_like(region), torch.zeros_like(src))),
+                        ("masked", (torch.zeros_like(src), torch.zeros_like(region), src))):
+        for name in ("editnet", "attend"):
+            net = build(name, cfg, trained=False, start=start)
+            embedder = net.base.mmdit.x_embedder
+            assert torch.allclose(net.source_tokens(src, region), embedder(torch.cat(seen, 1)), atol=1e-12)
+            assert torch.equal(run(net, x, t, src, region),
+                               net.base(x, t, *net.base.encode_text(TEXT)).detach())
+    with pytest.raises(SystemExit, match="error: --source_start: masked: the base was not trained for holes"):
+        build("editnet", PLAIN, start="masked")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
