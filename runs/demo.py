@@ -43,10 +43,18 @@ class Stage(NamedTuple):
     title: str
     seconds: float
     commands: dict[str, str]  # name of the log -> script and flags, to which main() adds --precision
+    ranks: int = 1  # processes of a command
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stages(cfg: Config) -> list[Stage]:
     out, n = cfg.out, cfg
+    # A step of 16 pictures of a small model gains little from a second thread and all from a second rank
+    ranks = 4 if cores() >= 4 else 2 if cores() >= 2 else 1
+    many = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} " if ranks > 1 else ""
     reward = "--lr 5e-4 --warmup 50 --dropout 0 --batch_size 32 --noise 0.3 --eval_every 0 --wandb off"
     return [
         Stage("pictures by the models in assets/", 30, {
@@ -60,14 +68,15 @@ def stages(cfg: Config) -> list[Stage]:
             "alignment": f"train_reward.py --pairs {out}/prefs/alignment.jsonl --preset tiny-p16 "
                          f"--steps {n.align_steps} --out {out}/alignment {reward}"}),
         Stage("perceptual feedback learning: stages 1 to 3, coherence, two phases", 220, {
-            "pefl": f"train_pefl.py --base assets/base --aesthetic {out}/aesthetic "
+            "pefl": f"{many}train_pefl.py --base assets/base --aesthetic {out}/aesthetic "
                     f"--alignment {out}/alignment --phases {n.phases} --adversarial_from 1 --p_global 0 "
                     "--start noise --hold known "
-                    f"--disc_init {out}/aesthetic --disc_first {n.disc_first} --batch_size 16 --lr 2e-5 "
-                    "--warmup 10 --ema 0.95 --disc_lr 3e-4 --reward_noise 0.2 --eta 0.05 "
+                    f"--disc_init {out}/aesthetic --disc_first {n.disc_first} "
+                    f"--batch_size {16 // ranks} --lr 2e-5 --warmup 10 --ema 0.95 "
+                    "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.05 "
                     "--w_aesthetic 0.0005 --w_alignment 0.0005 --w_coherence 0.1 --sample_every 0 "
                     "--save_every 20 --wandb off "
-                    f"--out {out}/pefl"}),
+                    f"--out {out}/pefl"}, ranks),
         Stage("the judge, on held-out scenes: base and PeFL", 92, {
             "judge": f"evaluate.py scenes --ckpt assets/base,{out}/pefl,{out}/pefl --steps 20,20,8 "
                      f"--n {n.judged} --out {out}/judge"})]
@@ -99,7 +108,7 @@ def main(cfg: Config) -> None:
             left = max(pace * stage.seconds - (time.time() - start), 5) + pace * later
             line(f"{head}, about {clock(left)} left in all")
 
-        run(stage.commands, out, progress)
+        run(stage.commands, out, progress, stage.ranks)
         done.write_text("".join(f"python {command}\n" for command in stage.commands.values()))
         spent, planned = spent + time.time() - start, planned + stage.seconds
         pace = spent / planned  # of this machine, against the one that the seconds above are of
@@ -113,10 +122,12 @@ def main(cfg: Config) -> None:
           f"{out}/showcase.png, {out}/judge/sheet.png; the commands: {out}/*.done")
 
 
-def run(commands: dict[str, str], out: Path, progress) -> None:
+def run(commands: dict[str, str], out: Path, progress, ranks: int = 1) -> None:
     """The commands side by side, the cores shared out among them, each with its output in OUT/NAME.log."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // len(commands))), "OMP_WAIT_POLICY": "PASSIVE"}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // (len(commands) * ranks))),
+               "OMP_WAIT_POLICY": "PASSIVE"}
+    if ranks > 1:  # they meet on this machine alone, whatever its host name stands for
+        threads["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     children = {}
     try:
         for name, command in commands.items():
