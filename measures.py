@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 import rewards
+from log import frechet
 from pretrained.files import Device, read_json
 from pretrained.perceptual import Inception, Lpips, load_inception, load_lpips
 from pretrained.towers import (
@@ -133,28 +134,6 @@ def ssim(a: np.ndarray, b: np.ndarray, border: int = 0) -> float:
 ####################################################################################################
 # 2. Sets
 ####################################################################################################
-
-
-def spread(x: Tensor) -> Tensor:
-    """Features [N, D] -> R [min(N, D), D], float64, of which R^T R is their covariance (over N - 1)."""
-    x = (x - x.mean(0)) / max(len(x) - 1, 1) ** 0.5
-    return x if len(x) <= x.shape[1] else torch.linalg.qr(x, "r").R
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
-    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
-    equal N only.
-
-    With C = R^T R the last trace is the sum of the singular values of R_a R_b^T, [min(N, D), min(M, D)]: a
-    fraction of the time of a root of C_a C_b for fewer pictures than features, and exact where that is
-    singular. (Not numpy's: its threads spin, which takes minutes where other jobs run.)
-    """
-    a, b = (torch.from_numpy(np.array(x, np.float64)) for x in (a, b))
-    ra, rb = spread(a), spread(b)
-    cross = torch.linalg.svdvals(ra @ rb.T).sum()
-    apart = (a.mean(0) - b.mean(0)).square().sum()
-    return max((apart + ra.square().sum() + rb.square().sum() - 2 * cross).item(), 0.0)
 
 
 def check_sets(name: str, a: np.ndarray, b: np.ndarray) -> None:

@@ -318,6 +318,12 @@ def from_work(x0: Tensor, box: tuple, h: int, w: int) -> np.ndarray:
 METHODS = ("sdedit", "blended", "diffedit")
 
 
+def method_of(ckpt: str) -> tuple[str, str]:
+    """ "sdedit:assets/base" -> its two parts; another path -> "" and itself."""
+    method, _, base = ckpt.partition(":")
+    return (method, base) if method in METHODS else ("", ckpt)
+
+
 def free(net: model.Editor, space: Space, captions: list[str], image: Tensor, guidance: float) \
         -> flow.Denoise:
     """A base that draws captions and is told nothing of `image` [B, 3, H, W] but its size."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from log import bootstrap, frechet_interval
 from scenes import dataset, draw
 from scenes.dataset import EditScenes
 from scenes.edits import edit_mask
@@ -249,6 +250,14 @@ def features_of(pictures: np.ndarray, truth: Tensor, net: Parser) -> tuple[np.nd
     frechet_interval."""
     features = np.stack([picture_features(to_float(p), net) for p in pictures])
     return features, np.broadcast_to(picture_features(truth, net), features.shape)
+
+
+def summary_of(scores: list[dict], features: list[tuple]) -> dict:
+    """{metric: mean and interval} over tasks: the mean of their means, and the Frechet distance of their
+    union. scores: metrics [S, N] of each task; features: [S, N, D] of the pictures, and of the true ones."""
+    # not-a-number depends on the scene alone, not on the seed
+    found = {k: bootstrap(*(of_task[k].mean(0) for of_task in scores)) for k in scores[0]}
+    return found | {"frechet": frechet_interval(*(np.concatenate(x, 1) for x in zip(*features)))}
 
 
 ####################################################################################################

@@ -1,7 +1,7 @@
 """What the judge asks of an editor that fills holes, on held-out scenes. The tasks are ByteEdit's (Sec. 4.2):
 outpaint, edit (inpainting-editing), erase (inpainting-erasing).
 
-    1. Cases: picture, mask, caption, truth     2. Metrics
+    1. Cases: picture, mask, caption, truth     2. Metrics     3. A column of the tables, and its headlines
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import masks
+from log import bootstrap, frechet_interval
 from scenes import dataset, draw
 from scenes import text as scene_text
 from scenes.judge import (
@@ -154,7 +155,7 @@ def judge(raw: Tensor, c: Cases, net: Parser) -> dict[str, np.ndarray]:
     seam, outside_raw (change of known pixels before pasting), outside (after), texture (mean |difference| of
     the statistics of `texture`, in the truths' standard deviations). sharpness: gradient in the hole over
     the truth's; 1 is right, below is blur, above noise. A blurred hole has a smaller exact and seam error
-    than a sharp one (RESULTS.md): see `blurred` and evaluate.headlines.
+    than a sharp one (RESULTS.md): see `blurred` and `headlines`.
     """
     x = paste(raw, c)
     device = next(net.parameters()).device
@@ -257,3 +258,43 @@ def frechet_features(x: Tensor, c: Cases, net: Parser) -> tuple[np.ndarray, np.n
         boxes.append((xs[0] / w, ys[0] / h, (xs[-1] + 1) / w, (ys[-1] + 1) / h))
     hole = crops(x.to(device), torch.arange(len(x), device=device), torch.tensor(boxes, device=device))
     return net.features(x.to(device)).cpu().numpy(), net.features(hole).cpu().numpy()
+
+
+####################################################################################################
+# 3. A column of the tables, and its headlines: the metrics that may call one picture better
+####################################################################################################
+
+
+def judge_result(pictures: np.ndarray, c: Cases, net: Parser) -> tuple[dict, dict]:
+    """pictures uint8 [S, N, H, W, 3] -> metrics [S, N], and {metric: mean and interval} with what is of all
+    scenes together: the Frechet distances, and the textures against the truths' (first seed, with its p)."""
+    per_seed = [judge(to_float(p), c, net) for p in pictures]
+    scores = {k: np.stack([m[k] for m in per_seed]) for k in per_seed[0]}
+    summary = {k: bootstrap(v.mean(0)) for k, v in scores.items()}  # not-a-number depends on the scene alone
+    of_truth = frechet_features(c.truth, c, net)
+    of_result = zip(*(frechet_features(paste(to_float(p), c), c, net) for p in pictures))
+    for name, a, b in zip(("frechet", "frechet_hole"), of_result, of_truth):
+        summary[name] = frechet_interval(np.stack(a), np.broadcast_to(b, (len(a), *b.shape)))
+    value, half, p = texture_test(*(texture(x, c.mask) for x in (paste(to_float(pictures[0]), c), c.truth)))
+    summary["textures"] = {"mean": value, "low": max(value - half, 0.0), "high": value + half,
+                           "n": pictures.shape[1], "p": p}
+    return scores, summary
+
+
+LOWER = ("texture", "textures", "frechet", "frechet_hole", "exact", "hole", "seam")
+HIGHER = ("attributes", "named", "empty", "shape", "colour", "material", "background", "environment", "style")
+
+
+def headlines(truth: dict, base: dict, blur: dict, less: dict[str, np.ndarray]) -> list[str]:
+    """The metrics that rank the truth above a result, and that above itself blurred: no other may say that
+    one picture is better than another. truth, base, blur: summaries of judge_result; less: by metric, blur
+    minus base scene by scene [N], of which the interval must not reach 0."""
+    found = []
+    for name in (*LOWER, *HIGHER):
+        if name in base:
+            sign = 1 if name in HIGHER else -1
+            gap = bootstrap(sign * less[name])["high"] if name in less else \
+                sign * (blur[name]["mean"] - base[name]["mean"])
+            if gap < 0 < sign * (truth[name]["mean"] - base[name]["mean"]):
+                found.append(name)
+    return found

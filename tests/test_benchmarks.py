@@ -22,6 +22,7 @@ from inprocess import run_ranks, run_script
 from PIL import Image
 from test_served import Judge
 
+import benchmark
 import checkpoint
 import data
 import evaluate
@@ -222,7 +223,7 @@ def ask(at, name, out, **kw):
     if "results" not in kw:
         kw = {"ckpt": at / ("inpaint" if name in FILLERS else "editnet")} | kw
     kw = {k: str(v) if isinstance(v, Path) else v for k, v in kw.items()}
-    evaluate.main(evaluate.Bench(name, **kw))
+    evaluate.main(benchmark.Bench(name, **kw))
     return json.loads((Path(out) / "results.json").read_text())
 
 
@@ -622,7 +623,7 @@ def test_missing_and_damaged_results(at, tmp_path):
 def test_goes_on_after_a_kill(at, tmp_path, monkeypatch):
     """Rows that were written are not made again, a line that was cut off is; the tables are the same."""
     whole = ask(at, "emu", tmp_path / "whole", batch_size=1)
-    own, scored = evaluate.score, []
+    own, scored = benchmark.score, []
 
     def cut_off(b, r, *args):
         scored.append(r.key)
@@ -630,7 +631,7 @@ def test_goes_on_after_a_kill(at, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return own(b, r, *args)
 
-    monkeypatch.setattr(evaluate, "score", cut_off)
+    monkeypatch.setattr(benchmark, "score", cut_off)
     monkeypatch.setattr(bench, "parts", lambda rows, most: ([r] for r in rows))
     with pytest.raises(KeyboardInterrupt):
         ask(at, "emu", tmp_path / "cut", batch_size=1)

@@ -16,14 +16,13 @@ from PIL import Image
 import checkpoint
 import common
 import data
-import evaluate
 import evaluate as ev
 import log
 import make_prefs
 import masks
 import model
 from readers import preferences
-from scenes import dataset, draw, judge, judge_holes
+from scenes import dataset, draw, judge, judge_holes, results
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -36,7 +35,7 @@ SIZE = 32
 def test_frechet_interval_holds_the_value_and_narrows():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1, 1600, 4)), rng.normal(size=(1, 1600, 4)) + 0.5
-    few, many = evaluate.frechet_interval(a[:, :100], b[:, :100]), evaluate.frechet_interval(a, b)
+    few, many = log.frechet_interval(a[:, :100], b[:, :100]), log.frechet_interval(a, b)
     assert many["low"] < many["mean"] < many["high"] and many["n"] == 1600
     assert many["low"] < 1.0 < many["high"]
     assert many["high"] - many["low"] < 0.5 * (few["high"] - few["low"])
@@ -44,13 +43,13 @@ def test_frechet_interval_holds_the_value_and_narrows():
 
 def test_bootstrap():
     x = np.random.default_rng(0).normal(3, 2, 400)
-    got = evaluate.bootstrap(x)
+    got = log.bootstrap(x)
     assert got["mean"] == pytest.approx(x.mean()) and got["n"] == 400
     assert (got["high"] - got["low"]) / 2 == pytest.approx(1.96 * 2 / 20, rel=0.15)
-    assert evaluate.bootstrap(np.append(x, np.nan))["mean"] == got["mean"]
-    assert evaluate.bootstrap(np.full(5, 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 5}
-    assert evaluate.bootstrap(np.array([np.nan]))["n"] == 0
-    of_two = evaluate.bootstrap(np.zeros(100), np.append(x, np.nan), np.full(3, np.nan))
+    assert log.bootstrap(np.append(x, np.nan))["mean"] == got["mean"]
+    assert log.bootstrap(np.full(5, 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 5}
+    assert log.bootstrap(np.array([np.nan]))["n"] == 0
+    of_two = log.bootstrap(np.zeros(100), np.append(x, np.nan), np.full(3, np.nan))
     assert of_two["mean"] == pytest.approx(x.mean() / 2) and of_two["n"] == 500
     assert of_two["high"] - of_two["low"] == pytest.approx((got["high"] - got["low"]) / 2, rel=0.15)
 
@@ -68,12 +67,12 @@ def test_verdicts_and_gsb():
          "seam": [[0.1] * 4 + [0.3]]}
     a["texture"], b["texture"] = [[0.2, 0.1, 0.1, 0.100, 0.1]], [[0.1, 0.2, 0.2, 0.103, 0.3]]
     a, b = ({k: np.array(v) for k, v in x.items()} for x in (a, b))
-    got = ev.compare(a, b, tie=0.05)
+    got = results.compare(a, b, tie=0.05)
     # attributes decide 1 and 2, the texture 3 and 5, 4 ties
     assert [got["overall"][k] for k in ("good", "same", "bad")] == [3, 1, 1]
     assert [got["exact"][k] for k in ("good", "same", "bad")] == [2, 2, 1]
     assert got["overall"]["superiority"] == pytest.approx(100 * 4 / 2)
-    assert ev.compare(b, a, 0.05)["overall"]["good"] == 1
+    assert results.compare(b, a, 0.05)["overall"]["good"] == 1
 
 
 # ---- cases and metrics -----------------------------------------------------------------------------------
@@ -156,14 +155,14 @@ def test_what_blur_wins_is_no_headline(source, cases, judge_net):
     c, (net, _) = cases["outpaint"], judge_net
     other = torch.stack([judge.to_float(draw.draw(replace(s, seed=s.seed + 1), SIZE, SIZE))
                          for s in map(source.scene, c.indices)])
-    of = {name: ev.judge_result(judge.to_uint8(x)[None].numpy(), c, net)
+    of = {name: judge_holes.judge_result(judge.to_uint8(x)[None].numpy(), c, net)
           for name, x in (("base", other), ("blur", judge_holes.blurred(other, c)), ("truth", c.truth))}
     less = {k: (of["blur"][0][k] - v).mean(0) for k, v in of["base"][0].items()}
     assert np.nanmean(less["hole"]) < 0 < np.nanmean(less["texture"])
-    got = ev.headlines(*(of[k][1] for k in ("truth", "base", "blur")), less)
+    got = judge_holes.headlines(*(of[k][1] for k in ("truth", "base", "blur")), less)
     assert {"texture", "textures"} <= set(got) and not {"hole", "seam"} & set(got)
     # nothing that the truth itself does not win
-    assert ev.headlines(*(of[k][1] for k in ("base", "base", "blur")), less) == []
+    assert judge_holes.headlines(*(of[k][1] for k in ("base", "base", "blur")), less) == []
 
 
 def test_a_blurred_hole_is_a_mean_of_nine(cases):

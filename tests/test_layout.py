@@ -8,7 +8,7 @@ FLOORS = (  # from the ground up; a folder is one name
     {"kernels"},
     {"model", "flow", "checkpoint", "log", "masks", "windows", "common"},
     {"readers", "pretrained", "scenes"},
-    {"pipeline", "data", "rewards", "measures"},
+    {"pipeline", "data", "rewards", "measures", "benchmark"},
     {"factory"},
     {"train_reward", "train_scorer", "train_pefl", "train_omni", "make_cache", "make_pack", "make_prefs",
      "make_edits", "sample", "evaluate"},

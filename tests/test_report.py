@@ -17,11 +17,11 @@ from PIL import Image
 
 import checkpoint
 import common
-import evaluate
 import log
 from common import Dist
 from readers import report as reports
 from readers.report import Report, report
+from scenes import results
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TEMPLATE = (Path(reports.__file__).parent / "report.html").read_text()
@@ -210,9 +210,9 @@ def judged(folder, n=6, offset=10, saved=None):
               "edit/exact": rng.uniform(0, 0.1, (2, n)).astype(np.float32)}
     scores["edit/attributes"][1, 3] = 0.0
     scores["edit/exact"][1, 4] = np.nan
-    tasks = {"edit": {name: {k.split("/")[1]: evaluate.bootstrap(v[e]) for k, v in scores.items()}
+    tasks = {"edit": {name: {k.split("/")[1]: log.bootstrap(v[e]) for k, v in scores.items()}
                       for e, name in enumerate(names)}}
-    tasks["edit"]["truth"] = {"attributes": evaluate.bootstrap(np.ones(n)), "exact": evaluate.bootstrap([])}
+    tasks["edit"]["truth"] = {"attributes": log.bootstrap(np.ones(n)), "exact": log.bootstrap([])}
     about = log.provenance(0.0) | {"config": {"offset": offset, "n": n}}
     log.write_json(folder / "results.json", about | {"tasks": tasks})
     np.savez_compressed(folder / "scores.npz", names=names, **scores)
@@ -221,7 +221,7 @@ def judged(folder, n=6, offset=10, saved=None):
     for e, name in enumerate(names if saved else ()):
         pictures = rng.integers(0, 255, (1, n, 12, 12, 3), np.uint8)
         cases = {"edit": SimpleNamespace(indices=list(range(offset, offset + n)))}
-        evaluate.save_result(evaluate.Result("scenes", name, 12, 1, {"edit": pictures}), cases, [0],
+        results.save_result(results.Result("scenes", name, 12, 1, {"edit": pictures}), cases, [0],
                              saved / name)
     return folder
 
@@ -256,19 +256,19 @@ def test_comparisons(tmp_path):
     same = np.full((1, 4), 0.1)
     a = {"attributes": np.array([[1.0, 1, 0, 1]]), "texture": same, "exact": same, "seam": same}
     b = a | {"attributes": np.array([[0.0, 1, 0, 0]])}
-    more = {k: evaluate.bootstrap(v[0]) for k, v in a.items()}
-    found = {"a": "A", "b": "B", "tasks": {"edit": {"gsb": evaluate.compare(a, b, 0.05), "difference": more}}}
+    more = {k: log.bootstrap(v[0]) for k, v in a.items()}
+    found = {"a": "A", "b": "B", "tasks": {"edit": {"gsb": results.compare(a, b, 0.05), "difference": more}}}
     (tmp_path / "c").mkdir()
     log.write_json(tmp_path / "c/results.json", found)
     gsb, difference = page_of(tmp_path, tmp_path / "c")[1]["judges"][0]["tables"]
     assert gsb["gsb"][0][:5] == ["overall", 2, 2, 0, 200.0] and gsb["title"] == "edit"
     assert difference["columns"] == ["A - B"] and difference["rows"][0][3] == [[0.75, 0.25, 1.0]]
-    leaf = evaluate.bootstrap(np.arange(4))
+    leaf = log.bootstrap(np.arange(4))
     deep = {"aspects": {"1x1": {"size": [8, 8], "tasks": {"remove": {"e": {"success": leaf}}},
                                 "parser": {"remove": {"truth_read": leaf}}}}}
     assert [t["title"] for t in reports.tables_of(deep)] == ["1x1 / remove", "1x1 / parser"]
     assert reports.tables_of({"t2i": {"e": {"drawn": leaf}}})[0]["title"] == "t2i"
-    assert reports.SHARE == evaluate.SHARE and set(reports.LOWER) <= set(evaluate.ORDER)
+    assert reports.SHARE == results.SHARE and set(reports.LOWER) <= set(results.ORDER)
 
 
 def test_sheets_come_apart(tmp_path):
