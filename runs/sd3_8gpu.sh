@@ -42,6 +42,6 @@ case ${1:-} in
         # the paper's settings (Sec. 4.1) but for the number of steps, on which it is silent
         $LAUNCH train_pefl.py --base "$OUT/inpaint" --data "$PICTURES" --cache "$OUT/picture_cache" ${TOKENS:-} \
             --alignment "$REWARD" --vgg "$VGG" --image_size 512 --fsdp True --checkpointing 1 --batch_size 4 --accum 2 \
-            --disc_width 384 --disc_depth 6 --disc_patch 16 --phases 20/15/10x2000,8/6/3x2000 --save_every 200 --out "$OUT/pefl" ;;
+            --phases 20/15/10x2000,8/6/3x2000 --save_every 200 --out "$OUT/pefl" ;;
     *) echo "error: ${1:-nothing}: say editnet or pefl" >&2; exit 2 ;;
 esac
