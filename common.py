@@ -160,7 +160,7 @@ def use_bf16(precision, dist):
     return bf16
 
 
-_SIZES = "is gone: rewards.CoherenceConfig, or what --disc_init holds; such a run resumes with it = its own --out"
+_SIZES = "is gone: rewards.CoherenceConfig, or those of --disc_init, which to resume such a run is its --out"
 _TASKS = "is now {}=WEIGHT in --tasks, whose default is {}"
 OLD_FLAGS = {  # of earlier commands, and what a script says that has no flag of that name
     "cached": "is now --fixed_source",
