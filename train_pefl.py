@@ -132,11 +132,10 @@ def main(cfg: Config) -> None:
     if cfg.fsdp:
         common.shard(editor, dist, bf16)
     trained, judging = [p for p in editor.parameters() if p.requires_grad], list(disc.parameters())
-    common.print0(
-        f"editor {common.n_params(editor) / 1e6:.1f} M "
-        f"({sum(p.numel() for p in trained) / 1e6:.2f} M trained), "
-        f"coherence {common.n_params(disc) / 1e6:.2f} M, "
-        f"rewards {', '.join(rewards) or 'none'}, L_vgg from {source_of_features}, {device}")
+    n = common.n_params
+    common.print0(f"editor {n(editor) / 1e6:.1f} M ({n(editor, True) / 1e6:.2f} M trained), coherence "
+                  f"{n(disc) / 1e6:.2f} M, rewards {', '.join(rewards) or 'none'}, L_vgg from "
+                  f"{source_of_features}, {device}")
 
     # 3) optimisers, averaged weights, resume
     groups = common.split_groups(model.param_groups(editor, weight_decay=0.0))
@@ -156,9 +155,8 @@ def main(cfg: Config) -> None:
             "run_id": metrics.run_id, "stack": pipe.stack}
     trained_at = asdict(cfg) | {"image_size": image_size, "shift": shift}
 
-    # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions. The workers
-    #    also do what `draws` says: noise and t' are functions of (seed, step, position of the sample).
-    #    Sides are multiples of every patch that looks at pictures as they are
+    # 4) data: x, m, c of --tasks. The workers also do what `draws` says: noise and t' are functions of (seed,
+    #    step, position of the sample). Sides are multiples of every patch that looks at pictures as they are
     towers = [r.cfg.patch for nets in rewards.values() for r in nets
               if isinstance(r, PreferenceReward) and not cfg.vgg]
     stride = math.lcm(patch, disc.cfg.patch, *towers)
@@ -177,8 +175,7 @@ def main(cfg: Config) -> None:
                         "coherence": common.bits(disc)})
     grid = heldout_grid(cfg, source, instructed, image_size, stride, device)
     # R_theta of Eq. 7, theta in {alpha, beta, gamma}: functions of pictures and captions
-    R = {name: score for name, score in scores.items() if name != "heldout"}
-    R["coherence"] = lambda image, c: disc(image)
+    R = {k: r for k, r in scores.items() if k != "heldout"} | {"coherence": lambda image, c: disc(image)}
     perf, lost_saves, stop = Perf(device, bf16, f"--data {cfg.data}"), 0, False
     pictures = cfg.batch_size * cfg.accum * dist.world  # of a step
     verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
@@ -402,8 +399,7 @@ class Given(NamedTuple):
     condition: tuple  # what the editor is given beside the text: m and x (1 - m); the source and its region
     hole: torch.Tensor  # what is new, [B, 1, H, W]: m; of an edit where target and source differ
     hold: torch.Tensor  # what L_reg holds x0' to, [B, 3, H, W]: x; of an edit the source
-    held: torch.Tensor  # where it does, [B, 1, H, W]: everywhere (--hold known: outside m); of an edit where
-    # nothing is new
+    held: torch.Tensor  # where, [B, 1, H, W]: everywhere (--hold known: outside m); of an edit outside `hole`
 
 
 def read_batch(batch: dict, editor, space, hold: str = "all") -> Given:
@@ -442,8 +438,7 @@ def seam(mask: torch.Tensor) -> torch.Tensor:
     return (F.max_pool2d(mask, 5, 1, 2) > 0) & (F.max_pool2d(1 - mask, 5, 1, 2) > 0)
 
 
-def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: int,
-                 device: torch.device) -> dict:
+def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: int, device) -> dict:
     """The fixed held-out pictures, masks and captions of the judge and its sheet. train: the other part."""
     at = dict(stride=stride, device=device)
     if instructed:
