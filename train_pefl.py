@@ -216,7 +216,7 @@ def main(cfg: Config) -> None:
                 seen, losses, rated = x0 + faint, {}, {}
                 for name, weight in weights.items():
                     r = recomputed(cfg, R[name], seen, c)                             # [B], or [B, 1, H, W]
-                    asked = batch["has_c"] if name == "alignment" else torch.ones_like(r)
+                    asked = batch["has_c"] if name == "alignment" else torch.ones_like(r)  # R_beta needs a c
                     losses[name] = weight, -(asked * F.logsigmoid(r)).mean()
                     rated[name] = r.detach()
 
