@@ -737,7 +737,7 @@ def _on_first_rank(find):
 
 
 SAME_RESULT = {"out", "device", "workers", "log_every", "eval_every", "eval_pairs", "sample_every", "keep",
-               "save_every", "plateau_warn", "wandb", "project", "compile", "checkpointing"}
+               "save_every", "plateau_warn", "wandb", "compile", "checkpointing"}
 
 
 def warn_changed(out, manifest, now, bf16):

@@ -106,7 +106,7 @@ def ranks():
     return rank, world, local_rank
 
 
-def agree(dist, found, but=("device", "workers", "wandb", "project")):
+def agree(dist, found, but=("device", "workers", "wandb")):
     """SystemExit on all ranks if one of them has another value under a name of the dict `found` (a script's
     config; hashes), naming rank, name and values. One all-gather; `but`: names that may differ."""
     if dist.world == 1:
@@ -160,18 +160,38 @@ def use_bf16(precision, dist):
     return bf16
 
 
-OLD_FLAGS = {"cached": "--fixed_source",
-             "bf16": "--precision: auto (bf16 where the hardware has it, the default), bf16 or fp32",
-             "dry_run": "a command: python runs/memory.py omni, with the same flags",
-             "keep_known": "--blend every, or none"}
+_SIZES = "is gone: rewards.CoherenceConfig, or those of --disc_init, which to resume such a run is its --out"
+_TASKS = "is now {}=WEIGHT in --tasks, whose default is {}"
+OLD_FLAGS = {  # of earlier commands, and what a script says that has no flag of that name
+    "cached": "is now --fixed_source",
+    "bf16": "is now --precision: auto (bf16 where the hardware has it, the default), bf16 or fp32",
+    "dry_run": "is now a command: python runs/memory.py omni, with the same flags",
+    "keep_known": "is now --blend every, or none",
+    "project": "is gone: set WANDB_PROJECT in the environment",
+    **{f"p_{old}": _TASKS.format(new, "t2i=2,outpaint=7,edit=7,inpaint=3,erase=3") for old, new in (
+        ("global", "t2i"), ("outpaint", "outpaint"), ("edit", "edit"), ("inpaint", "inpaint"),
+        ("erase", "erase"))},
+    "p_t2i": _TASKS.format("t2i", "t2i=6,inpaint=6,edit=5,outpaint=5,erase=2 with --stage inpaint"),
+    "drop_edit": "is now --drop_caption, which is twice as much",
+    "sees": "is gone: it did not help (LOG.md)",
+    "r1": "is gone: it did not help (LOG.md)",
+    "reward_loss": "is gone: -log sigmoid (Eq. 2) is what there is",
+    "disc_width": _SIZES,
+    "disc_depth": _SIZES,
+    "disc_patch": _SIZES,
+    "shift": "is gone: training takes the base's",
+    "p_promptfree": "is gone: 0.3, PROMPT_FREE in train_pefl.py",
+    "weight_decay": "is gone: 0.01, WEIGHT_DECAY in train_omni.py; 0 in train_pefl.py",
+    "beta2": "is gone: 0.99, BETAS in train_omni.py",
+    "grad_clip": "is gone: 1.0, GRAD_CLIP in the script"}
 
 
-def refuse_old_flags():
-    """SystemExit for a flag of earlier commands that has another name now."""
-    for word in sys.argv[1:]:
-        flag = re.match(r"--(?:no[-_]?)?([a-z][\w-]*)", word)
-        if flag and (name := flag[1].replace("-", "_")) in OLD_FLAGS:
-            raise SystemExit(f"error: --{name}: is now {OLD_FLAGS[name]}")
+def refuse_old_flags(words, names=()):
+    """SystemExit for one of OLD_FLAGS among a command's words. names: of the flags that the script has."""
+    for word in words:
+        flag = re.match(r"--(?:no[-_]?)?([a-zA-Z][\w-]*)", word)
+        if flag and (name := flag[1].replace("-", "_")) in OLD_FLAGS and name not in names:
+            raise SystemExit(f"error: --{name}: {OLD_FLAGS[name]}")
 
 
 def numbers(text, what, low):
@@ -195,10 +215,10 @@ BOUNDS = {
 
 MOST = {  # what no use of a flag needs, and what would fill the memory or the screen first
     "seed": 2**63 - 1, "batch_size": 2**16, "workers": 512, "image_size": 2**14, "size": 2**14, "lora": 2**12,
-    "height": 2**14, "width": 2**14, "num_samples": 10**5, "disc_width": 2**13, "disc_depth": 128,
-    "disc_patch": 256, "k": 1000, "accum": 2**16, "rows": 1000, "stride": 1024, "t5_length": 512,
-    "text_batch": 2**14, "shard": 2**20, "text_shard": 2**20, "augment": 1024, "guidance": 1000,
-    "image_guidance": 1000, "lr": 1000, "muon_lr": 1000, "disc_lr": 1000, "seam": 2**14,
+    "height": 2**14, "width": 2**14, "num_samples": 10**5, "k": 1000, "accum": 2**16, "rows": 1000,
+    "stride": 1024, "t5_length": 512, "text_batch": 2**14, "shard": 2**20, "text_shard": 2**20,
+    "augment": 1024, "guidance": 1000, "image_guidance": 1000, "lr": 1000, "muon_lr": 1000, "disc_lr": 1000,
+    "seam": 2**14,
     **dict.fromkeys(("left", "right", "top", "bottom"), 2**14)}
 NEEDED = ("out", "data", "pairs", "base", "ckpt")  # texts that must say something
 
@@ -247,7 +267,9 @@ def parse(what, **settings):
     for f in fields(what) if is_dataclass(what) else ():
         for note in getattr(f.type, "__metadata__", ()):
             names += [a.lstrip("-") for a in getattr(note, "aliases", None) or ()]
-    for word in sys.argv[1:] if names else ():
+    words = sys.argv[1:] if (args := settings.get("args")) is None else args
+    refuse_old_flags(words, names)
+    for word in words if names else ():
         flag = re.match(r"--([a-zA-Z][\w-]*)", word)
         name = flag and flag[1].replace("-", "_")
         if name and name not in (*names, "help") and not name.startswith("tyro_"):
@@ -298,7 +320,6 @@ def command(main, config, about, interrupted="the same command resumes at the ne
     import tyro
 
     try:
-        refuse_old_flags()
         main(parse(config, description=about, config=(tyro.conf.FlagConversionOff,), prog=prog))
     except KeyboardInterrupt:  # an exit code of 0 would let a shell script go on
         raise SystemExit(f"interrupted: {interrupted}") from None

@@ -415,15 +415,34 @@ def fit_pair(source, image, mask, h, w, y=0.5, x=0.5):
 
 
 #### 3. loaders ##############################################################################################
+def task_weights(tasks, known=None):
+    """--tasks, such as "remove=2,add=1", or a dict -> task -> weight, in that order, which draws depend on.
+
+    known: names that there are, None while no set of pairs is open. SystemExit on another one, on one that
+    comes twice, and on a number that cannot be."""
+    names = ", ".join(t for t in known if t) if known else "the data's tasks; or balanced, or as_is"
+    weights = {} if isinstance(tasks, str) else tasks
+    for part in tasks.split(",") if isinstance(tasks, str) else ():
+        name, _, number = (word.strip() for word in part.partition("="))
+        try:
+            number = float(number)
+        except ValueError:
+            name = None
+        if name in (None, *weights):
+            raise SystemExit(f"error: --tasks: {part.strip()[:60]!r}: use NAME=WEIGHT,... of {names}")
+        weights[name] = number
+    for name, number in weights.items():
+        if known and name not in known or not 0 <= number <= 10**9:
+            raise SystemExit(f"error: --tasks: {name[:60]}={number}: use numbers >= 0 for {names}")
+    return weights
+
+
 def mixture(tasks):
-    """Task -> probability, checked and summing to 1. SystemExit on an unknown task or an impossible
-    number."""
-    for t, p in tasks.items():
-        if t not in TASKS or not 0 <= p < math.inf:
-            raise SystemExit(f"error: tasks: {t}={p}: use numbers >= 0 for {', '.join(TASKS)}")
-    if not any(tasks.values()):
-        raise SystemExit("error: tasks: all zero: give at least one a probability")
-    return {t: p / sum(tasks.values()) for t, p in tasks.items() if p > 0}
+    """Tasks of masks.TASKS as `task_weights` reads them -> task -> probability, of those above 0."""
+    weights = task_weights(tasks, TASKS)
+    if not any(weights.values()):
+        raise SystemExit(f"error: --tasks: all zero: give one of {', '.join(TASKS)} a weight")
+    return {t: p / sum(weights.values()) for t, p in weights.items() if p > 0}
 
 
 def make_sample(source, tasks, prompt_free, train, index, h, w, rng, notes):
@@ -652,13 +671,13 @@ def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, wor
 
     batch: image [B, 3, H, W] in [-1, 1]; mask [B, 1, H, W], 1 = regenerate; caption and task, lists of str;
     index int64 [B]; segments int32 [B, H, W] or None; step, epoch; position, places in the global batch.
-    tasks: task -> weight. prompt_free: chance that a caption becomes "", one number or per task; erasing says
-    ERASE_PROMPT. A bad file is named, counted and replaced by the next of its bucket; SystemExit beyond
-    `max_bad` or a tenth of what was read.
+    tasks: task -> weight, or its text (`task_weights`). prompt_free: chance that a caption becomes "", one
+    number or per task; erasing says ERASE_PROMPT. A bad file is named, counted and replaced by the next of
+    its bucket; SystemExit beyond `max_bad` or a tenth of what was read.
     A source of latents (make_cache.py): image [B, C, h, w], mask of its size, centre crops, the task t2i.
     to: device and draw of `Loader`, for all loaders."""
     if getattr(source, "latents", False) and list(mixture(tasks)) != ["t2i"]:
-        raise SystemExit(f"error: tasks: {', '.join(mixture(tasks))}: latents cannot be masked: use t2i "
+        raise SystemExit(f"error: --tasks: {', '.join(mixture(tasks))}: latents cannot be masked: use t2i "
                          "alone, or pictures and the cache's text only")
     order = Sampler(source, image_size, batch_size, seed, rank, world, aspects, stride)
     make = partial(make_sample, source, mixture(tasks), prompt_free, True)
@@ -678,12 +697,9 @@ def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, seed
 
 def edit_weights(source, balance):
     """balance: True, all tasks alike; False, pairs as they come; or a dict task -> weight -> dict or None."""
-    if not isinstance(balance, dict):
+    if isinstance(balance, bool):
         return dict.fromkeys((*source.tasks, ""), 1.0) if balance else None
-    for t, p in balance.items():
-        if t not in (*source.tasks, "") or not 0 <= p < math.inf:
-            raise SystemExit(f"error: --tasks: {t}={p}: use numbers >= 0 for {', '.join(source.tasks)}")
-    return balance
+    return task_weights(balance, (*source.tasks, ""))
 
 
 def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0,

@@ -71,12 +71,12 @@ class Metrics:
     OUT/starts.jsonl gets a row for each start: command, commit, machine, config.
 
     wandb: "auto" (WANDB_MODE if set, else online with an API key, else offline), "online", "offline", "off".
+    Its project is WANDB_PROJECT, else feedback-editing.
     run_id: W&B id from the checkpoint (put `metrics.run_id` into its meta): a resumed run goes on there.
     resumed_from: step of that checkpoint. A row marks it, as rows of steps that are now repeated stand above.
     """
 
-    def __init__(self, out_dir, dist, config, wandb="auto", project="feedback-editing", run_id=None,
-                 resumed_from=None):
+    def __init__(self, out_dir, dist, config, wandb="auto", run_id=None, resumed_from=None):
         self.out_dir, self.dist = Path(out_dir), dist
         self.run_id = run_id or secrets.token_hex(4)
         self.sums, self.counts = {}, {}
@@ -89,7 +89,7 @@ class Metrics:
             self._row({"resumed_from": resumed_from})
         if self.file:
             self._say_start(config, resumed_from)
-        self._start_wandb(wandb, project, config)
+        self._start_wandb(wandb, config)
 
     def _open(self):
         try:
@@ -111,7 +111,7 @@ class Metrics:
         except OSError as e:
             print0(f"warning: {self.out_dir}/starts.jsonl: {e.strerror}; it is not written")
 
-    def _start_wandb(self, mode, project, config):
+    def _start_wandb(self, mode, config):
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
         if mode in ("off", "disabled"):
@@ -125,6 +125,7 @@ class Metrics:
             try:
                 import wandb  # 0.6 s and 33 packages: only when it is used
                 settings = wandb.Settings(silent=True, console="off", init_timeout=20, reinit="create_new")
+                project = os.environ.get("WANDB_PROJECT") or "feedback-editing"
                 self.run = wandb.init(project=project, id=self.run_id, resume="allow", mode=mode,
                                       config=config, dir=self.out_dir, settings=settings)
                 self.run.define_metric("trainer/step")

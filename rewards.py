@@ -662,14 +662,14 @@ def score_of(reward: PreferenceReward | Callable) -> Callable:
     return lambda image, captions: reward.normalised(image, *reward.tokenize(captions, image.device))
 
 
-def open_coherence(init: str | None, image_size: int, patch: int, width: int, depth: int,
-                   what: str) -> CoherenceReward:
-    """R_gamma: fresh, from a PeFL run's coherence model, or on a trained reward's image tower with a fresh
-    head, which both bring their own sizes. The paper's backbone is a ViT, of unknown origin; a tower that
-    knows pictures already learns to tell generated pixels several times faster than a fresh one (LOG.md)."""
+def open_coherence(init: str | None, image_size: int, patch: int, what: str) -> CoherenceReward:
+    """R_gamma: fresh, of CoherenceConfig's sizes and the editor's patch (in pixels, at least 4); or from a
+    PeFL run's coherence model, or on a trained reward's image tower with a fresh head: these bring their own
+    sizes. The paper's backbone is a ViT, of unknown origin; a tower that knows pictures already learns to
+    tell generated pixels several times faster than a fresh one (LOG.md). what: the flag that errors name."""
     if not init:
-        heads = max(1, width // 32)
-        return CoherenceReward(CoherenceConfig(image_size // patch, patch, width, depth, heads))
+        patch = max(patch, 4)
+        return CoherenceReward(CoherenceConfig(image_size // patch, patch))
     tensors, manifest = checkpoint.load(init, ("coherence", "model"))
     if arch := manifest["meta"].get("coherence_arch"):
         disc = build_coherence(arch, f"{what}: {init}")

@@ -23,7 +23,6 @@ import common
 import data
 import flow
 import log
-import masks
 import model
 import pipeline
 from common import Verdict
@@ -47,9 +46,8 @@ class Config:
     lora: int = 16  # edit: rank of the base's update with --tune_base lora
     weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: lambda of Eq. 6; or score / 10
     min_score: float = 9.0  # edit: threshold weighs 1 from this score on, and leaves out what is below
-    tasks: str = "balanced"  # edit: tasks alike; "as_is", as often as in the data; or weights, remove=2,add=1
+    tasks: str | None = None  # None = t2i=6,inpaint=6,edit=5,outpaint=5,erase=2; edit: balanced, or as_is
     p_region: float = 0.3  # edit: share of the pairs with a mask that are shown it; the rest is free-form
-    drop_edit: float = 0.05  # edit: share without text, share without source, and share without both
     image_size: int = 64  # side of the square (or of the square of equal area, with --aspects)
     aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
     batch_size: int = 64  # pictures per rank and micro-batch
@@ -59,17 +57,13 @@ class Config:
     muon_lr: float = 0.0  # of Muon, for the matrices of attention and MLPs (common.Muon); 0 = AdamW for all
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warm-up
     warmup: int = 500  # steps of linear warm-up
-    weight_decay: float = 0.01  # on matrices only
-    beta2: float = 0.99  # AdamW's second-moment decay
-    grad_clip: float = 1.0  # global norm; 0 = off
     ema: float = 0.999  # decay of the averaged weights that are sampled and shipped
     t_density: Literal["logit_normal", "uniform"] = "uniform"  # distribution of training times
     t_shift: float = 3.0  # moves training times towards noise, where captions decide (SD3: 3 at 1024^2)
     t_weight: float = 1.0  # a power w of t that weighs v's squared error: 0 leaves it, 2 makes it x_0's
     shift: float | None = None  # of the sampler's times, for sample.py, train_pefl.py; None = as --init, or 1
     text_lr: float = 0.2  # lr of the text encoder over lr: at 1 all words became one vector; 0 = frozen
-    p_t2i: float = 0.25  # inpainting stage: share of pictures generated whole; data.TASKS divides the rest
-    drop_caption: float = 0.1  # captions replaced by "", for classifier-free guidance
+    drop_caption: float = 0.1  # share without text, for guidance; edit: as many without source, half in both
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     checkpointing: int = 0  # recompute every n-th block's activations: 1 = all, a third more time; 0 = none
     fsdp: bool = False  # shard the blocks that train over torchrun's ranks (common.shard)
@@ -82,7 +76,14 @@ class Config:
     save_every: int = 1000  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
-    project: str = "feedback-editing"  # W&B project
+
+
+TASKS = {  # --tasks of the stages (defaults ours, papers silent)
+    "base": "t2i=1",  # whole pictures
+    "inpaint": "t2i=6,inpaint=6,edit=5,outpaint=5,erase=2",  # ByteEdit's masks (Sec. 4.1), a quarter global
+    "edit": "balanced"}  # all alike; or as_is, as often as in the data
+# beta2: torch's 0.999 averages squares over 1,000 steps, which a short run from scratch has not to spare
+WEIGHT_DECAY, BETAS, GRAD_CLIP = 0.01, (0.9, 0.99), 1.0  # of matrices alone; AdamW's; the global norm
 
 
 def main(cfg: Config) -> None:
@@ -121,8 +122,8 @@ def main(cfg: Config) -> None:
     groups = [{**g, "params": [p for p in g["params"] if (id(p) in text) == words],
                "peak": factor * (cfg.muon_lr if "muon" in g else cfg.lr)}
               for words, factor in ((False, 1.0), (True, cfg.text_lr))
-              for g in model.param_groups(editor, cfg.weight_decay, muon=cfg.muon_lr > 0)]
-    opt = common.Muon(common.split_groups(groups), lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+              for g in model.param_groups(editor, WEIGHT_DECAY, muon=cfg.muon_lr > 0)]
+    opt = common.Muon(common.split_groups(groups), lr=cfg.lr, betas=BETAS, fused=True)
     ema = common.EMA(editor, cfg.ema)
 
     # 3) resume: the newest checkpoint of --out that verifies
@@ -133,7 +134,7 @@ def main(cfg: Config) -> None:
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
         checkpoint.warn_changed(cfg.out, manifest, asdict(cfg), bf16)
-    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
+    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
     if cfg.compile:
         model.compile_blocks(editor)
 
@@ -147,9 +148,9 @@ def main(cfg: Config) -> None:
     at |= dict(device=device, draw=partial(draws, cfg, space.channels, space.stride, editor.cfg.txt_bytes))
     if cfg.stage == "edit":
         loader = data.make_edit_loader(source, cfg.image_size, cfg.batch_size, p_region=cfg.p_region,
-                                       balance=edit_tasks(cfg.tasks), min_score=least_score(cfg), **at)
+                                       balance=edit_tasks(tasks_of(cfg)), min_score=least_score(cfg), **at)
     else:
-        loader = data.make_loader(source, cfg.image_size, cfg.batch_size, task_mixture(cfg), **at)
+        loader = data.make_loader(source, cfg.image_size, cfg.batch_size, tasks_of(cfg), **at)
     common.print0(loader.summary)
     common.agree(dist, {"data": loader.fingerprint(), "weights": common.bits(editor)})
     grid = sample_inputs(cfg, stride, source, device) if cfg.sample_every else None
@@ -186,7 +187,7 @@ def main(cfg: Config) -> None:
         # 6) one verdict for all ranks: a non-finite step changes nothing. All of it happens on the device,
         #    for which nothing here waits; what the verdict was is read a step later
         common.average_gradients(editor.parameters(), dist.world)
-        grad_norm = common.clip_grad_norm(editor.parameters(), cfg.grad_clip or torch.inf)
+        grad_norm = common.clip_grad_norm(editor.parameters(), GRAD_CLIP)
         opt.found_inf = bad = verdict.give(step, loss_sum, grad_norm)
         opt.step()
         ema.update(bad)
@@ -224,26 +225,26 @@ def check(cfg: Config) -> None:
     """Refuse values that cannot work, before anything is loaded."""
     common.check_bounds(
         cfg, at_least_1=("image_size", "batch_size", "accum", "steps", "log_every", "save_every"),
-        not_negative=("lr", "muon_lr", "text_lr", "t_weight", "warmup", "weight_decay", "grad_clip",
-                      "sample_every", "keep", "workers", "checkpointing"),
-        above_0=("shift", "t_shift"), share=("drop_caption", "p_t2i", "p_region"), below_1=("ema", "beta2"))
+        not_negative=("lr", "muon_lr", "text_lr", "t_weight", "warmup", "sample_every", "keep", "workers",
+                      "checkpointing"),
+        above_0=("shift", "t_shift"), share=("drop_caption", "p_region"), below_1=("ema",))
     if not cfg.init and cfg.preset not in model.PRESETS:
         common.refuse(cfg, "preset", f"use one of {', '.join(model.PRESETS)}")
     if not cfg.init and not model.PRESETS[cfg.preset].txt_bytes:
         common.refuse(cfg, "preset", "needs a VAE and text encoders: use tiny or small, or give --init SD3's "
                                      "weights")
-    if not 0 <= cfg.drop_edit <= 1 / 3:
-        common.refuse(cfg, "drop_edit", "must be from 0 to 1/3: it is the share of each of three kinds")
+    if cfg.stage == "edit" and cfg.drop_caption > 2 / 3:
+        common.refuse(cfg, "drop_caption", "must be up to 2/3: half as many again are without source alone")
     if not 0 <= cfg.min_score <= 10:
         common.refuse(cfg, "min_score", "must be a score from 0 to 10")
     if cfg.stage == "edit" and not cfg.init:
         raise SystemExit("error: --stage: edit: needs a trained model to build on: give --init, such as "
                          "--init assets/base")
-    if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.fixed_source or cfg.tune_base
-                                or cfg.tasks != "balanced"):
-        common.refuse(cfg, "stage", "--variant, --fixed_source, --tune_base and --tasks concern --stage edit "
-                                    "only")
-    edit_tasks(cfg.tasks)
+    if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.fixed_source or cfg.tune_base):
+        common.refuse(cfg, "stage", "--variant, --fixed_source and --tune_base concern --stage edit only")
+    if cfg.stage == "base" and cfg.tasks:
+        common.refuse(cfg, "tasks", "--stage base draws whole pictures: leave it out")
+    (edit_tasks if cfg.stage == "edit" else data.mixture)(tasks_of(cfg))
     if cfg.fixed_source and cfg.variant != "editnet":
         common.refuse(cfg, "variant", "has no source tokens to cache: leave out --fixed_source")
     if cfg.muon_lr and cfg.fsdp:
@@ -302,16 +303,15 @@ def draws(cfg: Config, channels: int, stride: int, txt_bytes: int, batch: dict) 
     """What the data workers add to a batch: t, weight [B]; noise [B, C, h, w] in the space of `channels` and
     `stride`; text, as bytes [B, txt_bytes] or, for encoders from outside, captions; null [B] bool.
 
-    Captions and source pictures (null) are dropped for guidance. base, inpaint: captions with p =
-    drop_caption. edit: by one draw as in InstructPix2Pix, with p = drop_edit: text alone below p, both up to
-    2p, source alone up to 3p.
+    For guidance captions are dropped, with --drop_caption; of edits also source pictures (null), by one draw
+    as in InstructPix2Pix: with half of it text alone, both, and source alone.
     """
     gens = common.generators(cfg.seed, batch["step"], batch["position"])
     t = flow.sample_t(common.rand(gens), cfg.t_density, cfg.t_shift)
     u = common.rand(gens)
-    p, drop, null = cfg.drop_edit, u < cfg.drop_caption, torch.zeros(len(u), dtype=torch.bool)
+    p, drop, null = cfg.drop_caption / 2, u < cfg.drop_caption, torch.zeros(len(u), dtype=torch.bool)
     if cfg.stage == "edit":
-        drop, null = u < 2 * p, (u >= p) & (u < 3 * p)
+        null = (u >= p) & (u < 3 * p)
     text = ["" if gone else c for c, gone in zip(batch["caption"], drop.tolist())]
     h, w = batch["image"].shape[1:3] if batch["image"].dtype == torch.uint8 else batch["image"].shape[2:]
     return {"t": t, "noise": common.randn(gens, (channels, h // stride, w // stride)), "null": null,
@@ -341,23 +341,13 @@ def least_score(cfg: Config) -> float | None:
     return cfg.min_score if cfg.weighting == "threshold" else None
 
 
+def tasks_of(cfg: Config) -> str:
+    return TASKS[cfg.stage] if cfg.tasks is None else cfg.tasks
+
+
 def edit_tasks(text: str) -> bool | dict[str, float]:
-    """--tasks -> `balance` of data.make_edit_loader."""
-    if text in ("balanced", "as_is"):
-        return text == "balanced"
-    try:
-        return {name.strip(): float(weight) for name, weight in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise SystemExit(f"error: --tasks: {text}: use balanced, as_is, or weights such as remove=2,add=1"
-                         ) from None
-
-
-def task_mixture(cfg: Config) -> dict[str, float]:
-    """Task -> probability of the stage: whole pictures only, or ByteEdit's masks (Sec. 4.1)."""
-    if cfg.stage == "base":
-        return {"t2i": 1.0}
-    rest = {task: p for task, p in masks.TASKS.items() if task != "t2i"}
-    return {"t2i": cfg.p_t2i} | {task: p * (1 - cfg.p_t2i) / sum(rest.values()) for task, p in rest.items()}
+    """--tasks of pairs -> `balance` of data.make_edit_loader."""
+    return text == "balanced" if text in ("balanced", "as_is") else data.task_weights(text)
 
 
 def sample_inputs(cfg: Config, stride: int, source, device: torch.device) -> dict:
@@ -372,7 +362,7 @@ def sample_inputs(cfg: Config, stride: int, source, device: torch.device) -> dic
     else:
         source = source if known else data.heldout_or(source, data.open_source, cfg.data)
         batches = data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
-                                         task_mixture(cfg), **at)
+                                         tasks_of(cfg), **at)
     batch = next(batches)
     return batch | {"null": torch.zeros(len(batch["image"]), dtype=torch.bool, device=device)}
 

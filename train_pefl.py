@@ -5,13 +5,14 @@
     python train_pefl.py --base out/editnet --aesthetic ...       # an instruction editor, on pairs (Sec. 5)
     python train_pefl.py --base sd3_medium_folder --alignment imagereward:ImageReward.pt,vocab.txt --vgg ...
 
-One step, for a picture x, a mask m, a caption c (Sec. 3.1):
+One step, for a picture x, a mask m and a caption c, in the paper's letters (Sec. 3.1):
     stage 1   noise the masked input x (1 - m) to the fixed step T1; the noisier steps are skipped
     stage 2   denoise T1 -> t' without gradient, t' drawn from [1, T2]
-    stage 3   predict x0' from x_t' in one network call, with gradient
-then L^G = sum of the rewards' losses + eta (L_reg + L_vgg) for the editor (Eq. 2-4, 7, 8), and L^D for the
-coherence model, which learns online as the discriminator (Eq. 6, 8). Progressive phases shrink T / T1 / T2
-(Sec. 3.3). The same command again resumes.
+    stage 3   predict x0' = G(x, m, c, t') in one call of the network, with gradient
+
+Then L^G = L_reward + eta (L_reg + L_vgg) for the editor G, with the rewards R_alpha (aesthetic), R_beta
+(alignment) and R_gamma (coherence) in L_reward (Eq. 2-4, 7, 8); and L^D for R_gamma, which learns online as
+the discriminator (Eq. 6, 8). Progressive phases shrink T, T1 and T2 (Sec. 3.3). The same command resumes.
 
 An instruction editor (ours: the paper names it as future work) starts from its noised source picture instead
 of the masked input, has targets as real pictures, and L_reg holds it to the source where nothing changes.
@@ -44,58 +45,43 @@ from rewards import PreferenceReward, feature_l1, open_coherence, open_features,
 
 @dataclass
 class Config:
-    base: Annotated[str, tyro.conf.arg(aliases=["--ckpt", "--init"])] = "assets/base"  # the editor to tune
+    base: Annotated[str, tyro.conf.arg(aliases=["--ckpt", "--init"])] = "assets/base"  # the editor G to tune
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --base came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
     cache: str | None = None  # folder of make_cache.py --split all: text features in place of the encoders
-    aesthetic: str | None = None  # aesthetic reward R_alpha: a folder, or a published NAME:PATH,PATH; of
-    # several, with commas, the mean score
-    alignment: str | None = None  # alignment reward R_beta, likewise; rewards.open_reward names the published
+    aesthetic: str | None = None  # R_alpha: a folder, or a published NAME:PATH,PATH; the mean of several, A,B
+    alignment: str | None = None  # R_beta, likewise; rewards.open_reward names the published ones
     heldout_reward: str | None = None  # a reward that is logged and never trained on: the hacking alarm
+    vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = a reward's image tower
     out: str = "out/pefl"  # run folder: checkpoints, metrics.jsonl, sample sheets
     data: str = "scenes"  # "scenes", a folder of pictures, a .parquet file / folder; an editor's: PRESET:PATH
     image_size: int | None = None  # side of the training square; None = the base's
     aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
-    phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 x optimiser steps, one after the other (Sec. 3.3)
+    tasks: str = "t2i=2,outpaint=7,edit=7,inpaint=3,erase=3"  # weights, ours; t2i: the whole picture is hole
+    p_region: float = 0.3  # instruction editors: share of the pairs with a mask that are shown it
     batch_size: int = 16  # pictures per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
-    p_region: float = 0.3  # instruction editors: share of the pairs with a mask that are shown it
-    p_global: float = 0.1  # proportions of the tasks (default ours, paper silent): all of the picture is hole
-    p_outpaint: float = 0.35  # outward expansion masks
-    p_edit: float = 0.35  # inpainting-editing: an instance, dilated, joined with random masks
-    p_inpaint: float = 0.15  # irregular and square masks
-    p_erase: float = 0.15  # inpainting-erasing: holes in the background, the erase prompt
-    p_promptfree: float = 0.3  # share of outpainting and inpainting pictures without a prompt
+    phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 x optimiser steps, one after the other (Sec. 3.3)
     start: Literal["masked", "noise"] = "masked"  # of stage 2: x (1 - m) noised to T1; or as when sampling
-    sees: Literal["raw", "pasted"] = "raw"  # rewards and coherence model: x0'; or as users see it (ours)
-    hold: Literal["all", "known"] = "all"  # where L_reg and L_vgg do: Eq. 3; or outside the hole (ours)
-    w_aesthetic: float = 0.01  # weight of the aesthetic loss (Sec. 4.1)
-    w_alignment: float = 0.01  # weight of the alignment loss (Sec. 4.1)
-    w_coherence: float = 0.05  # weight of the adversarial loss (Sec. 4.1)
+    w_aesthetic: float = 0.01  # weight of R_alpha in L_reward (Sec. 4.1)
+    w_alignment: float = 0.01  # weight of R_beta in L_reward (Sec. 4.1)
+    w_coherence: float = 0.05  # weight of R_gamma in L_reward, the adversarial loss (Sec. 4.1)
     adversarial_from: int = 2  # first phase with it, "the acceleration stage" (Sec. 4.1), or the last one
-    reward_loss: Literal["neg_log_sigmoid", "relu_margin"] = "neg_log_sigmoid"  # Eq. 2, or relu(2 - r)
     reward_noise: float = 0.0  # std of Gaussian noise through which all rewards look (ours; LOG.md)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
-    vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = a reward's image tower
-    disc_init: str | None = None  # start the coherence model from a PeFL run's, or a reward's image tower
-    disc_width: int = 128  # coherence ViT (default ours, paper silent); --disc_init brings its own sizes
-    disc_depth: int = 4  # transformer blocks of the coherence ViT
-    disc_patch: int | None = None  # patch of the coherence ViT; None = the editor's
-    disc_lr: float = 1e-4  # learning rate of the coherence model (default ours, paper silent)
-    disc_first: int = 0  # steps in which the coherence model learns alone at first (0 as in the paper)
-    disc_updates: int = 1  # steps of the coherence model for each of the editor's (1 as in the paper)
-    r1: float = 0.0  # weight of its approximate R1, which keeps it smooth around x (Lin et al. 2025); 0 = off
+    hold: Literal["all", "known"] = "all"  # where L_reg and L_vgg do: Eq. 3; or outside the hole (ours)
+    disc_init: str | None = None  # R_gamma starts from a PeFL run's, or a reward's image tower; None = fresh
+    disc_lr: float = 1e-4  # learning rate of R_gamma (default ours, paper silent)
+    disc_first: int = 0  # steps in which R_gamma learns alone at first (0 as in the paper)
+    disc_updates: int = 1  # steps of R_gamma for each of the editor's (1 as in the paper)
     lr: float = 2e-6  # of the editor (Sec. 4.1)
     warmup: int = 1000  # steps of linear warm-up (Sec. 4.1)
-    weight_decay: float = 0.0  # on matrices only
-    grad_clip: float = 1.0  # global norm of the editor's gradient; 0 = off
     ema: float = 0.9999  # decay of the averaged weights (Sec. 4.1)
     lora: int = 0  # rank of a low-rank update of the joint blocks; 0 = tune every weight
-    shift: float | None = None  # of the paper steps' times; None = the base's
     checkpointing: int = 0  # recompute every n-th block of the editor, decoder and rewards; 0 = none, 1 = all
     fsdp: bool = False  # shard the editor's blocks over torchrun's ranks (common.shard)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
-    seed: int = 0  # of data order, noise, t' and the coherence model
+    seed: int = 0  # of data order, noise, t' and R_gamma
     workers: int = 1  # data processes per rank
     device: str = "auto"  # auto, cpu, cuda
     log_every: int = 20  # steps between rows of metrics
@@ -103,7 +89,10 @@ class Config:
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
-    project: str = "feedback-editing"  # W&B project
+
+
+PROMPT_FREE = {"outpaint": 0.3, "inpaint": 0.3}  # share without a prompt (default ours, paper silent)
+GRAD_CLIP = 1.0  # global norm of either network's gradient (default ours, paper silent)
 
 
 def main(cfg: Config) -> None:
@@ -119,46 +108,39 @@ def main(cfg: Config) -> None:
     # 1) the editor to tune, and a frozen copy that says how far it has moved
     pipe = pipeline.open_editor(cfg.base, device, ("fill", "follow"), "--base", sd3=cfg.sd3, mask_input=True,
                                 tokenizers=cfg.tokenizers, cache=cfg.cache)
-    editor, space, instructed = pipe.net, pipe.space, pipe.follows
-    image_size, shift = cfg.image_size or pipe.size or 64, pipe.shift if cfg.shift is None else cfg.shift
-    patch = editor.cfg.patch * space.stride
+    editor, space, instructed, shift = pipe.net, pipe.space, pipe.follows, pipe.shift
+    image_size, patch = cfg.image_size or pipe.size or 64, editor.cfg.patch * space.stride
     if image_size % patch:
         raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of {patch}, the editor's "
                          "patch in pixels")
-    if cfg.disc_patch and not cfg.disc_init and image_size % cfg.disc_patch:
-        raise SystemExit(f"error: --disc_patch: {cfg.disc_patch}: must divide --image_size, {image_size}")
-    if instructed and cfg.sees == "pasted":
-        raise SystemExit("error: --sees: pasted: of an instruction editor users see all that it makes: leave "
-                         "it out")
+    if instructed and cfg.tasks != Config.tasks:
+        common.refuse(cfg, "tasks", "are kinds of holes, and an instruction editor has pairs: leave it out")
     base = copy.deepcopy(editor).requires_grad_(False).to(device)
     prepare_editor(cfg, pipe)
     if not cfg.fsdp:
         editor.to(device)
 
-    # 2) rewards: aesthetic and alignment are frozen; coherence learns online and is the discriminator
+    # 2) rewards: R_alpha and R_beta are frozen; R_gamma learns online and is the discriminator
     rewards = open_rewards(cfg, device)
     scores = {name: mean_score(nets) for name, nets in rewards.items()}
     features, source_of_features = open_features(cfg.vgg, {k: nets[0] for k, nets in rewards.items()}, device)
     torch.manual_seed(cfg.seed)
-    disc = open_coherence(cfg.disc_init, image_size, cfg.disc_patch or max(patch, 4), cfg.disc_width,
-                          cfg.disc_depth, "--disc_init").to(device)
+    disc = open_coherence(cfg.disc_init, image_size, patch, "--disc_init").to(device)
     size = cfg.batch_size, (image_size // patch) ** 2, pipeline.text_tokens(editor, pipe.stack)
     call_flops = model.flops(editor, *size, backward=False)  # of a call of the editor in stage 2
     flops = model.flops(editor, *size)  # and of stage 3
     if cfg.fsdp:
         common.shard(editor, dist, bf16)
-    trained = [p for p in editor.parameters() if p.requires_grad]
-    common.print0(
-        f"editor {common.n_params(editor) / 1e6:.1f} M "
-        f"({sum(p.numel() for p in trained) / 1e6:.2f} M trained), "
-        f"coherence {common.n_params(disc) / 1e6:.2f} M, "
-        f"rewards {', '.join(rewards) or 'none'}, L_vgg from {source_of_features}, {device}")
+    trained, judging = [p for p in editor.parameters() if p.requires_grad], list(disc.parameters())
+    n = common.n_params
+    common.print0(f"editor {n(editor) / 1e6:.1f} M ({n(editor, True) / 1e6:.2f} M trained), coherence "
+                  f"{n(disc) / 1e6:.2f} M, rewards {', '.join(rewards) or 'none'}, L_vgg from "
+                  f"{source_of_features}, {device}")
 
     # 3) optimisers, averaged weights, resume
-    groups = model.param_groups(editor, cfg.weight_decay)
-    opt = torch.optim.AdamW(common.split_groups(groups), lr=cfg.lr, betas=(0.9, 0.99), fused=True)
-    disc_opt = torch.optim.AdamW(
-        disc.parameters(), lr=cfg.disc_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
+    groups = common.split_groups(model.param_groups(editor, weight_decay=0.0))
+    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), fused=True)
+    disc_opt = torch.optim.AdamW(judging, lr=cfg.disc_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
     ema = common.EMA(editor, cfg.ema)
     checkpoint.claim(cfg.out)
     step, run_id = 0, None
@@ -167,19 +149,17 @@ def main(cfg: Config) -> None:
     if saved := checkpoint.resume(cfg.out, state):
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
-        checkpoint.warn_changed(cfg.out, saved, asdict(cfg), bf16)
-    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
+        checkpoint.warn_changed(cfg.out, saved, asdict(cfg) | {"shift": shift}, bf16)
+    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
     meta = {"arch": editor.arch, "coherence_arch": disc.arch, "precision": common.PRECISION[bf16],
             "run_id": metrics.run_id, "stack": pipe.stack}
+    trained_at = asdict(cfg) | {"image_size": image_size, "shift": shift}
 
-    # 4) data: captioned, prompt-free, outpainting, editing and erasing in the stated proportions. The workers
-    #    also do what `draws` says: noise and t' are functions of (seed, step, position of the sample).
-    #    Sides are multiples of every patch that looks at pictures as they are
+    # 4) data: x, m, c of --tasks. The workers also do what `draws` says: noise and t' are functions of (seed,
+    #    step, position of the sample). Sides are multiples of every patch that looks at pictures as they are
     towers = [r.cfg.patch for nets in rewards.values() for r in nets
               if isinstance(r, PreferenceReward) and not cfg.vgg]
     stride = math.lcm(patch, disc.cfg.patch, *towers)
-    tasks = {"t2i": cfg.p_global, "outpaint": cfg.p_outpaint, "edit": cfg.p_edit, "inpaint": cfg.p_inpaint,
-             "erase": cfg.p_erase}
     at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
               start_step=step * cfg.accum, stride=stride, device=device)
     at["draw"] = partial(draws, cfg, phases, space.channels, space.stride, editor.cfg.txt_bytes)
@@ -188,138 +168,111 @@ def main(cfg: Config) -> None:
         loader = data.make_edit_loader(source, image_size, cfg.batch_size, p_region=cfg.p_region, **at)
     else:
         source = data.open_source(cfg.data, "train")
-        loader = data.make_loader(source, image_size, cfg.batch_size, tasks, **at, prompt_free={
-            "outpaint": cfg.p_promptfree, "inpaint": cfg.p_promptfree})
+        at["prompt_free"] = PROMPT_FREE
+        loader = data.make_loader(source, image_size, cfg.batch_size, cfg.tasks, **at)
     common.print0(loader.summary)
     common.agree(dist, {"data": loader.fingerprint(), "weights": common.bits(editor),
                         "coherence": common.bits(disc)})
-    grid = heldout_grid(cfg, source, instructed, image_size, tasks, stride, device)
-    reward_loss = {
-        "neg_log_sigmoid": lambda r: -F.logsigmoid(r),
-        "relu_margin": lambda r: F.relu(2 - r),  # ImageReward's
-    }[cfg.reward_loss]
-    perf, lost_saves = Perf(device, bf16, f"--data {cfg.data}"), 0
+    grid = heldout_grid(cfg, source, instructed, image_size, stride, device)
+    # R_theta of Eq. 7, theta in {alpha, beta, gamma}: functions of pictures and captions
+    R = {k: r for k, r in scores.items() if k != "heldout"} | {"coherence": lambda image, c: disc(image)}
+    perf, lost_saves, stop = Perf(device, bf16, f"--data {cfg.data}"), 0, False
+    pictures = cfg.batch_size * cfg.accum * dist.world  # of a step
     verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
     bar = log.progress(total, step, "pefl", dist)
 
-    while step < total:
+    while step < total and not stop:
         phase, (T, T1, T2) = phase_at(phases, step)
-        # the coherence model learns alone at first, and in all but one of --disc_updates steps
-        moving = step >= cfg.disc_first and (step - cfg.disc_first) % cfg.disc_updates == cfg.disc_updates - 1
-        w_coherence = cfg.w_coherence if phase >= min(cfg.adversarial_from, len(phases)) else 0.0
+        weights = weights_at(cfg, R, adversarial=phase >= min(cfg.adversarial_from, len(phases)))
+        # R_gamma learns alone at first, and in all but one of --disc_updates steps
+        moving = step >= cfg.disc_first and (step - cfg.disc_first + 1) % cfg.disc_updates == 0
         for group in opt.param_groups:
             group["lr"] = common.lr_at(max(step - cfg.disc_first, 0), cfg.lr, cfg.warmup, total)
         g_sum = d_sum = torch.zeros((), device=device)
         for micro in range(cfg.accum):
             with perf.wait():
                 batch = next(loader)
-            x, c, noise, t_prime = batch["image"], batch["c"], batch["noise"], batch["t_prime"]
+            x, c, t_prime = batch["image"], batch["c"], batch["t_prime"]
             given = read_batch(batch, editor, space, cfg.hold)
-            # A reward answers to patterns too faint to see that raise its score. Through noise it has to
-            # answer to what a picture shows (ours; LOG.md)
-            faint = cfg.reward_noise * batch["faint"] if cfg.reward_noise else torch.zeros_like(x)
 
+            # Stage 1: diffuse x (1 - m) to step T1. The noisier steps, T ... T1 + 1, are skipped
+            ts = flow.timesteps(T, shift, start=T if cfg.start == "noise" else T1, stop=t_prime)
+            t_start, t = (torch.full((len(x),), time, device=device) for time in (ts[0], ts[-1]))
+            x_t = flow.interpolate(given.start, batch["noise"], t_start)
+
+            # Stage 2: denoise T1 -> t' without gradient, so that PeFL's memory is that of a single call
             with autocast:
-                txt, vec = editor.encode_text(batch["text"])
-
-                def velocity(x_t, t):
-                    return editor(x_t, t, txt, vec, *given.condition)
-
-                # Stage 1: diffuse x (1 - m) to step T1. The noisier steps, T ... T1 + 1, are skipped
-                first = T if cfg.start == "noise" else T1
-                ts = flow.timesteps(T, shift, start=first, stop=t_prime)
-                at_first, at_t_prime = (torch.full((len(x),), t, device=device) for t in (ts[0], ts[-1]))
-                x_t = flow.interpolate(given.start, noise, at_first)
-
-                # Stage 2: denoise T1 -> t', without gradient: PeFL's memory is that of a single call
+                velocity = conditioned(editor, batch["text"], given.condition)
                 with torch.no_grad():
                     x_t = flow.sample(velocity, x_t, ts)
 
             disc.requires_grad_(False)  # L^G is the editor's alone
             with autocast, torch.set_grad_enabled(moving):
                 # Stage 3: predict x0' = G(x, m, c, t') from x_t' in one call, with gradient, [B, 3, H, W]
-                z0 = flow.x0_from_v(x_t, velocity(x_t, at_t_prime), at_t_prime)
-                x0 = recomputed(cfg, space.decode, z0)
-                pasted = given.hole * x0 + (1 - given.hole) * x
-                seen = (pasted if cfg.sees == "pasted" else x0) + faint
+                x0 = recomputed(cfg, space.decode, flow.x0_from_v(x_t, velocity(x_t, t), t))
 
                 # L_reward, Eq. 2 and 7: -log sigmoid of R_alpha and R_beta, and of R_gamma at every pixel
-                losses = {}
-                for name, weight in (("aesthetic", cfg.w_aesthetic), ("alignment", cfg.w_alignment)):
-                    if name in scores and weight:
-                        r = recomputed(cfg, scores[name], seen, c)                               # [B]
-                        asked = batch["has_c"] if name == "alignment" else torch.ones_like(r)
-                        losses[name] = weight, (asked * reward_loss(r)).mean()
-                        metrics.add(**{f"reward/{name}": r.detach()})
-                if w_coherence:
-                    r_gamma = recomputed(cfg, disc, seen)                                       # [B, 1, H, W]
-                    losses["coherence"] = w_coherence, reward_loss(r_gamma).mean()
+                faint = batch["faint"] if cfg.reward_noise else torch.zeros_like(x)
+                seen, losses, rated = x0 + faint, {}, {}
+                for name, weight in weights.items():
+                    r = recomputed(cfg, R[name], seen, c)                             # [B], or [B, 1, H, W]
+                    asked = batch["has_c"] if name == "alignment" else torch.ones_like(r)  # R_beta needs a c
+                    losses[name] = weight, -(asked * F.logsigmoid(r)).mean()
+                    rated[name] = r.detach()
 
                 # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
                 losses["reg"] = cfg.eta, ((given.hold - x0).abs() * given.held).mean()
                 held = given.hole * x + (1 - given.hole) * x0 if cfg.hold == "known" else x0
                 losses["vgg"] = cfg.eta, feature_l1(features, x, held)
 
-            # L^G, Eq. 8: rewards and coherence, + eta (L_reg + L_vgg), Eq. 4
+            # L^G, Eq. 8: L_reward + eta (L_reg + L_vgg), for the editor
             g_loss = sum(weight * loss for weight, loss in losses.values())
             if moving:
                 (g_loss / cfg.accum).backward()
+            # L^D, Eq. 6 and 8, for R_gamma: every pixel of x is real, every pixel of x0' is generated
             disc.requires_grad_(True)
-
-            # L^D, Eq. 6 and 8: every pixel of x is real, every pixel of x0' is generated. R1, which needs a
-            # second derivative, as a difference: |D(x + .01 noise) - D(x)|^2 (Lin et al. 2025)
             with autocast:
-                real, fake = disc(x + faint), disc(seen.detach())                                # logits
-                near = disc(x + faint + 0.01 * batch["r1"]) if cfg.r1 else real
-            d_loss = (F.softplus(-real) + F.softplus(fake)).mean() + cfg.r1 * (near - real).square().mean()
+                real, fake = disc(x + faint), disc(seen.detach())                                    # logits
+            d_loss = (F.softplus(-real) + F.softplus(fake)).mean()
             (d_loss / cfg.accum).backward()
-
             g_sum, d_sum = g_sum + g_loss.detach() / cfg.accum, d_sum + d_loss.detach() / cfg.accum
-            metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()},
-                        **{"coherence/real": real, "coherence/fake": fake,
-                           "coherence/accuracy": torch.cat([real > 0, fake <= 0]).float()})
-            metrics.add_where(seam(given.hole), **{"coherence/seam": (real > fake).float()})
-            perf.add(len(x) * dist.world, flops + (first - t_prime) * call_flops)
+            watch(metrics, losses, rated, real, fake, given.hole)
+            perf.add(len(x) * dist.world, flops + (len(ts) - 1) * call_flops)
 
-        # 5) one verdict on both losses for all ranks: a non-finite step changes nothing. All of it happens on
-        #    the device, for which nothing here waits; what the verdict was is read a step later
-        common.average_gradients(trained, dist.world)
-        common.average_gradients(disc.parameters(), dist.world)
-        g_norm = common.clip_grad_norm(trained, cfg.grad_clip or torch.inf)
-        d_norm = torch.nn.utils.clip_grad_norm_(disc.parameters(), cfg.grad_clip or torch.inf)
+        # 5) one verdict for all ranks, on the device and read a step later: a non-finite step changes nothing
+        common.average_gradients(trained + judging, dist.world)
+        g_norm, d_norm = (common.clip_grad_norm(params, GRAD_CLIP) for params in (trained, judging))
         opt.found_inf = disc_opt.found_inf = bad = verdict.give(step, g_norm, d_norm, g_sum, d_sum)
         disc_opt.step()
         if moving:
             opt.step()
             ema.update(bad)
-        opt.zero_grad(set_to_none=True)
-        disc_opt.zero_grad(set_to_none=True)
+        opt.zero_grad()
+        disc_opt.zero_grad()
         step += 1
         bar.update()
         metrics.add(**{"loss/G": g_sum, "loss/D": d_sum, "grad_norm/editor": g_norm,
                        "grad_norm/coherence": d_norm})
-        stop = verdict.read(last=step == total or step % cfg.save_every == 0)
+        last = step == total
+        stop = verdict.read(last=last or step % cfg.save_every == 0)
 
         # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
-        extra = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
-        due = bool(cfg.sample_every) and (step % cfg.sample_every == 0 or step == total)
+        row = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
+        due = cfg.sample_every and (last or step % cfg.sample_every == 0)
         if due and (cfg.fsdp or common.is_main(dist)):  # shards: all ranks compute the sheet
             with ema.swapped(), torch.no_grad(), autocast:
                 alarms, sheet = judge(cfg, editor, base, space, scores, grid, flow.timesteps(T, shift), bf16)
             metrics.images(step, {"samples": sheet})
-            extra |= alarms
-        if due or step % cfg.log_every == 0 or step == total:
-            metrics.flush(step, extra | perf.read() | {"data/skipped": loader.stats()["skipped"]})
-        ends = step == total or stop
-        if ends or step % cfg.save_every == 0 and not verdict.bad:
-            trained_at = asdict(cfg) | {"image_size": image_size, "shift": shift, "steps": T}
-            meta |= {"config": trained_at, "samples": step * cfg.batch_size * cfg.accum * dist.world}
+            row |= alarms
+        if due or last or step % cfg.log_every == 0:
+            metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
+        if last or stop or step % cfg.save_every == 0 and not verdict.bad:
+            meta |= {"config": trained_at | {"steps": T}, "samples": step * pictures}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
-            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, ends)
-        if stop:
-            common.print0(f"stopped by a signal at step {step}; the same command resumes")
-            break
+            lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
     bar.close()
+    if stop:
+        common.print0(f"stopped by a signal at step {step}; the same command resumes")
     common.print0(log.peak_memory())
     metrics.close()
     loader.close()
@@ -329,16 +282,13 @@ def main(cfg: Config) -> None:
 def check(cfg: Config) -> None:
     """Refuse values that cannot work, before anything is loaded."""
     common.check_bounds(
-        cfg, at_least_1=("batch_size", "accum", "log_every", "save_every", "disc_depth", "disc_width",
-                         "image_size", "disc_patch", "disc_updates", "adversarial_from"),
-        not_negative=("lr", "disc_lr", "disc_first", "reward_noise", "warmup", "weight_decay", "grad_clip",
-                      "sample_every", "keep", "workers", "lora", "checkpointing", "eta", "w_aesthetic",
-                      "w_alignment", "w_coherence", "r1"),
-        above_0=("shift",), below_1=("ema",),
-        share=("p_global", "p_outpaint", "p_edit", "p_inpaint", "p_erase", "p_promptfree", "p_region"))
+        cfg, at_least_1=("batch_size", "accum", "log_every", "save_every", "image_size", "disc_updates",
+                         "adversarial_from"),
+        not_negative=("lr", "disc_lr", "disc_first", "reward_noise", "warmup", "sample_every", "keep",
+                      "workers", "lora", "checkpointing", "eta", "w_aesthetic", "w_alignment", "w_coherence"),
+        below_1=("ema",), share=("p_region",))
     parse_phases(cfg.phases)
-    if cfg.disc_width % max(1, cfg.disc_width // 32):
-        common.refuse(cfg, "disc_width", "must be a multiple of 32, the width of an attention head")
+    data.mixture(cfg.tasks)
 
 
 def parse_phases(text: str) -> list[tuple[int, int, int, int]]:
@@ -361,6 +311,13 @@ def phase_at(phases: list[tuple[int, int, int, int]], step: int) -> tuple[int, t
             return number, tuple(ttt)
         step -= steps
     raise ValueError("step lies behind the last phase")
+
+
+def weights_at(cfg: Config, R: dict, adversarial: bool) -> dict[str, float]:
+    """Of L_reward (Eq. 7): name -> weight of the R_theta that count."""
+    weights = {"aesthetic": cfg.w_aesthetic, "alignment": cfg.w_alignment,
+               "coherence": cfg.w_coherence * adversarial}
+    return {name: weight for name, weight in weights.items() if name in R and weight}
 
 
 def open_rewards(cfg: Config, device: torch.device | str = "cpu") -> dict[str, list]:
@@ -409,8 +366,8 @@ def prepare_editor(cfg: Config, pipe: pipeline.Pipe) -> None:
 def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int, batch: dict) -> dict:
     """What the data workers add to a batch.
 
-    noise [B, C, h, w] in the space of `channels` and `stride`; faint, r1 [B, 3, H, W], the rewards' noise and
-    that of R1, if there is any; text, as bytes [B, txt_bytes] or, for encoders from outside, captions; c and
+    noise [B, C, h, w] in the space of `channels` and `stride`; faint [B, 3, H, W], what rewards look
+    through with --reward_noise; text, as bytes [B, txt_bytes] or, for encoders from outside, captions; c and
     has_c [B], the captions of `reward_captions` and where there is one; t_prime, one for the whole batch on
     all ranks, so that they do equal work.
     """
@@ -419,10 +376,8 @@ def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int,
     gens = common.generators(cfg.seed, batch["step"], batch["position"])
     H, W = batch["image"].shape[1:3]
     out = {"noise": common.randn(gens, (channels, H // stride, W // stride))}
-    if cfg.reward_noise:
-        out["faint"] = common.randn(gens, (3, H, W))
-    if cfg.r1:
-        out["r1"] = common.randn(gens, (3, H, W))
+    if cfg.reward_noise:  # a reward answers to patterns too faint to see; through noise, to what is shown
+        out["faint"] = cfg.reward_noise * common.randn(gens, (3, H, W))
     t_prime = common.randint(common.generators(cfg.seed, batch["step"], [0], stream=1), 1, T2 + 1)
     c, text = reward_captions(batch), batch["caption"]
     out |= {"t_prime": int(t_prime), "c": c, "has_c": torch.tensor([float(text != "") for text in c])}
@@ -444,8 +399,7 @@ class Given(NamedTuple):
     condition: tuple  # what the editor is given beside the text: m and x (1 - m); the source and its region
     hole: torch.Tensor  # what is new, [B, 1, H, W]: m; of an edit where target and source differ
     hold: torch.Tensor  # what L_reg holds x0' to, [B, 3, H, W]: x; of an edit the source
-    held: torch.Tensor  # where it does, [B, 1, H, W]: everywhere (--hold known: outside m); of an edit where
-    # nothing is new
+    held: torch.Tensor  # where, [B, 1, H, W]: everywhere (--hold known: outside m); of an edit outside `hole`
 
 
 def read_batch(batch: dict, editor, space, hold: str = "all") -> Given:
@@ -458,9 +412,24 @@ def read_batch(batch: dict, editor, space, hold: str = "all") -> Given:
     return Given(condition[0], condition, new, source, 1 - new)
 
 
+def conditioned(editor, text, condition: tuple):
+    """G for a batch with its text and its masks or sources, as a function (x_t, t [B]) -> v."""
+    txt, vec = editor.encode_text(text)
+    return lambda x_t, t: editor(x_t, t, txt, vec, *condition)
+
+
 def recomputed(cfg: Config, fn, *inputs):
     """fn(*inputs); with --checkpointing its activations are computed again in the backward pass."""
     return recompute(fn, *inputs, use_reentrant=False) if cfg.checkpointing else fn(*inputs)
+
+
+def watch(metrics: log.Metrics, losses: dict, rated: dict, real, fake, hole) -> None:
+    """Add a micro-batch's metrics: losses name -> (weight, loss), rewards name -> r, logits of R_gamma."""
+    metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()},
+                **{f"reward/{name}": r for name, r in rated.items() if name != "coherence"},
+                **{"coherence/real": real, "coherence/fake": fake,
+                   "coherence/accuracy": torch.cat([real > 0, fake <= 0]).float()})
+    metrics.add_where(seam(hole), **{"coherence/seam": (real > fake).float()})
 
 
 def seam(mask: torch.Tensor) -> torch.Tensor:
@@ -469,8 +438,7 @@ def seam(mask: torch.Tensor) -> torch.Tensor:
     return (F.max_pool2d(mask, 5, 1, 2) > 0) & (F.max_pool2d(1 - mask, 5, 1, 2) > 0)
 
 
-def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, tasks: dict, stride: int,
-                 device: torch.device) -> dict:
+def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: int, device) -> dict:
     """The fixed held-out pictures, masks and captions of the judge and its sheet. train: the other part."""
     at = dict(stride=stride, device=device)
     if instructed:
@@ -478,7 +446,7 @@ def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, tasks: d
         return next(data.make_edit_eval_batches(source, range(min(32, len(source))), image_size, 32,
                                                 p_region=cfg.p_region, **at))
     source = data.heldout_or(train, data.open_source, cfg.data)
-    return next(data.make_eval_batches(source, range(min(32, len(source))), image_size, 32, tasks, **at))
+    return next(data.make_eval_batches(source, range(min(32, len(source))), image_size, 32, cfg.tasks, **at))
 
 
 def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[float], bf16: bool):

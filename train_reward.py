@@ -65,7 +65,6 @@ class Config:
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
-    project: str = "feedback-editing"  # W&B project
 
 
 LN2 = math.log(2)  # the loss of a model that scores everything alike
@@ -133,7 +132,7 @@ def main(cfg: Config) -> None:
     if manifest := checkpoint.resume(cfg.out, state):
         step, val, run_id = manifest["step"], manifest["meta"].get("val", {}), manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
-    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
+    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
 
     # 5) data: batch s is a function of (seed, s, rank, world)
     batches = data.pair_loader(

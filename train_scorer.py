@@ -59,7 +59,6 @@ class Config:
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
-    project: str = "feedback-editing"  # W&B project
 
 
 def main(cfg: Config) -> None:
@@ -123,7 +122,7 @@ def main(cfg: Config) -> None:
         val, before, run_id = meta["val"], meta["before"], meta["run_id"]
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
     checkpoint.check_writable(cfg.out)
-    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, cfg.project, run_id, step or None)
+    metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
 
     # 5) data: batch s is a function of (seed, s, rank, world). Tasks come equally often
     batches = data.make_edit_loader(

@@ -15,5 +15,5 @@ TRAIN="$PY -m torch.distributed.run --standalone --nproc_per_node=$RANKS train_o
     --lr 1e-3 --muon_lr 3e-3 --text_lr 0.5 --warmup 50 --ema 0.996 --shift 2 --sample_every 500 --save_every 500 --compile ${COMPILE:-False} --wandb off"
 
 $TRAIN --stage base --preset tiny --t_shift 4 --lr_schedule constant --steps "$T2I" --out "$OUT/t2i"
-$TRAIN --stage inpaint --init "$OUT/t2i" --t_shift 4 --p_t2i 0.35 --steps "$INPAINT" --out "$OUT/inpaint"
+$TRAIN --stage inpaint --init "$OUT/t2i" --t_shift 4 --tasks t2i=9.7,inpaint=6,edit=5,outpaint=5,erase=2 --steps "$INPAINT" --out "$OUT/inpaint"
 $PY runs/ship.py assets/base "bash runs/base.sh" "$OUT/t2i" "$OUT/inpaint"

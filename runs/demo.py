@@ -69,8 +69,8 @@ def stages(cfg: Config) -> list[Stage]:
                          f"--steps {n.align_steps} --out {out}/alignment {reward}"}),
         Stage("perceptual feedback learning: stages 1 to 3, coherence, two phases", 220, {
             "pefl": f"{many}train_pefl.py --base assets/base --aesthetic {out}/aesthetic "
-                    f"--alignment {out}/alignment --phases {n.phases} --adversarial_from 1 --p_global 0 "
-                    "--start noise --hold known "
+                    f"--alignment {out}/alignment --phases {n.phases} --adversarial_from 1 "
+                    "--tasks outpaint=7,edit=7,inpaint=3,erase=3 --start noise --hold known "
                     f"--disc_init {out}/aesthetic --disc_first {n.disc_first} "
                     f"--batch_size {16 // ranks} --lr 2e-5 --warmup 10 --ema 0.95 "
                     "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.05 "

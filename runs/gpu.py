@@ -280,8 +280,8 @@ def train(log: Log, cfg: Config, skip: list[str], flags: str, judging: float) ->
             before = [at / "t2i"] if saved(at / "t2i") else []
         if "inpaint" not in skip:
             part(log, "inpaint", seconds(0.6), f"{flags} --batch_size {batch} --stage inpaint "
-                 f"--init {(before or [base])[0]} --t_shift 4 --p_t2i 0.35 --ema 0.996 "
-                 f"--steps {steps('t2i', 0.6, batch)} "
+                 f"--init {(before or [base])[0]} --t_shift 4 --ema 0.996 "
+                 f"--tasks t2i=9.7,inpaint=6,edit=5,outpaint=5,erase=2 --steps {steps('t2i', 0.6, batch)} "
                  f"--out {at / 'inpaint'}", progress(at / "inpaint"))
             if saved(at / "inpaint") and ship(log, "base", command, *before, at / "inpaint"):
                 base = str(log.out / "base")
@@ -294,7 +294,8 @@ def train(log: Log, cfg: Config, skip: list[str], flags: str, judging: float) ->
                 f"--disc_init {at / 'aesthetic'} --disc_first {0 if small else 48} "
                 f"--batch_size {4 if small else 64} --lr 2e-5 --warmup 10 --ema 0.95 --disc_lr 3e-4 "
                 "--reward_noise 0.2 --eta 0.05 --w_aesthetic 0.0005 --w_alignment 0.0005 --w_coherence 0.1 "
-                "--adversarial_from 1 --p_global 0 --sample_every 0 --save_every 1000000 --wandb off "
+                "--adversarial_from 1 --tasks outpaint=7,edit=7,inpaint=3,erase=3 --sample_every 0 "
+                "--save_every 1000000 --wandb off "
                 f"--out {at / 'pefl'}", progress(at / "pefl"))
         if "edit" not in skip:
             pairs = batch // 2  # which take their workers twice as long: 3 to 4.5 ms, not 1.8

@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=0, help="over how many --fsdp shards; 0: not sharded")
     own, flags = parser.parse_known_args()
     script = {"omni": train_omni, "pefl": train_pefl}[own.script]
-    cfg = tyro.cli(script.Config, args=flags, prog=f"memory.py {own.script}",
+    cfg = common.parse(script.Config, args=flags, prog=f"memory.py {own.script}",
                    config=(tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections))
     script.check(cfg)
     dist = common.setup(cfg.device)
@@ -353,8 +353,7 @@ def count_pefl(cfg: train_pefl.Config, dist: common.Dist, ranks: int = 0) -> Ran
               for i, net in enumerate(nets)}
     vgg = load_vgg16(cfg.vgg) if cfg.vgg else None
     size, patch = cfg.image_size or pipe.size or 64, pipe.net.cfg.patch * pipe.space.stride
-    disc = open_coherence(cfg.disc_init, size, cfg.disc_patch or max(patch, 4), cfg.disc_width,
-                          cfg.disc_depth, "--disc_init")
+    disc = open_coherence(cfg.disc_init, size, patch, "--disc_init")
     bf16 = common.use_bf16(cfg.precision, dist)
     return pefl(pipe.net, pipe.space, opened, disc, vgg, (cfg.batch_size, 3, size, size), dist.device, bf16,
                 ranks, pipeline.text_tokens(pipe.net, pipe.stack), bool(cfg.checkpointing))

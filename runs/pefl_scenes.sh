@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The claims about feedback (RESULTS.md): PeFL, its arms and its controls on 500 held-out scenes for each task, three seeds.
 #   bash runs/pefl_scenes.sh                            some 15 hours on 2 plain cores; what is done is not done again
-#   ARMS="pefl pasted noise" SEEDS=0 N=200 bash runs/pefl_scenes.sh
+#   ARMS="pefl noise known" SEEDS=0 N=200 bash runs/pefl_scenes.sh
 #   QUICK=1 bash runs/pefl_scenes.sh                    one seed of everything, the demo's numbers of steps: 25 minutes
 # Numbers, each a variable: PREFS prompts and CAPTIONS pictures for the rewards, LOOKS and READS steps of theirs, ALONE, ONE and TWO
 # steps of the coherence model alone (of phase 1's), of phase 1 and of phase 2.
-# Arms, each one flag from pefl: rewardless (L_reg + L_vgg alone), no_aesthetic, no_alignment, no_coherence; pasted (rewards see
-# what users see), noise (stage 2 starts as sampling does), known (L_reg and L_vgg outside the hole), late (adversarial from phase
-# 2 on), two (two steps of the coherence model a step), r1, global (holes of the whole picture, too); noise+known is both.
+# Arms, each one flag from pefl: rewardless (L_reg + L_vgg alone), no_aesthetic, no_alignment, no_coherence; noise (stage 2
+# starts as sampling does), known (L_reg and L_vgg outside the hole), late (adversarial from phase 2 on), two (two steps of the
+# coherence model a step), global (holes of the whole picture, too, as is the default); noise+known is both.
 # Always beside them: the base, the base with blurred holes, and flow matching on as many pictures (control).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,6 +30,7 @@ else
     REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_every 500 --wandb off"
     RECIPE="--batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995" WEIGHT=0.0003
 fi
+HOLES="outpaint=7,edit=7,inpaint=3,erase=3"
 # for tests
 LOOKS=${STEPS:-$LOOKS} READS=${STEPS:-$READS} ONE=${STEPS:-$ONE} TWO=${STEPS:-$TWO}
 SHEETS=${SHEETS:-$ONE}  # steps between a PeFL run's sample sheets
@@ -51,14 +52,12 @@ flag() {
         no_aesthetic) echo "--w_aesthetic 0" ;;
         no_alignment) echo "--w_alignment 0" ;;
         no_coherence) echo "--w_coherence 0" ;;
-        pasted) echo "--sees pasted" ;;
         noise) echo "--start noise" ;;
         known) echo "--hold known" ;;
         late) echo "--adversarial_from 2" ;;
         two) echo "--disc_updates 2" ;;
-        r1) echo "--r1 100" ;;
-        global) echo "--p_global 0.1" ;;
-        *) echo "error: ARMS: $1: use pefl, rewardless, no_aesthetic, no_alignment, no_coherence, pasted, noise, known, late, two, r1, global" >&2
+        global) echo "--tasks t2i=2,$HOLES" ;;
+        *) echo "error: ARMS: $1: use pefl, rewardless, no_aesthetic, no_alignment, no_coherence, noise, known, late, two, global" >&2
            return 2 ;;
     esac
 }
@@ -77,7 +76,7 @@ finish
 for seed in $SEEDS; do
     for arm in $ARMS; do
         spawn $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
-            --phases "20/15/10x$ONE,8/6/3x$TWO" --adversarial_from 1 --p_global 0 $RECIPE \
+            --phases "20/15/10x$ONE,8/6/3x$TWO" --adversarial_from 1 --tasks "$HOLES" $RECIPE \
             --disc_init "$OUT/aesthetic" --disc_first "$ALONE" --disc_lr 3e-4 --reward_noise 0.2 \
             --eta 0.05 --w_aesthetic "$WEIGHT" --w_alignment "$WEIGHT" --w_coherence 0.1 $(flags "$arm") \
             --seed "$seed" --sample_every "$SHEETS" --save_every $(((ONE + 1) / 2)) --keep 4 --wandb off --out "$OUT/$arm$seed"
@@ -114,7 +113,7 @@ done | tee "$OUT/compare_$JUDGE.txt"
 export OMP_NUM_THREADS=1
 for seed in $SEEDS; do
     [ -d "$OUT/pefl$seed" ] || continue
-    spawn $PY train_pefl.py --base "$OUT/pefl$seed/$first" --aesthetic "$OUT/aesthetic" --phases "20/15/10x$ALONE" --p_global 0 $RECIPE \
+    spawn $PY train_pefl.py --base "$OUT/pefl$seed/$first" --aesthetic "$OUT/aesthetic" --phases "20/15/10x$ALONE" --tasks "$HOLES" $RECIPE \
         --disc_init "$OUT/aesthetic" --disc_first "$ALONE" --disc_lr 3e-4 --reward_noise 0.2 --seed "$seed" --sample_every 0 \
         --log_every 4 --wandb off --out "$OUT/after$seed"
 done

@@ -39,9 +39,10 @@ case ${1:-} in
         $LAUNCH train_omni.py --stage inpaint --init "$SD3" --data "$PICTURES" --cache "$OUT/picture_cache" ${TOKENS:-} \
             --image_size 512 --fsdp True --checkpointing 1 --batch_size 16 --lr 1e-5 --warmup 500 --lr_schedule constant \
             --steps 10000 --ema 0.9999 --t_density logit_normal --t_shift 3 --t_weight 0 --save_every 500 --out "$OUT/inpaint"
-        # the paper's settings (Sec. 4.1) but for the number of steps, on which it is silent
+        # the paper's settings (Sec. 4.1) but for the number of steps, on which it is silent. The coherence model is the small
+        # default (rewards.CoherenceConfig); --disc_init FOLDER of a trained reward gives it that one's image tower
         $LAUNCH train_pefl.py --base "$OUT/inpaint" --data "$PICTURES" --cache "$OUT/picture_cache" ${TOKENS:-} \
             --alignment "$REWARD" --vgg "$VGG" --image_size 512 --fsdp True --checkpointing 1 --batch_size 4 --accum 2 \
-            --disc_width 384 --disc_depth 6 --disc_patch 16 --phases 20/15/10x2000,8/6/3x2000 --save_every 200 --out "$OUT/pefl" ;;
+            --phases 20/15/10x2000,8/6/3x2000 --save_every 200 --out "$OUT/pefl" ;;
     *) echo "error: ${1:-nothing}: say editnet or pefl" >&2; exit 2 ;;
 esac

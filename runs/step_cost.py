@@ -47,7 +47,7 @@ def main(cfg: Config) -> None:
     omni = train_omni.Config(stage="inpaint", image_size=cfg.image_size)
     arch = model.inpainting(model.PRESETS["tiny"])
     draws = partial(train_omni.draws, omni, arch.channels, 1, arch.txt_bytes)
-    made = train_omni.task_mixture(omni), masks.PROMPT_FREE, True
+    made = data.mixture(train_omni.TASKS["inpaint"]), masks.PROMPT_FREE, True
     with torch.device("meta"):
         net = model.Editor(arch)
 

@@ -558,7 +558,7 @@ def test_mixture_prompt_free_and_bad_values(mixed):
     assert 0.35 < np.mean(free) < 0.65
     assert loader(mixed, 1, tasks={"edit": 1})[1]["edit turned into inpaint"] == 4
     for tasks in ({"paint": 1}, {"t2i": -1}, {"t2i": 0.0}, {"t2i": float("nan")}):
-        with pytest.raises(SystemExit, match="^error: tasks"):
+        with pytest.raises(SystemExit, match="^error: --tasks: "):
             loader(mixed, 1, tasks=tasks)
     with pytest.raises(SystemExit, match="multiple of"):
         loader(mixed, 1, image_size=18)

@@ -118,7 +118,7 @@ def test_editnet_as_measured(tmp_path, checkpointing):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_pefl_with_vae_as_measured(sd3, tmp_path, checkpointing):  # noqa: F811
-    flags = dict(base=sd3["sd3"], tokenizers=sd3["tokenizers"], phases="3/2/1x2", disc_width=32, disc_depth=1,
+    flags = dict(base=sd3["sd3"], tokenizers=sd3["tokenizers"], phases="3/2/1x2",
                  alignment=imagereward(tmp_path), vgg=vgg(tmp_path), workers=0, device="cpu", wandb="off",
                  sample_every=0, checkpointing=checkpointing, precision="fp32", batch_size=1, image_size=32)
     got = measured("train_pefl", flags, dict(batch_size=2, image_size=128), tmp_path)

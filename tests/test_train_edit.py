@@ -117,7 +117,7 @@ def tensors_of(folder):
 def test_condition_dropout(monkeypatch):
     """One draw decides, as in InstructPix2Pix: text alone, both, source alone, 5 % each. Draws are functions
     of seed, step and position, whatever else is in a batch."""
-    cfg = train_omni.Config(stage="edit", drop_edit=0.1, seed=3)
+    cfg = train_omni.Config(stage="edit", drop_caption=0.2, seed=3)
     batch = {"image": torch.zeros(4, 8, 8, 3, dtype=torch.uint8), "caption": list("abcd"), "step": 5,
              "position": [0, 1, 2, 3], "score": torch.ones(4)}
     drawn = train_omni.draws(cfg, 16, 4, 0, batch)
@@ -158,7 +158,7 @@ def test_draws_of_feedback():
     assert [at(step, [0, 1])["t_prime"] for step in (4, 5, 6, 99)] == [1] * 4
     drawn, gens = at(0, [4, 5]), common.generators(3, 0, [4, 5])
     assert torch.equal(drawn["noise"], common.randn(gens, (16, 2, 2)))
-    assert torch.equal(drawn["faint"], common.randn(gens, (3, 8, 8)))
+    assert torch.equal(drawn["faint"], 0.1 * common.randn(gens, (3, 8, 8)))
     assert drawn["c"] == ["", "b"] and drawn["has_c"].tolist() == [0, 1] and drawn["text"] == ["a", "b"]
     told = at(0, [4, 5], target_caption=["c", ""])
     assert told["c"] == ["c", ""] and told["has_c"].tolist() == [1, 0]
@@ -245,27 +245,27 @@ def test_chain(made, tmp_path):
 @pytest.mark.parametrize("text, flags", [
     ("--stage: edit: .*--init", dict(init=None)),
     ("--variant: controlnet: .*--fixed_source", dict(variant="controlnet", fixed_source=True)),
-    ("--drop_edit: 0.5", dict(drop_edit=0.5)),
+    ("--drop_caption: 0.7: must be up to 2/3", dict(drop_caption=0.7)),
     ("--min_score: 11", dict(min_score=11.0)),
     ("--p_region: 2", dict(p_region=2.0)),
     ("--lora: 0", dict(tune_base="lora", lora=0)),
     ("holds --variant concat: give the same", dict(init="concat")),
     ("--init: .*aesthetic: holds a 'reward'", dict(init="aesthetic")),
     ("--init: .*latent: .*give --sd3", dict(init="latent")),
-    ("--tasks: style: use balanced, as_is, or weights", dict(tasks="style")),
+    ("--tasks: 'style': use NAME=WEIGHT,... of the data's tasks; or balanced, or as_is", dict(tasks="style")),
     ("--tasks: paint=1.0: use numbers >= 0 for swap", dict(tasks="paint=1")),
     ("wrong=2", dict(data="scenes:wrong=2")),
     ("pictures: not a set of edit pairs", dict(data="pictures")),
     ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, fixed_source=True)),
-    ("--stage: inpaint: --variant", dict(stage="inpaint", init=None, tasks="style=1")),
+    ("--tasks: style=1.0: use numbers >= 0 for t2i", dict(stage="inpaint", init=None, tasks="style=1")),
 ])
 def test_bad_values(made, tmp_path, text, flags):
     refused(made, tmp_path / "out", train_omni, text, **edit(made) | flags)
 
 
-def test_feedback_sees_all_that_an_instruction_editor_makes(made, tmp_path):
-    refused(made, tmp_path, train_pefl, "--sees: pasted: of an instruction editor users see all",
-            base=made["editnet"], sees="pasted")
+def test_feedback_on_pairs_knows_no_holes(made, tmp_path):
+    refused(made, tmp_path, train_pefl, "--tasks: erase=1: are kinds of holes, and an instruction editor",
+            base=made["editnet"], tasks="erase=1")
 
 
 def test_feedback_cannot_update_a_branch_that_is_not_there(made, tmp_path):

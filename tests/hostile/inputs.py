@@ -86,8 +86,12 @@ def flags(folder):
             (sample, "height", 10**9), (sample, "num_samples", 10**9), (sample, "steps", 10**9 + 1),
             (sample, "guidance", 1e9), (sample, "seam", -1), (evaluate, "rows", 10**8),
             (make_cache, "shard", 0), (make_cache, "t5_length", 10**8), (make_prefs, "k", 10**8),
-            (train_reward, "augment", 10**8), (train_pefl, "disc_width", 97), (train_pefl, "disc_patch", 0),
-            (train_pefl, "disc_depth", 10**6)):
+            (train_reward, "augment", 10**8), (train_pefl, "disc_first", 10**12),
+            (train_pefl, "disc_updates", 0),
+            *((train_pefl, "tasks", text) for text in (
+                "", "t2i", "t2i=", "t2i=-1", "t2i=nan", "t2i=1e99", "paint=1", "t2i=1,t2i=1", "erase=0",
+                "," * 5000, "\u0661=1")),
+            *((train_omni, "tasks", text) for text in ("", "balanced", "remove=1", "t2i=inf", "t2i=1;2"))):
         cfg = replace(script.Config(**SCRIPTS[script]), **{name: value})
         yield f"{script.__name__} --{name} {str(value)[:12]}", partial(must_refuse, script.check, cfg)
 
