@@ -563,7 +563,7 @@ class EditNet(nn.Module):
         if variant not in VARIANTS:
             raise SystemExit(f"error: variant {variant!r}: use one of {', '.join(VARIANTS)}")
         if cached and variant != "editnet":
-            raise SystemExit(f"error: variant {variant!r} has no source tokens to cache: use editnet")
+            raise SystemExit(f"error: variant {variant!r} caches no source tokens: use editnet")
         D = base.width
         self.cfg, self.variant, self.cached = base, variant, cached
         self.base = Editor(base)

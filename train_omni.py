@@ -40,7 +40,9 @@ class Config:
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --init came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
     cache: str | None = None  # folder of make_cache.py: text features, and latents of pictures
-    variant: Literal["editnet", "controlnet", "textcontrol", "concat"] = "editnet"  # edit: see model.EditNet
+    variant: Literal["editnet", "attend", "controlnet", "textcontrol", "concat"] = "editnet"  # edit: see
+    # model.EditNet
+    source_start: Literal["picture", "masked"] = "picture"  # editnet, attend: how their source tokens begin
     fixed_source: bool = False  # edit: source tokens see source and text only, computed once for all steps
     tune_base: Literal["frozen", "lora", "full"] | None = None  # edit: None = frozen, but full for concat
     lora: int = 16  # edit: rank of the base's update with --tune_base lora
@@ -246,7 +248,9 @@ def check(cfg: Config) -> None:
         common.refuse(cfg, "tasks", "--stage base draws whole pictures: leave it out")
     (edit_tasks if cfg.stage == "edit" else data.mixture)(tasks_of(cfg))
     if cfg.fixed_source and cfg.variant != "editnet":
-        common.refuse(cfg, "variant", "has no source tokens to cache: leave out --fixed_source")
+        common.refuse(cfg, "variant", "caches no source tokens (editnet does): leave out --fixed_source")
+    if cfg.source_start != "picture" and (cfg.stage != "edit" or cfg.variant not in model.SOURCE_TOKENS):
+        common.refuse(cfg, "source_start", "concerns --variant editnet or attend of --stage edit: drop it")
     if cfg.muon_lr and cfg.fsdp:
         common.refuse(cfg, "muon_lr", "needs whole matrices, of which --fsdp leaves each rank a part: leave "
                                       "out one")
@@ -283,12 +287,14 @@ def build_edit(cfg: Config, arch: dict, state: dict) -> model.EditNet:
         if (net.variant, net.cached) != (cfg.variant, cfg.fixed_source):
             raise SystemExit(f"error: --init: {cfg.init}: holds --variant {net.variant}"
                              f"{' --fixed_source' * net.cached}: give the same flags, or a base")
+        if cfg.source_start != "picture":
+            common.refuse(cfg, "source_start", f"{cfg.init} has begun already: leave it out, or give a base")
         checkpoint.load_state(net, state, cfg.init)
     else:
         base = model.build_editor(arch, f"--init: {cfg.init}")
         checkpoint.load_state(base, state, cfg.init)
         net = model.EditNet(base.cfg, cfg.variant, cfg.fixed_source)
-        net.attach(base.state_dict())
+        net.attach(base.state_dict(), cfg.source_start)
     tuned = cfg.tune_base or ("full" if cfg.variant == "concat" else "frozen")
     if tuned == "frozen":
         net.base.requires_grad_(False)

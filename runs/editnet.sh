@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=${OUT:-out/editnet}
-PARTS=${PARTS:-variants frozen_text weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} MORE=${MORE:-900} N=${N:-300}
+PARTS=${PARTS:-variants wiring frozen_text weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} MORE=${MORE:-900} N=${N:-300}
 PEFL_REWARDS=${PEFL_REWARDS:-out/pefl_scenes}  # aesthetic and alignment rewards of runs/pefl_scenes.sh
 JOBS=${JOBS:-$(nproc)}  # trainings side by side
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
@@ -54,8 +54,8 @@ mkdir -p "$OUT"
 pids=() begun=""
 for part in $PARTS; do
     case $part in
-        variants | frozen_text | weights | region | aspects | pefl) ;;
-        *) echo "error: PARTS: $part: use variants, frozen_text, weights, region, aspects, pefl" >&2; exit 2 ;;
+        variants | wiring | frozen_text | weights | region | aspects | pefl) ;;
+        *) echo "error: PARTS: $part: use variants, wiring, frozen_text, weights, region, aspects, pefl" >&2; exit 2 ;;
     esac
 done
 for seed in $SEEDS; do
@@ -64,6 +64,9 @@ for seed in $SEEDS; do
             variants)  # paper Table 7, Fig. 10 and 11; and the cached form
                 train editnet; train cached --fixed_source True; train controlnet --variant controlnet
                 train textcontrol --variant textcontrol; train concat --variant concat ;;
+            wiring)  # whether source tokens' own output is added, and how they begin: each way, and both ways
+                train editnet; train attend --variant attend; train masked --source_start masked
+                train attend_masked --variant attend --source_start masked ;;
             frozen_text)  # the text encoder as it is, as in the paper: only the branch can change what the base reads
                 train ft_editnet --text_lr 0; train ft_controlnet --variant controlnet --text_lr 0
                 train ft_textcontrol --variant textcontrol --text_lr 0 ;;
@@ -92,6 +95,7 @@ for part in $PARTS; do
         variants) judge variants -- editnet cached controlnet textcontrol concat
             $PY evaluate.py t2i --ckpt "assets/base$(for run in editnet concat; do for s in $SEEDS; do echo -n ",$OUT/$run$s"; done; done)" \
                 --n "$N" --out "$OUT/judge_t2i" | tee "$OUT/judge_t2i.txt" ;;
+        wiring) judge wiring -- editnet attend masked attend_masked ;;
         frozen_text) judge frozen_text --guidance 3 --image_guidance 1.5 -- ft_editnet ft_controlnet ft_textcontrol ;;
         weights) judge weights -- weighted unweighted ;;
         region) judge region -- editnet freeform ;;

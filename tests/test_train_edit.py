@@ -93,6 +93,8 @@ def test_two_ranks(made, tmp_path, script):
 
 @pytest.mark.parametrize("flags, moves, stays", [
     ({}, ("branch.", "text.", "img_out.", "src_out.", "src_embedder."), ("base.",)),
+    ({"variant": "attend", "source_start": "masked"}, ("branch.", "img_out.", "txt_out.", "src_embedder."),
+     ("base.",)),
     ({"variant": "controlnet"}, ("branch.", "img_out."), ("base.",)),
     ({"variant": "concat"}, ("base.mmdit.", "src_embedder.", "text."), ("base.text.",)),
     ({"tune_base": "full"}, ("base.mmdit.", "branch."), ("base.text.",)),
@@ -245,6 +247,8 @@ def test_chain(made, tmp_path):
 @pytest.mark.parametrize("text, flags", [
     ("--stage: edit: .*--init", dict(init=None)),
     ("--variant: controlnet: .*--fixed_source", dict(variant="controlnet", fixed_source=True)),
+    ("--source_start: masked: concerns --variant", dict(variant="controlnet", source_start="masked")),
+    ("--source_start: masked: .*editnet has begun already", dict(init="editnet", source_start="masked")),
     ("--drop_caption: 0.7: must be up to 2/3", dict(drop_caption=0.7)),
     ("--min_score: 11", dict(min_score=11.0)),
     ("--p_region: 2", dict(p_region=2.0)),
