@@ -47,15 +47,28 @@ def test_the_campaign_sees_what_is_wrong(capsys):
     assert capsys.readouterr().out.count("WRONG") == 6
 
 
-FEW = ("diverges", "two runs in one --out", "the disk fills", "a rank dies in a collective", "a slow rank",
-       "another --lr", "killed in the rename, call 1")
+FEW = ("diverges", "two runs in one --out", "the disk of train_reward fills", "a slow rank", "another --lr")
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory):
+    """A folder for their undisturbed runs, which every one of its faults is compared with."""
+    return tmp_path_factory.mktemp("victims")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
-def test_faults(name, tmp_path):
-    found = {n: act for _, n, act in faults.cases(tmp_path, 100)}
+def test_faults(name, victims):
+    found = {n: act for _, n, act in faults.cases(victims, 30)}
     assert judge(found[name], 100) == "survived"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", faults.VICTIMS)
+def test_kills(victim, victims):
+    """The second: of two ranks the other one is killed, in a collective."""
+    _, (_, name, act) = faults.kills(victims, victim, 2)
+    assert judge(act, 100) == "survived", name
 
 
 def batches(n, workers, kill=()):

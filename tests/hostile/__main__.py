@@ -2,6 +2,7 @@
 
     python -m tests.hostile              # the inputs (inputs.py)
     python -m tests.hostile 20           # and 20 faults (faults.py): runs killed, hanging, without disk
+    python -m tests.hostile kills        # instead: 50 kills of each victim of faults.py, half an hour
 
 Prints for each group how many were tried, survived (harmless, or gone on to the same result), were refused in
 one line, and went wrong. The exit code is 1 if one went wrong. Each wrong one is named with what happened.
@@ -10,6 +11,7 @@ one line, and went wrong. The exit code is 1 if one went wrong. Each wrong one i
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -72,24 +74,32 @@ def campaign(found, limit=inputs.LIMIT):
     return told
 
 
-def main(kills):
+KILLS = 50  # of each victim
+
+
+def main(what):
+    """what: the number of faults beside the inputs, or "kills"."""
     warnings.simplefilter("ignore")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        told = campaign(inputs.cases(folder))
-        told |= campaign(faults.cases(Path(folder), kills), 300) if kills else {}
+        if what == "kills":
+            told = campaign((case for victim in faults.VICTIMS
+                             for case in faults.kills(Path(folder), victim, KILLS)), 300)
+        else:
+            told = campaign(inputs.cases(folder))
+            told |= campaign(faults.cases(Path(folder), int(what)), 300)
         os.chdir("/")
     told["all"] = sum(told.values(), Counter())
-    print(f"{'':<14}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")
+    print(f"{'':<16}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")
     for group, n in told.items():
-        print(f"{group:<14}{n.total():>8}{n['survived']:>10}{n['refused']:>9}{n['wrong']:>7}")
+        print(f"{group:<16}{n.total():>8}{n['survived']:>10}{n['refused']:>9}{n['wrong']:>7}")
     print(f"{time.monotonic() - started:.0f} s")
     return told["all"]["wrong"] > 0
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if len(words) > 1 or not all(w.isdecimal() and len(w) < 6 for w in words):
-        raise SystemExit("usage: python -m tests.hostile [FAULTS]")
-    sys.exit(main(int(words[0]) if words else 0))
+    words = sys.argv[1:] or ["0"]
+    if len(words) > 1 or not re.fullmatch("[0-9]{1,5}|kills", words[0]):
+        raise SystemExit("usage: python -m tests.hostile [FAULTS | kills]")
+    sys.exit(main(words[0]))
