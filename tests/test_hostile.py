@@ -197,6 +197,34 @@ def test_paths_without_names_of_users(monkeypatch, tmp_path):
                      "sd3": "/data/sd3", "out": "out/x"}
 
 
+def test_places_are_kept_without_names_of_users_and_found_again(monkeypatch, tmp_path):
+    """Of meta.stack: below what holds the run, below the start folder, below the home, elsewhere; from a step
+    of the run or from a shipped folder, wherever one stands, and after all of it has moved."""
+    home, work = tmp_path / "home/someone", tmp_path / "home/someone/work"
+    run = tmp_path / "disk/runs/a"
+    for folder in (work / "w", work / "out/a", run, tmp_path / "disk/runs/w", home / "w", tmp_path / "w"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    for out, given, kept in ((run, run, "."), (run, tmp_path / "disk/runs/w", "../w"),
+                             ("out/a", "w", "../../w"), (run, "w", "~/work/w"), ("out/a", home / "w", "~/w"),
+                             (run, tmp_path / "w", str(tmp_path / "w"))):
+        for folder in (Path(out) / "step_00000001", Path(out)):
+            stack = checkpoint.kept_places({"sd3": str(given), "tokenizers": None, "t5_length": 77}, folder)
+            assert stack == {"sd3": kept, "tokenizers": None, "t5_length": 77}
+            monkeypatch.chdir("/" if Path(out).is_absolute() else work)
+            assert checkpoint.found_places(stack, folder)["sd3"] == os.path.abspath(work / given)
+            monkeypatch.chdir(work)
+    (tmp_path / "disk").rename(tmp_path / "moved")
+    moved = str(tmp_path / "moved/runs/w")
+    assert checkpoint.found_places({"sd3": "../w"}, tmp_path / "moved/runs/a")["sd3"] == moved
+    old = {"sd3": "w"}  # manifests of old kept what the flag said
+    assert checkpoint.found_places(old, tmp_path / "moved/runs/a")["sd3"] == str(work / "w")
+    monkeypatch.setenv("HOME", "/")  # of containers: no prefix of everything
+    monkeypatch.chdir("/")
+    assert checkpoint.kept_places({"sd3": "/data/w"}, tmp_path / "moved/runs/a") == {"sd3": "/data/w"}
+
+
 def test_wandb_out_of_reach_is_not_waited_for(monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
