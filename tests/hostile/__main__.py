@@ -3,6 +3,7 @@
     python -m tests.hostile              # the inputs (inputs.py)
     python -m tests.hostile 20           # and 20 faults (faults.py): runs killed, hanging, without disk
     python -m tests.hostile kills        # instead: 50 kills of each victim of faults.py, half an hour
+    python -m tests.hostile ends         # instead: two ranks that nothing befalls, 200 times, to their end
 
 Prints for each group how many were tried, survived (harmless, or gone on to the same result), were refused in
 one line, and went wrong. The exit code is 1 if one went wrong. Each wrong one is named with what happened.
@@ -74,11 +75,11 @@ def campaign(found, limit=inputs.LIMIT):
     return told
 
 
-KILLS = 50  # of each victim
+KILLS, ENDS = 50, 200  # of each victim; of two ranks
 
 
 def main(what):
-    """what: the number of faults beside the inputs, or "kills"."""
+    """what: the number of faults beside the inputs, or "kills", or "ends"."""
     warnings.simplefilter("ignore")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -86,20 +87,22 @@ def main(what):
         if what == "kills":
             told = campaign((case for victim in faults.VICTIMS
                              for case in faults.kills(Path(folder), victim, KILLS)), 300)
+        elif what == "ends":
+            told = campaign(faults.ends(Path(folder), ENDS), 300)
         else:
             told = campaign(inputs.cases(folder))
             told |= campaign(faults.cases(Path(folder), int(what)), 300)
         os.chdir("/")
     told["all"] = sum(told.values(), Counter())
-    print(f"{'':<16}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")
+    print(f"{'':<18}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")
     for group, n in told.items():
-        print(f"{group:<16}{n.total():>8}{n['survived']:>10}{n['refused']:>9}{n['wrong']:>7}")
+        print(f"{group:<18}{n.total():>8}{n['survived']:>10}{n['refused']:>9}{n['wrong']:>7}")
     print(f"{time.monotonic() - started:.0f} s")
     return told["all"]["wrong"] > 0
 
 
 if __name__ == "__main__":
     words = sys.argv[1:] or ["0"]
-    if len(words) > 1 or not re.fullmatch("[0-9]{1,5}|kills", words[0]):
-        raise SystemExit("usage: python -m tests.hostile [FAULTS | kills]")
+    if len(words) > 1 or not re.fullmatch("[0-9]{1,5}|kills|ends", words[0]):
+        raise SystemExit("usage: python -m tests.hostile [FAULTS | kills | ends]")
     sys.exit(main(words[0]))

@@ -8,6 +8,7 @@ and losses, weights, optimisers and averages at the end are, bit for bit, those 
 
 import contextlib
 import datetime
+import faulthandler
 import itertools
 import json
 import os
@@ -112,6 +113,7 @@ def forked(act, said, seconds=60):
         try:
             fd = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(fd, 1), os.dup2(fd, 2)
+            faulthandler.enable(2)  # where an abort comes from
             sys.stdout = sys.stderr = os.fdopen(fd, "w", buffering=1)
             signal.alarm(0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -324,6 +326,20 @@ def kills(folder, victim, n):
                 at = " and ".join(f"call {c} of rank {r}" for r, c in calls.items())
                 yield victim, f"killed {point}, {at}", partial(killed, folder, victim, point, calls)
                 break
+
+
+def comes_to_its_end(folder, number):
+    """Two ranks, shards or not in turn, three steps: no process may end with anything but 0 (LOG.md: the rare
+    abort)."""
+    out = folder / f"end {number}"
+    flags = {"steps": 3, "save_every": 3, "fsdp": number % 2 == 0}
+    codes, said = run("two FSDP2 ranks", out, flags={0: flags, 1: flags}, patience=60, seconds=120)
+    assert codes == [0, 0], (codes, said)
+    shutil.rmtree(out)
+
+
+def ends(folder, n):
+    return (("ends of two ranks", f"end {i}", partial(comes_to_its_end, folder, i)) for i in range(n))
 
 
 ########################################## 5. what comes once ################################################
