@@ -78,20 +78,20 @@ def campaign(found, limit=inputs.LIMIT):
 KILLS, ENDS = 50, 200  # of each victim; of two ranks
 
 
-def main(what):
-    """what: the number of faults beside the inputs, or "kills", or "ends"."""
+def main(what, *victims):
+    """what: the number of faults beside the inputs, or "kills" (of those `victims`; none: all), or "ends"."""
     warnings.simplefilter("ignore")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         if what == "kills":
-            told = campaign((case for victim in faults.VICTIMS
-                             for case in faults.kills(Path(folder), victim, KILLS)), 300)
+            told = campaign((case for victim in victims or faults.VICTIMS
+                             for case in faults.kills(Path(folder), victim, KILLS)), faults.LIMIT)
         elif what == "ends":
-            told = campaign(faults.ends(Path(folder), ENDS), 300)
+            told = campaign(faults.ends(Path(folder), ENDS), faults.LIMIT)
         else:
             told = campaign(inputs.cases(folder))
-            told |= campaign(faults.cases(Path(folder), int(what)), 300)
+            told |= campaign(faults.cases(Path(folder), int(what)), faults.LIMIT)
         os.chdir("/")
     told["all"] = sum(told.values(), Counter())
     print(f"{'':<18}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")
@@ -103,6 +103,7 @@ def main(what):
 
 if __name__ == "__main__":
     words = sys.argv[1:] or ["0"]
-    if len(words) > 1 or not re.fullmatch("[0-9]{1,5}|kills|ends", words[0]):
-        raise SystemExit("usage: python -m tests.hostile [FAULTS | kills | ends]")
-    sys.exit(main(words[0]))
+    known = re.fullmatch("[0-9]{1,5}|ends", words[0]) and not words[1:]
+    if not known and not (words[0] == "kills" and set(words[1:]) <= set(faults.VICTIMS)):
+        raise SystemExit("usage: python -m tests.hostile [FAULTS | ends | kills [VICTIM ...]]")
+    sys.exit(main(*words))

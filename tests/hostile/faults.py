@@ -46,6 +46,7 @@ from scenes import dataset  # noqa: F401
 
 ########################################## 1. victims ########################################################
 
+LIMIT = 600  # seconds for a fault, with its runs
 STEPS = 6
 TINY = dict(batch_size=2, save_every=2, log_every=1, workers=0, device="cpu", wandb="off", precision="fp32",
             warmup=0)
@@ -66,7 +67,7 @@ VICTIMS = {
     "train_pefl": Victim(train_pefl, TINY | dict(
         base="{folder}/train_omni", aesthetic="{folder}/train_reward", phases="4/3/2x3,3/2/1x3", lr=1e-3,
         disc_width=32, disc_depth=1, sample_every=0)),
-    "two FSDP2 ranks": Victim(train_omni, OMNI | dict(fsdp=True), 2)}
+    "two FSDP2 ranks": Victim(train_omni, OMNI | dict(fsdp=True, save_every=3), 2)}
 
 POINTS = {  # where a run is killed: before the n-th call of a function
     "in the rename": (Path, "rename"),
@@ -103,7 +104,7 @@ def pairs(folder):
 ########################################## 2. running them ###################################################
 
 
-def forked(act, said, seconds=60):
+def forked(act, said, seconds=180):
     """act() in a child -> (its process id, when it must be over), for `ended`; what it says is in the file
     `said`."""
     sys.stdout.flush()
@@ -148,11 +149,12 @@ def ended(child):
     raise AssertionError("did not end by itself")
 
 
-def run(victim, out, prepare=(), seconds=60, patience=30, flags=(), kill=None):
+def run(victim, out, prepare=(), patience=30, flags=(), kill=None):
     """A victim's command -> the exit codes of its ranks and what they said.
 
     prepare: rank -> what is called in it first. patience: seconds of the process group. flags: rank -> flags
-    of its own. kill: (seconds, ranks), SIGKILL from outside after so long.
+    of its own. kill: (seconds, ranks), SIGKILL from outside after so long. On a machine with much else to do
+    a run takes half a minute.
     """
     script, own, world = VICTIMS[victim]
     with socket.socket() as s:
@@ -170,7 +172,7 @@ def run(victim, out, prepare=(), seconds=60, patience=30, flags=(), kill=None):
         script.main(script.Config(**at | {"out": str(out)} | dict(flags).get(rank, {})))
 
     said = [Path(f"{out}.{rank}.txt") for rank in range(world)]
-    children = [forked(partial(one, rank), said[rank], seconds) for rank in range(world)]
+    children = [forked(partial(one, rank), said[rank]) for rank in range(world)]
     if kill:
         time.sleep(kill[0])
         for rank in kill[1]:
@@ -333,7 +335,7 @@ def comes_to_its_end(folder, number):
     abort)."""
     out = folder / f"end {number}"
     flags = {"steps": 3, "save_every": 3, "fsdp": number % 2 == 0}
-    codes, said = run("two FSDP2 ranks", out, flags={0: flags, 1: flags}, patience=60, seconds=120)
+    codes, said = run("two FSDP2 ranks", out, flags={0: flags, 1: flags}, patience=60)
     assert codes == [0, 0], (codes, said)
     shutil.rmtree(out)
 
