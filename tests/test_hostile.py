@@ -60,7 +60,7 @@ def victims(tmp_path_factory):
 @pytest.mark.parametrize("name", FEW)
 def test_faults(name, victims):
     found = {n: act for _, n, act in faults.cases(victims, 30)}
-    assert judge(found[name], 100) == "survived"
+    assert judge(found[name], faults.LIMIT) == "survived"
 
 
 @pytest.mark.slow
@@ -68,7 +68,15 @@ def test_faults(name, victims):
 def test_kills(victim, victims):
     """The second: of two ranks the other one is killed, in a collective."""
     _, (_, name, act) = faults.kills(victims, victim, 2)
-    assert judge(act, 100) == "survived", name
+    assert judge(act, faults.LIMIT) == "survived", name
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_result(victims):
+    codes, _ = faults.run("train_omni", victims / "seed", flags={0: {"seed": 1}})
+    with pytest.raises(AssertionError, match="is another one"):
+        faults.same(victims / "seed", faults.undisturbed(victims, "train_omni")[0])
+    assert codes == [0]
 
 
 def batches(n, workers, kill=()):

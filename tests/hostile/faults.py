@@ -57,6 +57,7 @@ class Victim(NamedTuple):
     script: ModuleType
     flags: dict  # of its Config; {folder} in a text is where victims live
     ranks: int = 1
+    needs: tuple[str, ...] = ()  # victims whose undisturbed runs it builds on
 
 
 VICTIMS = {
@@ -66,7 +67,7 @@ VICTIMS = {
         noise=0.1, lr=1e-3)),
     "train_pefl": Victim(train_pefl, TINY | dict(
         base="{folder}/train_omni", aesthetic="{folder}/train_reward", phases="4/3/2x3,3/2/1x3", lr=1e-3,
-        disc_width=32, disc_depth=1, sample_every=0)),
+        disc_width=32, disc_depth=1, sample_every=0), needs=("train_omni", "train_reward")),
     "two FSDP2 ranks": Victim(train_omni, OMNI | dict(fsdp=True, save_every=3), 2)}
 
 POINTS = {  # where a run is killed: before the n-th call of a function
@@ -156,7 +157,7 @@ def run(victim, out, prepare=(), patience=30, flags=(), kill=None):
     of its own. kill: (seconds, ranks), SIGKILL from outside after so long. On a machine with much else to do
     a run takes half a minute.
     """
-    script, own, world = VICTIMS[victim]
+    script, own, world, _ = VICTIMS[victim]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -248,12 +249,11 @@ def counting(file):
 
 
 def undisturbed(folder, victim):
-    """(result of a run that nothing befell, how often each of its ranks passes each point, its seconds);
-    what others are made of lies in `folder` after it."""
+    """(result of a run that nothing befell, how often each of its ranks passes each point, its seconds).
+    It is run once in a `folder`."""
     out = folder / victim
-    for name in VICTIMS if victim == "train_pefl" else ():
-        if name in ("train_omni", "train_reward"):
-            undisturbed(folder, name)
+    for name in VICTIMS[victim].needs:
+        undisturbed(folder, name)
     counts = [Path(f"{out}.{rank}.json") for rank in range(VICTIMS[victim].ranks)]
     if not (folder / f"{victim}.seconds").exists():
         pairs(folder)
