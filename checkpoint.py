@@ -304,10 +304,12 @@ def finish(folder, tmp, step, files, meta, world):
     give it its name."""
     old = folder.with_name(folder.name + ".old")
     lifted = {k: meta[k] for k in ("arch", "config", "precision", "samples") if k in meta}
-    if "config" in lifted:  # which only says how it was made; meta.stack is read, and stays as it is
+    if "config" in lifted:  # which only says how it was made
         lifted["config"] = portable(lifted["config"])
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     rest = {k: v for k, v in meta.items() if k not in lifted}
+    if "stack" in rest:  # which is read, from wherever
+        rest["stack"] = kept_places(rest["stack"], folder)
     manifest = {"format": 1, "step": step, **lifted, "files": files, "torch": torch.__version__,
                 "world": world, "git": git_revision(), "time": now, "meta": rest}
     manifest = json.loads(json.dumps(manifest, default=str), parse_constant=lambda text: None)  # as it will
@@ -322,6 +324,46 @@ def finish(folder, tmp, step, files, meta, world):
     tmp.rename(folder)
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+PLACES = ("sd3", "tokenizers")  # the paths in meta.stack
+
+
+def kept_places(stack, folder):
+    """meta.stack as the manifest of a checkpoint `folder` keeps it, without names of users where that can be.
+
+    A path is relative to the run folder if it is below the one that holds this, or if both are below the
+    folder that the script was started in; else it begins with ~ if it is below the home folder; else it
+    stays, absolute.
+    """
+    run, home = _run_folder(folder), Path(os.path.expanduser("~"))
+    roots = [r for r in (run.parent, Path.cwd()) if len(r.parts) > 1 and r not in home.parents]
+
+    def kept(path):
+        path = Path(os.path.abspath(path))
+        if any(path.is_relative_to(r) and run.is_relative_to(r) for r in roots):
+            return os.path.relpath(path, run)
+        below_home = len(home.parts) > 1 and path.is_relative_to(home)
+        return f"~/{path.relative_to(home)}" if below_home else str(path)
+
+    return {k: kept(v) if k in PLACES and v else v for k, v in stack.items()}
+
+
+def found_places(stack, path):
+    """What `kept_places` kept, of a manifest below `path` (as for `load`), as absolute paths. Relative ones
+    are sought in the run folder; then in the current one, for manifests of old kept what a flag said."""
+    run = _run_folder(path)
+
+    def found(text):
+        beside = os.path.normpath(run / os.path.expanduser(text))
+        return os.path.abspath(text) if os.path.exists(text) and not os.path.exists(beside) else beside
+
+    return {k: found(v) if k in PLACES and v else v for k, v in stack.items()}
+
+
+def _run_folder(folder):
+    folder = Path(os.path.realpath(folder))
+    return folder.parent if _STEP.fullmatch(folder.name) else folder
 
 
 def count_lost(out, saved, lost, last):
@@ -490,6 +532,12 @@ def read_manifest(folder):
     _need(shift is None or type(shift) in (int, float) and 0 < shift <= 10**4, f"config: shift {_cut(shift)}")
     for key in ("stack", "val", "shared", "coherence_arch"):
         _need(key not in meta or isinstance(meta[key], dict), f"meta: {key}: is no table")
+    stack = meta.get("stack", {})
+    for key in PLACES:
+        _need(isinstance(stack.get(key), str | None) and len(stack.get(key) or "") < 4096
+              and "\0" not in (stack.get(key) or ""), f"meta: stack: {key} is no path")
+    _need("t5_length" not in stack or _is_whole(stack["t5_length"], 1, 512), "meta: stack: t5_length "
+          f"{_cut(stack.get('t5_length'))}")
     run = meta.get("run_id")
     _need(run is None or isinstance(run, str) and re.fullmatch(r"[\w-]{1,64}", run), "meta: run_id: no name")
     if shared := meta.get("shared"):

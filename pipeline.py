@@ -5,9 +5,11 @@
     pictures = sample(pipe.net, pipe.space, captions, mask, image, noise, flow.timesteps(20, pipe.shift))
 
 Around a model of pixels stands nothing. One of latents needs SD3's VAE, and its text encoders or a cache of
-what they say; where these are its manifest remembers (meta.stack). Nothing here is trained.
+what they say; where these are its manifest remembers (meta.stack, see checkpoint.kept_places). Nothing here
+is trained.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -112,6 +114,8 @@ def open_weights(path: str, which: str = "auto", device: str = "cpu") -> tuple[d
                 {"arch": {"kind": "editor", **asdict(cfg)}, "step": 0, "config": SD3,
                  "meta": {"stack": {"sd3": str(Path(path).absolute())}}})
     tensors, manifest = checkpoint.load(path, ("ema", "model") if which == "auto" else which)
+    if stack := manifest.get("meta", {}).get("stack"):
+        manifest["meta"]["stack"] = checkpoint.found_places(stack, path)
     return tensors.get("ema") or tensors["model"], manifest
 
 
@@ -162,11 +166,15 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
         raise SystemExit(f"error: {what}: its manifest does not say where VAE and text encoders are: give "
                          "--sd3")
     path = known["sd3"]
+    known = known | ({"tokenizers": tokenizers} if tokenizers else {})
+    for flag, place in (("sd3", path), ("tokenizers", known.get("tokenizers") if not folder else None)):
+        if place and not os.path.exists(place):
+            raise SystemExit(f"error: {what}: VAE and text encoders: {place}: no such file or folder: give "
+                             f"--{flag}, which says where they are")
     vae = load_vae(path, torch.float32, device)  # bf16 weights cost 1.6 % of the latents
     if vae.channels != net.cfg.channels:
         raise SystemExit(f"error: {what}: works on {net.cfg.channels} latent channels, the VAE of {path} has "
                          f"{vae.channels}: give the weights that belong together")
-    known = known | ({"tokenizers": tokenizers} if tokenizers else {})
     words = None
     if folder:
         words = open_cache(folder, base=path)

@@ -47,15 +47,36 @@ def test_the_campaign_sees_what_is_wrong(capsys):
     assert capsys.readouterr().out.count("WRONG") == 6
 
 
-FEW = ("diverges", "two runs in one --out", "the disk fills", "a rank dies in a collective", "a slow rank",
-       "another --lr", "killed in the rename, call 1")
+FEW = ("diverges", "two runs in one --out", "the disk of train_reward fills", "a slow rank", "another --lr")
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory):
+    """A folder for their undisturbed runs, which every one of its faults is compared with."""
+    return tmp_path_factory.mktemp("victims")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
-def test_faults(name, tmp_path):
-    found = {n: act for _, n, act in faults.cases(tmp_path, 100)}
-    assert judge(found[name], 100) == "survived"
+def test_faults(name, victims):
+    found = {n: act for _, n, act in faults.cases(victims, 30)}
+    assert judge(found[name], faults.LIMIT) == "survived"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", faults.VICTIMS)
+def test_kills(victim, victims):
+    """The second: of two ranks the other one is killed, in a collective."""
+    _, (_, name, act) = faults.kills(victims, victim, 2)
+    assert judge(act, faults.LIMIT) == "survived", name
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_result(victims):
+    codes, _ = faults.run("train_omni", victims / "seed", flags={0: {"seed": 1}})
+    with pytest.raises(AssertionError, match="is another one"):
+        faults.same(victims / "seed", faults.undisturbed(victims, "train_omni")[0])
+    assert codes == [0]
 
 
 def batches(n, workers, kill=()):
@@ -182,6 +203,34 @@ def test_paths_without_names_of_users(monkeypatch, tmp_path):
                              "init": "/home/someone/sd3.safetensors", "sd3": "/data/sd3", "out": "out/x"})
     assert found == {"data": "jsonl:pairs/a.jsonl", "init": "~/sd3.safetensors", "lr": 0.1,
                      "sd3": "/data/sd3", "out": "out/x"}
+
+
+def test_places_are_kept_without_names_of_users_and_found_again(monkeypatch, tmp_path):
+    """Of meta.stack: below what holds the run, below the start folder, below the home, elsewhere; from a step
+    of the run or from a shipped folder, wherever one stands, and after all of it has moved."""
+    home, work = tmp_path / "home/someone", tmp_path / "home/someone/work"
+    run = tmp_path / "disk/runs/a"
+    for folder in (work / "w", work / "out/a", run, tmp_path / "disk/runs/w", home / "w", tmp_path / "w"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    for out, given, kept in ((run, run, "."), (run, tmp_path / "disk/runs/w", "../w"),
+                             ("out/a", "w", "../../w"), (run, "w", "~/work/w"), ("out/a", home / "w", "~/w"),
+                             (run, tmp_path / "w", str(tmp_path / "w"))):
+        for folder in (Path(out) / "step_00000001", Path(out)):
+            stack = checkpoint.kept_places({"sd3": str(given), "tokenizers": None, "t5_length": 77}, folder)
+            assert stack == {"sd3": kept, "tokenizers": None, "t5_length": 77}
+            monkeypatch.chdir("/" if Path(out).is_absolute() else work)
+            assert checkpoint.found_places(stack, folder)["sd3"] == os.path.abspath(work / given)
+            monkeypatch.chdir(work)
+    (tmp_path / "disk").rename(tmp_path / "moved")
+    moved = str(tmp_path / "moved/runs/w")
+    assert checkpoint.found_places({"sd3": "../w"}, tmp_path / "moved/runs/a")["sd3"] == moved
+    old = {"sd3": "w"}  # manifests of old kept what the flag said
+    assert checkpoint.found_places(old, tmp_path / "moved/runs/a")["sd3"] == str(work / "w")
+    monkeypatch.setenv("HOME", "/")  # of containers: no prefix of everything
+    monkeypatch.chdir("/")
+    assert checkpoint.kept_places({"sd3": "/data/w"}, tmp_path / "moved/runs/a") == {"sd3": "/data/w"}
 
 
 def test_wandb_out_of_reach_is_not_waited_for(monkeypatch):

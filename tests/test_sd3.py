@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import checkpoint
 import evaluate
 import make_cache
 import model
+import pipeline
 import rewards
 import sample
 import train_omni
@@ -154,6 +156,32 @@ def test_editnet_on_sd3(sd3, tmp_path):
                               image=picture(tmp_path), instruction=("make it night", "add a cat"), steps=2,
                               device="cpu"))
     assert len(list((tmp_path / "made").glob("a*.png"))) == 2
+
+
+def test_a_run_moves_with_its_weights(sd3, tmp_path, monkeypatch):
+    """Its manifest names no folder above the start, and is understood wherever both are moved to."""
+    before, after = tmp_path / "someone", tmp_path / "archive/2026"
+    shutil.copytree(Path(sd3["sd3"]).parent, before / "w")
+    monkeypatch.chdir(before)
+    omni({"sd3": "w/sd3.safetensors", "tokenizers": str(before / "w/tokenizers")}, "out/net", steps=1)
+    text = Path("out/net/step_00000001/manifest.json").read_text()
+    assert json.loads(text)["meta"]["stack"] == {"sd3": "../../w/sd3.safetensors",
+                                                 "tokenizers": "../../w/tokenizers"}
+    assert "someone" not in text
+    monkeypatch.chdir("/")
+    after.parent.mkdir()
+    before.rename(after)
+    cpu, net = torch.device("cpu"), str(after / "out/net")
+    pipe = pipeline.open_editor(net, cpu, ("follow",))
+    assert pipe.space.channels == 16 and pipe.stack["sd3"] == str(after / "w/sd3.safetensors")
+    (after / "w").rename(after / "weights")
+    with pytest.raises(SystemExit, match=f"^error: --ckpt: .*{after}/w/sd3.safetensors: no such .* --sd3"):
+        pipeline.open_editor(net, cpu)
+    found = dict(sd3=str(after / "weights/sd3.safetensors"))
+    with pytest.raises(SystemExit, match=f"{after}/w/tokenizers: no such .* --tokenizers") as e:
+        pipeline.open_editor(net, cpu, **found)
+    assert "\n" not in str(e.value)
+    pipeline.open_editor(net, cpu, tokenizers=str(after / "weights/tokenizers"), **found)
 
 
 @pytest.mark.slow

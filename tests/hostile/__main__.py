@@ -2,6 +2,8 @@
 
     python -m tests.hostile              # the inputs (inputs.py)
     python -m tests.hostile 20           # and 20 faults (faults.py): runs killed, hanging, without disk
+    python -m tests.hostile kills        # instead: 50 kills of each victim of faults.py, half an hour
+    python -m tests.hostile ends         # instead: two ranks that nothing befalls, 200 times, to their end
 
 Prints for each group how many were tried, survived (harmless, or gone on to the same result), were refused in
 one line, and went wrong. The exit code is 1 if one went wrong. Each wrong one is named with what happened.
@@ -10,6 +12,7 @@ one line, and went wrong. The exit code is 1 if one went wrong. Each wrong one i
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -72,24 +75,35 @@ def campaign(found, limit=inputs.LIMIT):
     return told
 
 
-def main(kills):
+KILLS, ENDS = 50, 200  # of each victim; of two ranks
+
+
+def main(what, *victims):
+    """what: the number of faults beside the inputs, or "kills" (of those `victims`; none: all), or "ends"."""
     warnings.simplefilter("ignore")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        told = campaign(inputs.cases(folder))
-        told |= campaign(faults.cases(Path(folder), kills), 300) if kills else {}
+        if what == "kills":
+            told = campaign((case for victim in victims or faults.VICTIMS
+                             for case in faults.kills(Path(folder), victim, KILLS)), faults.LIMIT)
+        elif what == "ends":
+            told = campaign(faults.ends(Path(folder), ENDS), faults.LIMIT)
+        else:
+            told = campaign(inputs.cases(folder))
+            told |= campaign(faults.cases(Path(folder), int(what)), faults.LIMIT)
         os.chdir("/")
     told["all"] = sum(told.values(), Counter())
-    print(f"{'':<14}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")
+    print(f"{'':<18}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")
     for group, n in told.items():
-        print(f"{group:<14}{n.total():>8}{n['survived']:>10}{n['refused']:>9}{n['wrong']:>7}")
+        print(f"{group:<18}{n.total():>8}{n['survived']:>10}{n['refused']:>9}{n['wrong']:>7}")
     print(f"{time.monotonic() - started:.0f} s")
     return told["all"]["wrong"] > 0
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if len(words) > 1 or not all(w.isdecimal() and len(w) < 6 for w in words):
-        raise SystemExit("usage: python -m tests.hostile [FAULTS]")
-    sys.exit(main(int(words[0]) if words else 0))
+    words = sys.argv[1:] or ["0"]
+    known = re.fullmatch("[0-9]{1,5}|ends", words[0]) and not words[1:]
+    if not known and not (words[0] == "kills" and set(words[1:]) <= set(faults.VICTIMS)):
+        raise SystemExit("usage: python -m tests.hostile [FAULTS | ends | kills [VICTIM ...]]")
+    sys.exit(main(*words))
