@@ -103,6 +103,12 @@ def put(path, data):
                          "same command goes on") from None
 
 
+def sweep(folder, name="*"):
+    """Removes what killed processes left half written of files `name`, a pattern."""
+    for stale in Path(folder).glob(f"{name}.*.tmp"):
+        stale.unlink(missing_ok=True)
+
+
 def text(value):
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -209,9 +215,8 @@ def produce(out, n, make, dist, names=name_of, ready=lambda shard: True, group=1
     """
     out, waiting = Path(out), 0
     mine = range(dist.rank, n, dist.world)
-    for s in mine:  # of processes that no longer live; one folder has one run
-        for stale in out.glob(f"{Path(names(s)).stem}.*.tmp"):
-            stale.unlink(missing_ok=True)
+    for s in mine:  # of this rank's alone: the others are at work
+        sweep(out, Path(names(s)).stem)
     bar = log.progress(len(mine), 0, out.name, dist)
     for s in mine:
         if verified(out / names(s)):
@@ -241,8 +246,7 @@ def finish(out, names):
     put(out / "manifest.json", text(plan | {
         "rows": sum(f["rows"] for f in files.values()), "made": sum(f["made"] for f in files.values()),
         "tasks": dict(sorted(tasks.items())), "rejected": dict(sorted(causes.items())), "files": files}))
-    for stale in out.glob("*.tmp"):  # of killed processes: all is written
-        stale.unlink(missing_ok=True)
+    sweep(out)  # all is written
     print(table(out, names), flush=True)
     return True
 

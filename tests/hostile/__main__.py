@@ -2,6 +2,7 @@
 
     python -m tests.hostile              # the inputs (inputs.py)
     python -m tests.hostile 20           # and 20 faults (faults.py): runs killed, hanging, without disk
+    python -m tests.hostile 0 20         # and 20 kills (kills.py) of make_edits.py, at random moments
 
 Prints for each group how many were tried, survived (harmless, or gone on to the same result), were refused in
 one line, and went wrong. The exit code is 1 if one went wrong. Each wrong one is named with what happened.
@@ -21,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from log import peak_bytes  # noqa: E402
-from tests.hostile import faults, inputs  # noqa: E402
+from tests.hostile import faults, inputs, kills  # noqa: E402
 
 
 class TooLong(BaseException):
@@ -72,13 +73,14 @@ def campaign(found, limit=inputs.LIMIT):
     return told
 
 
-def main(kills):
+def main(n_faults, n_kills):
     warnings.simplefilter("ignore")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         told = campaign(inputs.cases(folder))
-        told |= campaign(faults.cases(Path(folder), kills), 300) if kills else {}
+        for module, n in ((faults, n_faults), (kills, n_kills)):
+            told |= campaign(module.cases(Path(folder), n), 300) if n else {}
         os.chdir("/")
     told["all"] = sum(told.values(), Counter())
     print(f"{'':<14}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")
@@ -90,6 +92,6 @@ def main(kills):
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    if len(words) > 1 or not all(w.isdecimal() and len(w) < 6 for w in words):
-        raise SystemExit("usage: python -m tests.hostile [FAULTS]")
-    sys.exit(main(int(words[0]) if words else 0))
+    if len(words) > 2 or not all(w.isdecimal() and len(w) < 6 for w in words):
+        raise SystemExit("usage: python -m tests.hostile [FAULTS [KILLS]]")
+    sys.exit(main(*map(int, [*words, 0, 0][:2])))
