@@ -134,6 +134,16 @@ class Served:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def pace(self, seconds, tokens):
+        """So many tokens of replies, asked for at once, took so many seconds: of a server that answers one
+        question at a time (as `transformers serve` does), ask no more at once than it can answer within the
+        timeout, at full length. What is given up it would go on writing, and the rest would wait for it."""
+        n = int(self.timeout * tokens / (self.max_tokens * seconds)) if tokens else self.in_flight
+        if n < self.in_flight:
+            self.in_flight = max(1, n)
+            print(f"note: {self.url}: {tokens / seconds:.1f} tokens a second: {self.in_flight} question(s) "
+                  "at a time", flush=True)
+
     def _count(self, reply):
         with self.lock:
             self.counts[reply.status] += 1
@@ -540,7 +550,11 @@ def self_test(client):
 
     orders = [("red", "blue"), ("blue", "red"), ("green", "blue"), ("blue", "green"), ("red", "green")]
     where = f"error: --judge: {client.url}: self-test of {printable(client.model)[:80]}: "
-    for pair, reply in [*map(colours, orders), *client.map(colours, orders)]:
+    alone, before = [*map(colours, orders)], client.counts["completion_tokens"]
+    started = time.monotonic()
+    at_once = [*client.map(colours, orders)]
+    client.pace(time.monotonic() - started, client.counts["completion_tokens"] - before)
+    for pair, reply in alone + at_once:
         if reply.status == "budget":
             raise SystemExit(f"error: --budget: {client.budget}: the self-test asks 14 times: give more")
         if reply.status != "ok":

@@ -336,6 +336,22 @@ def test_self_test(server):
     assert client.counts["ok"] == 14 and client.counts["requests"] == 14
 
 
+def test_a_server_that_answers_one_at_a_time_is_not_flooded(server, capsys):
+    """Its 20 tokens take .1 s: of full length no two replies would come within two seconds."""
+    turn = threading.Lock()
+
+    def slow(n, q):
+        with turn:
+            time.sleep(0.1)
+
+    client = served.self_test(server(slow).client(timeout=2.0))
+    assert client.in_flight == 1 and "1 question(s) at a time" in capsys.readouterr().out
+    for seconds, tokens, n in ((10.0, 5000, 16), (17.0, 510, 10), (17.0, 0, 16), (1e4, 10, 1)):
+        client = served.Served("http://127.0.0.1:9/v1", "m")
+        client.pace(seconds, tokens)
+        assert client.in_flight == n
+
+
 def test_self_test_refuses(server):
     remembered = {}
 
