@@ -80,7 +80,7 @@ def main(n_faults, n_kills):
         os.chdir(folder)
         told = campaign(inputs.cases(folder))
         for module, n in ((faults, n_faults), (kills, n_kills)):
-            told |= campaign(module.cases(Path(folder), n), 300) if n else {}
+            told |= campaign(module.cases(Path(folder), n), 600) if n else {}
         os.chdir("/")
     told["all"] = sum(told.values(), Counter())
     print(f"{'':<14}{'tried':>8}{'survived':>10}{'refused':>9}{'wrong':>7}")

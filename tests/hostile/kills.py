@@ -74,7 +74,7 @@ def stage(cfg, said, ranks, until=None, spare=None):
                 os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_PORT=port,
                                   MASTER_ADDR="127.0.0.1")
             make_edits.main(cfg)
-        children.append(forked(one, files[r], 120))
+        children.append(forked(one, files[r]))
     left = list(range(ranks))
     while left:
         if until is not None and time.monotonic() >= until:
@@ -155,8 +155,8 @@ def killed(folder, reference, seed):
         moment, tries = 0.7 * moment, tries + 1  # a quicker machine than before: it was over
     before = len(contents(out))
     said = whole(ckpt, out, 3 - ranks)
-    for child in left:  # beside which all this was made
-        ended(child)
+    for pid, _ in left:  # beside which all this was made
+        ended((pid, time.monotonic() + 60))
     found = contents(out)
     differs = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
     assert not differs, f"killed after {moment:.2f} s with {before} files: not the same: {differs}"
