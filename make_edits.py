@@ -331,7 +331,7 @@ def instruct(cfg: Instruct, dist) -> None:
         raise SystemExit(f"error: --judge: {client.url}: {why}: the same command goes on where it ended")
     found, counts, lines = instructing.requests_of(rows, replies, cfg.most)
     for path, what in ((out, found), (out.with_suffix(".log.jsonl"), lines)):
-        shards.sweep(out.parent, path.name)
+        shards.sweep(out.parent, f"{path.name}.")
         shards.put(path, "".join(json.dumps(row) + "\n" for row in what).encode())
     print("\n".join(f"{name:<32} {count:>8,}" for name, count in counts.items())
           + f"\n{'milliseconds a picture':<32} {clock(len(rows)):>8.1f}\nwrote {out}: --data {out}")

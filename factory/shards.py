@@ -12,6 +12,7 @@ world size goes on where a killed one stopped. No rank waits for another. Times 
 else: all other files are equal byte for byte after any number of kills.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -87,7 +88,7 @@ def put(path, data):
     """Bytes -> a file that is whole or not there. SystemExit with one line when the disk is full."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        for last in (False, True):
+        for last in (False, False, True):
             try:
                 tmp.write_bytes(data)
                 checkpoint.fsync(tmp)
@@ -103,9 +104,9 @@ def put(path, data):
                          "same command goes on") from None
 
 
-def sweep(folder, name="*"):
-    """Removes what killed processes left half written of files `name`, a pattern."""
-    for stale in Path(folder).glob(f"{name}.*.tmp"):
+def sweep(folder, name=""):
+    """Removes what killed processes left half written of files whose names begin so."""
+    for stale in Path(folder).glob(f"{glob.escape(name)}*.tmp"):
         stale.unlink(missing_ok=True)
 
 
@@ -170,8 +171,8 @@ def verified(path):
 
 def write(path, rows, lines, group=100):
     """A shard: rows (dicts of COLUMNS; what is left out is null), then its log, then the file that says it is
-    whole. group: rows in a row group."""
-    path.with_suffix(".json").unlink(missing_ok=True)
+    whole. group: rows in a row group. Two processes may write one at once: an old .json stays until the new one
+    takes its place, for the bytes are the same."""
     unknown = {k for row in rows for k in row} - COLUMNS.keys()
     if unknown:
         raise ValueError(f"no columns {sorted(unknown)}")
@@ -216,7 +217,7 @@ def produce(out, n, make, dist, names=name_of, ready=lambda shard: True, group=1
     out, waiting = Path(out), 0
     mine = range(dist.rank, n, dist.world)
     for s in mine:  # of this rank's alone: the others are at work
-        sweep(out, Path(names(s)).stem)
+        sweep(out, f"{Path(names(s)).stem}.")
     bar = log.progress(len(mine), 0, out.name, dist)
     for s in mine:
         if verified(out / names(s)):

@@ -110,7 +110,6 @@ def here(ckpt, out):
             make_edits.main(cfg)
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    return contents(out)
 
 
 def untimed(line):
@@ -124,7 +123,7 @@ def contents(out):
     for p in sorted(out.rglob("*")):
         name = str(p.relative_to(out))
         if p.is_file():
-            log = re.search(r"\d{5}\.jsonl$|of-\d{5}\.jsonl$", name)
+            log = re.search(r"\d{5}\.jsonl$", name)
             found[name] = [untimed(x) for x in p.read_text().splitlines()] if log else p.read_bytes()
     return found
 
