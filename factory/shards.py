@@ -171,8 +171,8 @@ def verified(path):
 
 def write(path, rows, lines, group=100):
     """A shard: rows (dicts of COLUMNS; what is left out is null), then its log, then the file that says it is
-    whole. group: rows in a row group. Two processes may write one at once: an old .json stays until the new one
-    takes its place, for the bytes are the same."""
+    whole. group: rows in a row group. Two processes may write one at once, for the bytes are the same: an old
+    .json stays until the new one takes its place."""
     unknown = {k for row in rows for k in row} - COLUMNS.keys()
     if unknown:
         raise ValueError(f"no columns {sorted(unknown)}")

@@ -102,6 +102,20 @@ def test_killed_anywhere_and_resumed_by_another_world_gives_the_same_bytes(tmp_p
     assert "low score 4" in capsys.readouterr().out
 
 
+def test_a_shard_that_is_written_twice_is_always_there(tmp_path, monkeypatch):
+    """As by a rank of a killed torchrun, beside the run that goes on."""
+    produce(tmp_path, 1, 1)
+    before, seen, real = files_of(tmp_path), [], checkpoint.fsync
+
+    def fsync(path):
+        seen.append(shards.verified(tmp_path / "00000.parquet"))
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "fsync", fsync)
+    shards.write(tmp_path / "00000.parquet", *made(0))
+    assert seen == [True] * 6 and files_of(tmp_path) == before
+
+
 def test_damage_is_made_anew_and_other_options_are_refused(tmp_path, capsys):
     produce(tmp_path, 2, 1)
     before = files_of(tmp_path)
