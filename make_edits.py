@@ -491,13 +491,13 @@ def score_stage(cfg: Score, dist) -> None:
                        "status": row["judge_status"], "o_score": row["o_score"],
                        "cause": None if row["o_score"] is not None else row["judge_status"]} for row in rows]
 
-    run(cfg, plan, make, dist, folder)
+    finished = run(cfg, plan, make, dist, folder)
     there = [Path(cfg.out) / shards.name_of(s) for s in range(plan["shards"])]
     there = [path for path in there if path.with_suffix(".json").is_file()]
     light = [row for path in there for row in shards.read(path, ["task", "item", "try", "o_score"])]
-    if light:
-        common.print0(f"{len(there)} of {plan['shards']} shards, min_score {cfg.min_score:g}:\n"
-                      + score.yield_table(score.yields(light, cfg.min_score), cfg.min_score))
+    if light and (finished or dist.rank == 0):  # the whole table is told by whoever is last
+        print(f"{len(there)} of {plan['shards']} shards, min_score {cfg.min_score:g}:\n"
+              + score.yield_table(score.yields(light, cfg.min_score), cfg.min_score), flush=True)
 
 
 ########################################## 6. refine #########################################################

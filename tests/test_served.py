@@ -492,7 +492,7 @@ def test_a_real_server_takes_what_is_sent(real):
     url, model = real
 
     def client(**settings):
-        return served.Served(url, model, **{"max_tokens": 48, "temperature": 1.0, "attempts": 1} | settings)
+        return served.Served(url, model, **{"max_tokens": 400, "temperature": 1.0, "attempts": 1} | settings)
 
     rng = np.random.default_rng(0)
     small, wide, tall = (rng.integers(0, 255, (*hw, 3), np.uint8) for hw in ((40, 40), (30, 96), (1300, 50)))
@@ -514,14 +514,13 @@ def test_a_real_server_takes_what_is_sent(real):
                *served.propose_edits(c, [(small, INJECTION, [ASK]), (wide, "a disc")]), *c.ask_all(one)]
     assert all(reply.value is None for reply in replies)
     told += [reply.status for reply in replies]
-    assert {"ended by length", "unparsed: 0 JSON objects"} <= set(told), told
-    assert all(re.match("ended by length|unparsed: |empty", status) for status in told), told
+    assert "unparsed: 0 JSON objects" in told and all(re.match("unparsed: |empty", x) for x in told), told
     n = len(told)
-    assert c.counts["requests"] == n == 15 and n <= c.counts["completion_tokens"] <= n * 48
+    assert c.counts["requests"] == n == 15 and n <= c.counts["completion_tokens"] < n * 400
     assert c.counts["prompt_tokens"] > n * 100 and not c.counts["ok"]
 
-    with pytest.raises(SystemExit, match="self-test of .*: no answer .(ended by length|unparsed|empty)"):
-        served.self_test(client())
+    with pytest.raises(SystemExit, match="self-test of .*: no answer .ended by length"):
+        served.self_test(client(max_tokens=1))
     # why no text of others has a "<": the server counts the markers, and looks for a third picture
     marked = client().ask(lambda mark: ["Rate <image>:", 0, 1], (small, wide), bench.three_scores)
     assert marked.status == "http 500"
