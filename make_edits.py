@@ -9,9 +9,10 @@
     python make_edits.py chat --data out/scored --out out/chat                    # to fine-tune a judge
 
 Each stage reads the finished shards of the one before and writes shards of its own, with a production log
-and a table; the same command goes on after any kind of stop, on any number of ranks (torchrun), to the same
-bytes. `factory/shards.py` has the layout: OmniEdit's published columns, ours after them. What is random in a
-row is a function of (seed, item, task, try).
+and a table; the same command goes on after any kind of stop, on any number of ranks, to the same bytes:
+torchrun --nproc_per_node=8 -- make_edits.py ... (without the "--" torchrun takes --n for one of
+its own flags). `factory/shards.py` has the layout: OmniEdit's published columns, ours after them. What is
+random in a row is a function of (seed, item, task, try).
 """
 
 import json
@@ -330,6 +331,7 @@ def instruct(cfg: Instruct, dist) -> None:
         raise SystemExit(f"error: --judge: {client.url}: {why}: the same command goes on where it ended")
     found, counts, lines = instructing.requests_of(rows, replies, cfg.most)
     for path, what in ((out, found), (out.with_suffix(".log.jsonl"), lines)):
+        shards.sweep(out.parent, f"{path.name}.")
         shards.put(path, "".join(json.dumps(row) + "\n" for row in what).encode())
     print("\n".join(f"{name:<32} {count:>8,}" for name, count in counts.items())
           + f"\n{'milliseconds a picture':<32} {clock(len(rows)):>8.1f}\nwrote {out}: --data {out}")
@@ -489,13 +491,13 @@ def score_stage(cfg: Score, dist) -> None:
                        "status": row["judge_status"], "o_score": row["o_score"],
                        "cause": None if row["o_score"] is not None else row["judge_status"]} for row in rows]
 
-    run(cfg, plan, make, dist, folder)
+    finished = run(cfg, plan, make, dist, folder)
     there = [Path(cfg.out) / shards.name_of(s) for s in range(plan["shards"])]
     there = [path for path in there if path.with_suffix(".json").is_file()]
     light = [row for path in there for row in shards.read(path, ["task", "item", "try", "o_score"])]
-    if light:
-        common.print0(f"{len(there)} of {plan['shards']} shards, min_score {cfg.min_score:g}:\n"
-                      + score.yield_table(score.yields(light, cfg.min_score), cfg.min_score))
+    if light and (finished or dist.rank == 0):  # the whole table is told by whoever is last
+        print(f"{len(there)} of {plan['shards']} shards, min_score {cfg.min_score:g}:\n"
+              + score.yield_table(score.yields(light, cfg.min_score), cfg.min_score), flush=True)
 
 
 ########################################## 6. refine #########################################################

@@ -48,6 +48,8 @@ def write(folder, out) -> tuple[int, int]:
     """The finished shards of a score folder -> OUT/chat.jsonl and OUT/pictures; conversations, rows without
     scores. A picture that is there already is not written again."""
     lines, skipped = [], 0
+    for place in (out, out / "pictures"):
+        shards.sweep(place)
     for s in range(shards.read_plan(folder, ("score",))["shards"]):
         for row in shards.read(folder / shards.name_of(s)):
             made, pictures = conversations(row)

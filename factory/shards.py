@@ -12,6 +12,7 @@ world size goes on where a killed one stopped. No rank waits for another. Times 
 else: all other files are equal byte for byte after any number of kills.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -87,7 +88,7 @@ def put(path, data):
     """Bytes -> a file that is whole or not there. SystemExit with one line when the disk is full."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        for last in (False, True):
+        for last in (False, False, True):
             try:
                 tmp.write_bytes(data)
                 checkpoint.fsync(tmp)
@@ -101,6 +102,12 @@ def put(path, data):
         tmp.unlink(missing_ok=True)
         raise SystemExit(f"error: {path}: cannot be written ({e.strerror or e}): free some space, then the "
                          "same command goes on") from None
+
+
+def sweep(folder, name=""):
+    """Removes what killed processes left half written of files whose names begin so."""
+    for stale in Path(folder).glob(f"{glob.escape(name)}*.tmp"):
+        stale.unlink(missing_ok=True)
 
 
 def text(value):
@@ -164,8 +171,8 @@ def verified(path):
 
 def write(path, rows, lines, group=100):
     """A shard: rows (dicts of COLUMNS; what is left out is null), then its log, then the file that says it is
-    whole. group: rows in a row group."""
-    path.with_suffix(".json").unlink(missing_ok=True)
+    whole. group: rows in a row group. Two processes may write one at once, for the bytes are the same: an old
+    .json stays until the new one takes its place."""
     unknown = {k for row in rows for k in row} - COLUMNS.keys()
     if unknown:
         raise ValueError(f"no columns {sorted(unknown)}")
@@ -209,9 +216,8 @@ def produce(out, n, make, dist, names=name_of, ready=lambda shard: True, group=1
     """
     out, waiting = Path(out), 0
     mine = range(dist.rank, n, dist.world)
-    for s in mine:  # of processes that no longer live; one folder has one run
-        for stale in out.glob(f"{Path(names(s)).stem}.*.tmp"):
-            stale.unlink(missing_ok=True)
+    for s in mine:  # of this rank's alone: the others are at work
+        sweep(out, f"{Path(names(s)).stem}.")
     bar = log.progress(len(mine), 0, out.name, dist)
     for s in mine:
         if verified(out / names(s)):
@@ -241,8 +247,7 @@ def finish(out, names):
     put(out / "manifest.json", text(plan | {
         "rows": sum(f["rows"] for f in files.values()), "made": sum(f["made"] for f in files.values()),
         "tasks": dict(sorted(tasks.items())), "rejected": dict(sorted(causes.items())), "files": files}))
-    for stale in out.glob("*.tmp"):  # of killed processes: all is written
-        stale.unlink(missing_ok=True)
+    sweep(out)  # all is written
     print(table(out, names), flush=True)
     return True
 

@@ -469,7 +469,7 @@ def judge_row(client: served.Served, bench: Benchmark, row: Row, source: np.ndar
     (readers/served.py), so the numbers are comparable among themselves, and with published ones in kind only.
     imgedit: its own prompt of the type; the raw reply is kept, for its own scorer."""
     if bench.judge == "imgedit":
-        prompt = bench.prompts[row.group].replace("<edit_prompt>", row.instruction)
+        prompt = bench.prompts[row.group].replace("<edit_prompt>", served.unmarked(row.instruction))
         got = client.ask(lambda mark: [prompt, 0, 1], (source, result), three_scores)
         if got.status != "ok":
             return {"judge_status": got.status}

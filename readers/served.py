@@ -12,6 +12,7 @@ a random number, the midpoint or 0 there, and train on it. Pictures are uint8 [h
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -44,11 +45,12 @@ Reply = namedtuple("Reply", "value status text cached", defaults=["", False])
 
 
 class _Again(Exception):
-    """A failure that may heal: its status, and the seconds that the server asks to wait, or None."""
+    """A failure that may heal: its status, the seconds that the server asks to wait, or None, and what else
+    it says."""
 
-    def __init__(self, status, wait=None):
+    def __init__(self, status, wait=None, said=""):
         super().__init__(status)
-        self.status, self.wait = status, wait
+        self.status, self.wait, self.said = status, wait, said
 
 
 #### 1. requests #############################################################################################
@@ -72,8 +74,9 @@ class Served:
         self.in_flight, self.attempts, self.timeout, self.backoff = in_flight, attempts, timeout, backoff
         self.max_tokens, self.temperature, self.give_up = max_tokens, temperature, give_up
         self.counts, self.stopped, self.lock = Counter(), None, threading.Lock()
-        self.failed_in_a_row, key = 0, os.environ.get(key_env)
-        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.failed_in_a_row, self.key = 0, os.environ.get(key_env)
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.http = httpx.Client(headers=headers, timeout=timeout, follow_redirects=False,
                                  verify=url.startswith("https:"),  # certificates take a while to load
                                  limits=httpx.Limits(max_connections=in_flight))
@@ -106,7 +109,7 @@ class Served:
             reply = self._request(body(self, text(mark), sent))
             value = read(reply[:MAX_TEXT], mark)
         except _Again as e:
-            return self._count(Reply(None, e.status))
+            return self._count(Reply(None, e.status, e.said))
         except ValueError as e:  # only `read` and `_request` raise them: what they say is the status
             status, _, raw = str(e).partition("\n")
             return self._count(Reply(None, status, raw))
@@ -131,6 +134,16 @@ class Served:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def pace(self, seconds, tokens):
+        """So many tokens of replies, asked for at once, took so many seconds: of a server that answers one
+        question at a time (as `transformers serve` does), ask no more at once than it can answer within the
+        timeout, at full length. What is given up it would go on writing, and the rest would wait for it."""
+        n = int(self.timeout * tokens / (self.max_tokens * seconds)) if tokens else self.in_flight
+        if n < self.in_flight:
+            self.in_flight = max(1, n)
+            print(f"note: {self.url}: {tokens / seconds:.1f} tokens a second: {self.in_flight} question(s) "
+                  "at a time", flush=True)
+
     def _count(self, reply):
         with self.lock:
             self.counts[reply.status] += 1
@@ -140,7 +153,7 @@ class Served:
             elif reply.status != "budget" and not self.stopped:
                 self.failed_in_a_row += 1
                 if self.failed_in_a_row >= self.give_up:
-                    self.stopped = f"{self.give_up} failures in a row, the last: {reply.status}"
+                    self.stopped = f"{self.give_up} failures in a row, the last: {why(reply)}"
         return reply
 
     def _keep(self, key, text):
@@ -176,31 +189,36 @@ class Served:
         try:
             with self.http.stream("POST", f"{self.url}/chat/completions", content=content,
                                   headers={"Content-Type": "application/json"}) as r:
-                if r.status_code in RETRIED:
-                    raise _Again(f"http {r.status_code}", retry_after(r.headers.get("retry-after")))
                 for chunk in r.iter_raw():  # httpx's timeout is for one read: a slow drip would never end
                     got += chunk
-                    if len(got) > MAX_BODY:
+                    if len(got) > MAX_BODY and r.status_code == 200:
                         raise ValueError("too long")
+                    if len(got) > MAX_BODY:
+                        break  # the start of an error is enough
                     if time.monotonic() > until:
                         raise _Again("timeout")
         except httpx.TimeoutException:
             raise _Again("timeout") from None
         except httpx.TransportError as e:  # refused, reset, a body cut short
             raise _Again(f"transport ({type(e).__name__})") from None
+        if r.status_code == 200:
+            return self._reply_of(bytes(got))
+        said = error_of(bytes(got), self.key)
+        if r.status_code in RETRIED:
+            raise _Again(f"http {r.status_code}", retry_after(r.headers.get("retry-after")), said)
         if r.status_code in REFUSED:
             with self.lock:
-                self.stopped = self.stopped or f"http {r.status_code}: check the address, --judge_model, key"
-        if r.status_code != 200:
-            raise ValueError(f"http {r.status_code}")
-        return self._reply_of(bytes(got))
+                self.stopped = self.stopped or f"http {r.status_code}{said and ': '}{said}: check the " \
+                                               "address, --judge_model, key"
+        raise ValueError(f"http {r.status_code}\n{said}")
 
     def _reply_of(self, got):
         """Bytes of a chat completion -> its text; ValueError with a status where it is none, or is cut."""
         try:
             found = json.loads(got)
             choice, usage = found["choices"][0], found.get("usage") or {}
-            text, end = choice["message"]["content"], choice.get("finish_reason")
+            # some servers leave out what is null
+            text, end = choice["message"].get("content"), choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError("no completion\n" + got[:400].decode("utf-8", "replace")) from None
         with self.lock:
@@ -212,6 +230,25 @@ class Served:
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty")
         return text.rpartition("</think>")[2]  # the answer of a model that reasons aloud
+
+
+def error_of(got, key=None):
+    """Bytes of a response that is no completion -> what it says is wrong, one line, without the key: error as
+    a text or with a message (OpenAI, vLLM), message, or detail (FastAPI); else its beginning."""
+    text = got[:4096].decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(got)
+        for name in ("error", "message", "detail"):
+            if isinstance(found, dict):
+                found = found.get(name) or found
+        text = found if isinstance(found, str) else json.dumps(found)
+    text = printable(text.replace(key, "***") if key else text)
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def why(reply):
+    """A failed Reply in words: its status, and of an HTTP error what the server says."""
+    return f"{reply.status}: {reply.text}" if reply.status.startswith("http") and reply.text else reply.status
 
 
 def read_cache(path):
@@ -268,8 +305,13 @@ def body(client, parts, sent):
 def fenced(text, mark):
     """Somebody's text as data: one JSON string between two marks. No line of it can close the fence, and as
     "<" and "[" are written as escapes it holds no chat or image marker of any model."""
-    quoted = json.dumps(clean_caption(text)[0], ensure_ascii=False)
-    return f"{mark}\n" + quoted.replace("<", "\\u003c").replace("[", "\\u005b") + f"\n{mark}"
+    return f"{mark}\n" + unmarked(json.dumps(clean_caption(text)[0], ensure_ascii=False)) + f"\n{mark}"
+
+
+def unmarked(text):
+    """A text without "<" and "[": a server that finds the marker of a picture in a text looks for that
+    picture, and fails."""
+    return text.replace("<", "\\u003c").replace("[", "\\u005b")
 
 
 def the_object(text, mark):
@@ -508,11 +550,15 @@ def self_test(client):
 
     orders = [("red", "blue"), ("blue", "red"), ("green", "blue"), ("blue", "green"), ("red", "green")]
     where = f"error: --judge: {client.url}: self-test of {printable(client.model)[:80]}: "
-    for pair, reply in [*map(colours, orders), *client.map(colours, orders)]:
+    alone, before = [*map(colours, orders)], client.counts["completion_tokens"]
+    started = time.monotonic()
+    at_once = [*client.map(colours, orders)]
+    client.pace(time.monotonic() - started, client.counts["completion_tokens"] - before)
+    for pair, reply in alone + at_once:
         if reply.status == "budget":
             raise SystemExit(f"error: --budget: {client.budget}: the self-test asks 14 times: give more")
         if reply.status != "ok":
-            raise SystemExit(f"{where}no answer ({client.stopped or reply.status}): look at the server's "
+            raise SystemExit(f"{where}no answer ({client.stopped or why(reply)}): look at the server's "
                              "log; old vLLM needs --limit-mm-per-prompt '{\"image\": 2}'")
         if reply.value != list(pair):
             called = printable(' and '.join(reply.value))[:60]

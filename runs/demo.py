@@ -54,7 +54,7 @@ def stages(cfg: Config) -> list[Stage]:
     out, n = cfg.out, cfg
     # A step of 16 pictures of a small model gains little from a second thread and all from a second rank
     ranks = 4 if cores() >= 4 else 2 if cores() >= 2 else 1
-    many = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} " if ranks > 1 else ""
+    many = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} -- " if ranks > 1 else ""
     reward = "--lr 5e-4 --warmup 50 --dropout 0 --batch_size 32 --noise 0.3 --eval_every 0 --wandb off"
     return [
         Stage("pictures by the models in assets/", 30, {

@@ -2,7 +2,7 @@
 # The data half: pairs by OmniEdit's seven specialists and UltraEdit's regions, scored, the best refined, packed.
 #   bash runs/factory.sh OUT                     on scenes, judged by their truth
 #   DATA=requests.jsonl BASE=sd3_inpaint EDITOR=sd3_editnet JUDGE=http://HOST/v1 JUDGE_MODEL=NAME bash runs/factory.sh OUT
-# Every command goes on after a kill; RUN="torchrun --nproc_per_node=8" shares each out. Pairs that wait for more of the
+# Every command goes on after a kill; RUN="torchrun --nproc_per_node=8 --" shares each out. Pairs that wait for more of the
 # stage before are made when the same command is given again.
 set -euo pipefail
 OUT=$(realpath -m "${1:?usage: bash runs/factory.sh OUT}")

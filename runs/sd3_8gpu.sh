@@ -17,7 +17,7 @@ PY=${PYTHON:-python}
 OUT=${OUT:-out/sd3}
 : "${SD3:?give SD3=FILE or FOLDER of its weights}"
 # LAUNCH is torchrun's part of the command: runs/slurm.sh gives another one. Workers get 300 s to save after SIGTERM, not 30.
-LAUNCH=${LAUNCH:-"$PY -m torch.distributed.run --standalone --nproc_per_node=8 --shutdown-timeout=300"}
+LAUNCH=${LAUNCH:-"$PY -m torch.distributed.run --standalone --nproc_per_node=8 --shutdown-timeout=300 --"}
 [ -z "${TOKENIZERS:-}" ] || TOKENS="--tokenizers $TOKENIZERS"
 
 case ${1:-} in

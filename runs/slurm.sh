@@ -31,7 +31,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # srun starts one agent a node; its own stop must outlast the save, and SIGUSR1 must pass through it to the workers
 export LAUNCH="srun --kill-on-bad-exit=1 ${PYTHON:-python} -m torch.distributed.run --nnodes=$SLURM_NNODES
     --nproc_per_node=${SLURM_GPUS_ON_NODE:-8} --rdzv_backend=c10d --rdzv_endpoint=$head:${PORT:-29500} --rdzv_id=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-    --max-restarts=0 --shutdown-timeout=600 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    --max-restarts=0 --shutdown-timeout=600 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --"
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_TRACE_BUFFER_SIZE=20000  # a hang then says which rank is missing
 
 stopped=""

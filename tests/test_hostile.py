@@ -1,6 +1,7 @@
 """Hostile inputs and faults: the campaign of tests/hostile, its fast part whole, of its kills a few (slow).
 And what a run does to its machine: workers, streams, locks."""
 
+import dataclasses
 import io
 import os
 import shutil
@@ -18,7 +19,8 @@ import checkpoint
 import common
 import data
 import log
-from tests.hostile import faults, inputs
+import make_edits
+from tests.hostile import faults, inputs, kills
 from tests.hostile.__main__ import campaign, judge
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,42 @@ def test_another_seed_is_another_result(victims):
     with pytest.raises(AssertionError, match="is another one"):
         faults.same(victims / "seed", faults.undisturbed(victims, "train_omni")[0])
     assert codes == [0]
+
+
+@pytest.mark.slow
+def test_the_factory_killed_and_resumed_by_another_world(tmp_path):
+    """One rank, then two; two of which one goes on, beside one: of twenty kills the cheapest of each."""
+    found = [act for _, _, act in kills.cases(tmp_path, 6)]
+    for seed in (4, 5):
+        assert judge(found[seed], 600) == "survived"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torchrun_killed_and_one_process_beside_its_ranks(tmp_path):
+    """SIGKILL to torchrun leaves its ranks, which are sessions of their own, at work in the folder."""
+    cfg = make_edits.Specialist(str(tmp_path / "out"), n=24, tries=2, steps=2, shard=2, precision="fp32",
+                                ckpt=kills.base(tmp_path / "base"), device="cpu")
+    names = ("out", "n", "tries", "steps", "shard", "precision", "ckpt")
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                "--nproc_per_node=2", "--", "make_edits.py", "specialist",
+                                *(f"--{k}={getattr(cfg, k)}" for k in names)], cwd=ROOT, stdout=said,
+                               stderr=subprocess.STDOUT, start_new_session=True)
+    while not (tmp_path / "out/00001.json").exists():
+        assert run.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.02)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert len(ranks) == 2 and all(map(alive, ranks)) and not (tmp_path / "out/manifest.json").exists()
+    kills.stage(cfg, tmp_path / "beside", 1)
+    until = time.monotonic() + 60
+    while any(map(alive, ranks)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, ranks))
+    kills.stage(dataclasses.replace(cfg, out=str(tmp_path / "whole")), tmp_path / "alone", 1)
+    assert kills.contents(tmp_path / "out") == kills.contents(tmp_path / "whole")
 
 
 def batches(n, workers, kill=()):

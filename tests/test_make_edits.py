@@ -52,18 +52,8 @@ def made(s):
     return rows, lines + [{"key": "x", "task": "env", "try": 0, "cause": "low score", "ms": 0.0}]
 
 
-def produce(out, n, world, ranks=None, stop=None):
-    """Shards of ranks, one after the other; stop: in a child that is killed at its stop-th file operation."""
-    def work():
-        shards.keep_plan(out, {"stage": "specialist", "shards": n, "items": 3 * n, "options": {"seed": 0}})
-        names = [shards.name_of(s) for s in range(n)]
-        for rank in ranks or range(world):
-            shards.produce(out, n, made, common.Dist(rank, world))
-        if shards.finish(out, names):
-            shards.sheet(out, names, 4)
-
-    if stop is None:
-        return work()
+def killed(work, stop):
+    """work() in a child that is killed at its stop-th file operation -> the signal that ended it."""
     if child := os.fork():
         return os.WTERMSIG(os.waitpid(child, 0)[1])
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -79,6 +69,19 @@ def produce(out, n, world, ranks=None, stop=None):
     checkpoint.fsync = fsync
     work()
     os._exit(0)
+
+
+def produce(out, n, world, ranks=None, stop=None):
+    """Shards of ranks, one after the other; stop: in a child that is killed at its stop-th file operation."""
+    def work():
+        shards.keep_plan(out, {"stage": "specialist", "shards": n, "items": 3 * n, "options": {"seed": 0}})
+        names = [shards.name_of(s) for s in range(n)]
+        for rank in ranks or range(world):
+            shards.produce(out, n, made, common.Dist(rank, world))
+        if shards.finish(out, names):
+            shards.sheet(out, names, 4)
+
+    return work() if stop is None else killed(work, stop)
 
 
 def test_killed_anywhere_and_resumed_by_another_world_gives_the_same_bytes(tmp_path, capsys):
@@ -97,6 +100,20 @@ def test_killed_anywhere_and_resumed_by_another_world_gives_the_same_bytes(tmp_p
         assert files_of(out) == whole, f"killed at {stop}"
     assert set(ends) == {signal.SIGKILL}
     assert "low score 4" in capsys.readouterr().out
+
+
+def test_a_shard_that_is_written_twice_is_always_there(tmp_path, monkeypatch):
+    """As by a rank of a killed torchrun, beside the run that goes on."""
+    produce(tmp_path, 1, 1)
+    before, seen, real = files_of(tmp_path), [], checkpoint.fsync
+
+    def fsync(path):
+        seen.append(shards.verified(tmp_path / "00000.parquet"))
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "fsync", fsync)
+    shards.write(tmp_path / "00000.parquet", *made(0))
+    assert seen == [True] * 6 and files_of(tmp_path) == before
 
 
 def test_damage_is_made_anew_and_other_options_are_refused(tmp_path, capsys):
@@ -631,6 +648,13 @@ def test_scored_pairs_become_conversations(specialist, tmp_path):
             assert served.scores_of(served.the_object(said, mark), len(scores)) == scores
             shown = [(tmp_path / "c" / p).read_bytes() for p in line["images"]]
             assert shown == [row[c]["bytes"] for c in cells]
+    whole = {p.relative_to(tmp_path / "c"): p.read_bytes() for p in (tmp_path / "c").rglob("*.*")}
+    for stop in (0, 3, 2 * len(whole) - 2):  # at a picture, at another after its renaming, at the lines
+        again = tmp_path / str(stop)
+        (again / "pictures").mkdir(parents=True)
+        assert killed(lambda: chat.write(tmp_path / "s", again), stop) == signal.SIGKILL
+        chat.write(tmp_path / "s", again)
+        assert {p.relative_to(again): p.read_bytes() for p in again.rglob("*.*")} == whole, stop
     made, _ = chat.conversations(rows[0] | {"edited_prompt_list": ["<image> score 10"]})
     assert made[0]["messages"][0]["content"].count("<image>") == 2
     assert chat.conversations(rows[0] | {"o_score": None}) == ([], {})
@@ -726,12 +750,14 @@ def test_instruct_writes_what_specialists_take(base, tmp_path):
     shown = [q.text for q in server.asked if "Propose" in q.text]
     assert len(shown) == 2 and all("take the hat away" in s or "put a cat there" in s for s in shown)
     first, asked = (tmp_path / "asked.jsonl").read_bytes(), len(server.asked)
+    (tmp_path / "asked.jsonl.1.tmp").touch()  # of a run that was killed
     request = json.loads(first.splitlines()[0])
     assert request == {"source": "0.png", "key": "0-0", "task": "remove", "instruction": "remove the disc",
                        "source_caption": "a disc on paper", "target_caption": "paper", "behind": "paper",
                        "add_instruction": "add a disc", "box": [0, 0, 8, 8]}
     stage("instruct", **flags)
     assert (tmp_path / "asked.jsonl").read_bytes() == first and len(server.asked) <= asked + 14
+    assert not list(tmp_path.glob("*.tmp"))
     out = tmp_path / "made"
     stage("specialist", data=tmp_path / "asked.jsonl", out=out, ckpt=base, tasks="remove,add", tries=1,
           steps=2, precision="fp32")

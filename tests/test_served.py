@@ -1,19 +1,28 @@
-"""readers/served.py against a real HTTP server that does what judges, proxies and caches have done."""
+"""readers/served.py against a local HTTP server that does what judges, proxies and caches have done, and
+against a real server of a model of random weights."""
 
 import base64
+import importlib.util
 import io
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from readers import served
+from readers import bench, served
 
 
 def decoded(part):
@@ -81,8 +90,10 @@ class Handler(BaseHTTPRequestHandler):
         self.say(answer if isinstance(answer, str) else json.dumps(answer))
 
     def say(self, text, end="stop"):
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": end}
-        self.send(200, json.dumps({"choices": [choice], "usage": {"prompt_tokens": 100}}))
+        choice = {"finish_reason": end, "index": 0, "message": {"content": text, "role": "assistant"}}
+        usage = {"completion_tokens": 20, "prompt_tokens": 100, "total_tokens": 120}
+        self.send(200, json.dumps({"id": "1", "choices": [choice], "created": 1795832755, "model": "judge",
+                                   "object": "chat.completion", "usage": usage}))
 
     def send(self, code, text, kind="application/json", length=None, **headers):
         self.send_response(code)
@@ -175,6 +186,7 @@ TRICKS = {
                            "sc: ended by length", 1),
     "filtered": (lambda q: lambda h: h.say("", "content_filter"), "sc: ended by content_filter", 1),
     "null content": (lambda q: lambda h: h.say(None), "sc: empty", 1),
+    "no content": (lambda q: lambda h: h.send(200, '{"choices": [{"message": {}}]}'), "sc: empty", 1),
     "HTML": (lambda q: lambda h: h.send(200, "<html>10</html>", "text/html"), "sc: no completion", 1),
     "an array": (lambda q: lambda h: h.send(200, "[10]"), "sc: no completion", 1),
     "no choices": (lambda q: lambda h: h.send(200, '{"choices": []}'), "sc: no completion", 1),
@@ -201,6 +213,32 @@ def test_tricks_give_no_score(server):
         assert verdict.o_score is None and verdict.sc_score_1 is None, name
         assert verdict.judge_status.startswith(status), f"{name}: {verdict.judge_status}"
         assert client.counts["requests"] == len(judge.asked) == requests and not client.counts["ok"], name
+
+
+ERRORS = {  # what servers say of a request that they refuse -> what is told of it
+    '{"detail": "Server is pinned to \'a\'; requested \'b\'."}': "Server is pinned to 'a'; requested 'b'.",
+    '{"detail": [{"msg": "JSON decode error"}]}': '[{"msg": "JSON decode error"}]',
+    '{"error": {"message": "The model `b` does not exist.", "code": 404}}': "The model `b` does not exist.",
+    '{"error": "worker died"}': "worker died",
+    '{"object": "error", "message": "At most 1 image(s)\\nmay be provided"}':
+        "At most 1 image(s) may be provided",
+    "<html>\n 10": "<html> 10", "": "", "[" * 5000: "[" * 300 + "...",
+    '{"error": "wrong key sk-word"}': "wrong key ***"}
+
+
+def test_what_a_server_says_of_an_error_is_told(server, monkeypatch):
+    """In the reply's text, and in the line that ends a run; never with the key."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-word")
+    for code in (400, 500):
+        for body, said in ERRORS.items():
+            judge = server(lambda n, q: lambda h: h.send(code, body))
+            client = judge.client(attempts=1, give_up=1)
+            reply = client.ask(served.ask_pq, (RED,), served._read_scores(1))
+            assert reply == (None, f"http {code}", said, False)
+            assert client.stopped.endswith(f"the last: http {code}" + (f": {said}" if said else "")), said
+    judge = server(lambda n, q: lambda h: h.send(401, '{"error": {"message": "no such key: sk-word"}}'))
+    with pytest.raises(SystemExit, match="no answer .http 401: no such key: ..."):
+        served.self_test(judge.client())
 
 
 def test_what_heals_is_asked_again(server):
@@ -296,6 +334,22 @@ def test_swapped_answers(server):
 def test_self_test(server):
     client = served.self_test(server().client())
     assert client.counts["ok"] == 14 and client.counts["requests"] == 14
+
+
+def test_a_server_that_answers_one_at_a_time_is_not_flooded(server, capsys):
+    """Its 20 tokens take .1 s: of full length no two replies would come within two seconds."""
+    turn = threading.Lock()
+
+    def slow(n, q):
+        with turn:
+            time.sleep(0.1)
+
+    client = served.self_test(server(slow).client(timeout=2.0))
+    assert client.in_flight == 1 and "1 question(s) at a time" in capsys.readouterr().out
+    for seconds, tokens, n in ((10.0, 5000, 16), (17.0, 510, 10), (17.0, 0, 16), (1e4, 10, 1)):
+        client = served.Served("http://127.0.0.1:9/v1", "m")
+        client.pace(seconds, tokens)
+        assert client.in_flight == n
 
 
 def test_self_test_refuses(server):
@@ -397,3 +451,78 @@ def test_instructions(server):
     rows = rows[1:]
     (reply,) = served.propose_edits(server(written).client(), [(RED, "a red disc")])
     assert reply.value is None and reply.status == "unparsed: no usable edit"
+
+
+# ---- a real server -------------------------------------------------------------------------------
+
+LACKS = [n for n in ("transformers", "fastapi", "uvicorn", "openai", "accelerate")
+         if not importlib.util.find_spec(n)]
+
+
+@pytest.fixture
+def real(tmp_path):
+    """The address and the model of a server that has started; its log is at tmp_path / "log"."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    model, url = str(tmp_path / "tiny"), f"http://127.0.0.1:{port}"
+    with open(tmp_path / "log", "w") as log:
+        script = Path(__file__).with_name("vision_server.py")
+        process = subprocess.Popen([sys.executable, script, model, str(port)], stdout=log, stderr=log,
+                                   env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    try:
+        while True:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                httpx.get(f"{url}/health").raise_for_status()
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield f"{url}/v1", model
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(LACKS), reason=f"not installed: {', '.join(LACKS)} (requirements-oracle.txt)")
+def test_a_real_server_takes_what_is_sent(real):
+    """`transformers serve` accepts every question; what random weights say is never a score, and the
+    self-test refuses them."""
+    url, model = real
+
+    def client(**settings):
+        return served.Served(url, model, **{"max_tokens": 400, "temperature": 1.0, "attempts": 1} | settings)
+
+    rng = np.random.default_rng(0)
+    small, wide, tall = (rng.integers(0, 255, (*hw, 3), np.uint8) for hw in ((40, 40), (30, 96), (1300, 50)))
+    c = client(give_up=1000)
+    pairs = [(small, small[::-1], INJECTION), (wide, wide[::-1], ASK), (tall, tall[:, ::-1], ASK)]
+    verdicts = list(served.judge(c, pairs))
+    assert all(v.o_score is v.sc_score_1 is v.pq_score is None for v in verdicts)
+    told = [v.judge_status.removeprefix("sc: ") for v in verdicts]
+
+    row = SimpleNamespace(instruction=INJECTION, group="add")
+    for kind in ("gedit", "imgedit"):
+        form = SimpleNamespace(judge=kind, prompts={"add": "Was <edit_prompt> done? Score 1 to 5:"})
+        found = bench.judge_row(c, form, row, small, small[::-1])
+        assert list(found) == ["judge_status"]
+        told.append(found["judge_status"].removeprefix("sc: "))
+
+    one = [(served.ask_pq, (small,), served._read_scores(1)), (bench.ask_pq, (wide,), bench.read_two)]
+    replies = [*served.describe(c, [small, wide, tall]), *served.name_edits(c, [p[:2] for p in pairs]),
+               *served.propose_edits(c, [(small, INJECTION, [ASK]), (wide, "a disc")]), *c.ask_all(one)]
+    assert all(reply.value is None for reply in replies)
+    told += [reply.status for reply in replies]
+    assert "unparsed: 0 JSON objects" in told and all(re.match("unparsed: |empty", x) for x in told), told
+    n = len(told)
+    assert c.counts["requests"] == n == 15 and n <= c.counts["completion_tokens"] < n * 400
+    assert c.counts["prompt_tokens"] > n * 100 and not c.counts["ok"]
+
+    with pytest.raises(SystemExit, match="self-test of .*: no answer .ended by length"):
+        served.self_test(client(max_tokens=1))
+    # why no text of others has a "<": the server counts the markers, and looks for a third picture
+    marked = client().ask(lambda mark: ["Rate <image>:", 0, 1], (small, wide), bench.three_scores)
+    assert marked.status == "http 500"
+    with pytest.raises(SystemExit, match="http 400: Server is pinned to .*requested 'another'"):
+        served.self_test(served.Served(url, "another"))

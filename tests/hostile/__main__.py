@@ -4,6 +4,7 @@
     python -m tests.hostile 20           # and 20 faults (faults.py): runs killed, hanging, without disk
     python -m tests.hostile kills        # instead: 50 kills of each victim of faults.py, half an hour
     python -m tests.hostile ends         # instead: two ranks that nothing befalls, 200 times, to their end
+    python -m tests.hostile factory      # instead: make_edits.py killed at 20 random moments (kills.py)
 
 Prints for each group how many were tried, survived (harmless, or gone on to the same result), were refused in
 one line, and went wrong. The exit code is 1 if one went wrong. Each wrong one is named with what happened.
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from log import peak_bytes  # noqa: E402
-from tests.hostile import faults, inputs  # noqa: E402
+from tests.hostile import faults, inputs, kills  # noqa: E402
 
 
 class TooLong(BaseException):
@@ -75,11 +76,12 @@ def campaign(found, limit=inputs.LIMIT):
     return told
 
 
-KILLS, ENDS = 50, 200  # of each victim; of two ranks
+KILLS, ENDS, FACTORY = 50, 200, 20  # of each victim; of two ranks; of make_edits.py
 
 
 def main(what, *victims):
-    """what: the number of faults beside the inputs, or "kills" (of those `victims`; none: all), or "ends"."""
+    """what: the number of faults beside the inputs, or "kills" (of those `victims`; none: all), "ends" or
+    "factory"."""
     warnings.simplefilter("ignore")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,6 +91,8 @@ def main(what, *victims):
                              for case in faults.kills(Path(folder), victim, KILLS)), faults.LIMIT)
         elif what == "ends":
             told = campaign(faults.ends(Path(folder), ENDS), faults.LIMIT)
+        elif what == "factory":
+            told = campaign(kills.cases(Path(folder), FACTORY), 600)
         else:
             told = campaign(inputs.cases(folder))
             told |= campaign(faults.cases(Path(folder), int(what)), faults.LIMIT)
@@ -103,7 +107,7 @@ def main(what, *victims):
 
 if __name__ == "__main__":
     words = sys.argv[1:] or ["0"]
-    known = re.fullmatch("[0-9]{1,5}|ends", words[0]) and not words[1:]
+    known = re.fullmatch("[0-9]{1,5}|ends|factory", words[0]) and not words[1:]
     if not known and not (words[0] == "kills" and set(words[1:]) <= set(faults.VICTIMS)):
-        raise SystemExit("usage: python -m tests.hostile [FAULTS | ends | kills [VICTIM ...]]")
+        raise SystemExit("usage: python -m tests.hostile [FAULTS | ends | factory | kills [VICTIM ...]]")
     sys.exit(main(*words))
