@@ -470,9 +470,10 @@ def real(tmp_path):
         script = Path(__file__).with_name("vision_server.py")
         process = subprocess.Popen([sys.executable, script, model, str(port)], stdout=log, stderr=log,
                                    env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    until = time.monotonic() + 600
     try:
         while True:
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
             try:
                 httpx.get(f"{url}/health").raise_for_status()
                 break
