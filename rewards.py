@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from torch import Tensor
 
 import checkpoint
+import common
 from model import config_from, unpatchify
 from pretrained import towers
 from pretrained.files import Device, count, fill, read_weights, shape_of
@@ -650,8 +651,12 @@ def _trained(path: str, what: str) -> PreferenceReward:
     if net.tokenizer is None:
         raise SystemExit(f"error: {what}: holds no tokenizer: use a folder that train_reward.py wrote")
     checkpoint.load_state(net, tensors["model"], path)
-    scores = manifest.get("meta", {}).get("val") or {}
-    net.score_mean, net.score_std = scores.get("score_mean", 0.0), max(scores.get("score_std", 1.0), 1e-3)
+    found = manifest.get("meta", {}).get("val") or {}
+    if "val/score_mean" in found:
+        net.score_mean, net.score_std = found["val/score_mean"], max(found["val/score_std"], 1e-3)
+    else:
+        common.print0(f"warning: {what}: its scores of held-out pairs were not measured and are taken as "
+                      "they are: what a weight of its loss means depends on their scale")
     return net.eval().requires_grad_(False)
 
 

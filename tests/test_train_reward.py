@@ -18,6 +18,7 @@ from inprocess import run_ranks, run_script
 from PIL import Image
 from safetensors.torch import load_file
 
+import checkpoint
 import rewards
 import train_reward
 
@@ -132,6 +133,26 @@ def test_accuracy_by_kind_and_by_gap(folder, tmp_path):
     nan = math.nan
     assert train_reward.thirds([3.0, nan, 1.0, 2.0]) == ["gap_high", "", "gap_low", "gap_mid"]
     assert train_reward.thirds([1.0, nan, 2.0]) == ["", "", ""]  # too few
+
+
+def test_scores_are_normalised_by_the_held_out_ones(folder, tmp_path, capsys):
+    """What PeFL sees of a reward has mean 0 and deviation 1, as ImageReward's: the loss leaves both free, and
+    a weight means nothing without them. Measured at the end alone, too (--eval_every 0)."""
+    run(command(folder / "captions.jsonl", tmp_path / "r", steps=30))
+    net = rewards.open_reward(str(tmp_path / "r"))
+    assert "warning" not in capsys.readouterr().out
+    _, manifest = checkpoint.load(tmp_path / "r")
+    val = manifest["meta"]["val"]
+    assert (net.score_mean, net.score_std) == (val["val/score_mean"], val["val/score_std"]) != (0.0, 1.0)
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(folder / r["image"]).convert("RGB")))
+                            for r in lines]).movedim(-1, 1) / 127.5 - 1
+    with torch.no_grad():
+        scores = [rewards.score_of(net)(pictures, [r[side] for r in lines]) for side in ("better", "worse")]
+    assert abs(torch.cat(scores).mean()) < 0.3 and 0.7 < torch.cat(scores).std() < 1.4
+    run(command(folder / "captions.jsonl", tmp_path / "cut", steps=2, val_fraction=0))
+    assert rewards.open_reward(str(tmp_path / "cut")).score_std == 1.0
+    assert "were not measured" in capsys.readouterr().out
 
 
 def test_wilson():
