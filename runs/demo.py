@@ -74,7 +74,7 @@ def stages(cfg: Config) -> list[Stage]:
                     f"--disc_init {out}/aesthetic --disc_first {n.disc_first} "
                     f"--batch_size {16 // ranks} --lr 2e-5 --warmup 10 --ema 0.95 "
                     "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.05 "
-                    "--w_aesthetic 0.0005 --w_alignment 0.0005 --w_coherence 0.1 --sample_every 0 "
+                    "--w_aesthetic 0.001 --w_alignment 0.001 --w_coherence 0.1 --sample_every 0 "
                     "--save_every 20 --wandb off "
                     f"--out {out}/pefl"}, ranks),
         Stage("the judge, on held-out scenes: base and PeFL", 92, {

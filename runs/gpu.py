@@ -293,7 +293,7 @@ def train(log: Log, cfg: Config, skip: list[str], flags: str, judging: float) ->
                 f"--aesthetic {at / 'aesthetic'} --alignment {at / 'alignment'} "
                 f"--disc_init {at / 'aesthetic'} --disc_first {0 if small else 48} "
                 f"--batch_size {4 if small else 64} --lr 2e-5 --warmup 10 --ema 0.95 --disc_lr 3e-4 "
-                "--reward_noise 0.2 --eta 0.05 --w_aesthetic 0.0005 --w_alignment 0.0005 --w_coherence 0.1 "
+                "--reward_noise 0.2 --eta 0.05 --w_aesthetic 0.001 --w_alignment 0.001 --w_coherence 0.1 "
                 "--adversarial_from 1 --tasks outpaint=7,edit=7,inpaint=3,erase=3 --sample_every 0 "
                 "--save_every 1000000 --wandb off "
                 f"--out {at / 'pefl'}", progress(at / "pefl"))
