@@ -57,27 +57,27 @@ def stages(cfg: Config) -> list[Stage]:
     many = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} -- " if ranks > 1 else ""
     reward = "--lr 5e-4 --warmup 50 --dropout 0 --batch_size 32 --noise 0.3 --eval_every 0 --wandb off"
     return [
-        Stage("pictures by the models in assets/", 30, {
+        Stage("pictures by the models in assets/", 20, {
             "showcase": f"runs/showcase.py --out {out}"}),
-        Stage("preferences: pictures of the base, ranked by the known truth", 90, {
+        Stage("preferences: pictures of the base, ranked by the known truth", 55, {
             "prefs": f"make_prefs.py --ckpt assets/base --n {n.prompts} --captions {n.captions} "
                      f"--steps 4,6,8,20 --degrade all --out {out}/prefs"}),
-        Stage("rewards: aesthetic (Eq. 1) and alignment (Eq. 5)", 225, {
+        Stage("rewards: aesthetic (Eq. 1) and alignment (Eq. 5)", 160, {
             "aesthetic": f"train_reward.py --pairs {out}/prefs/aesthetic.json --preset tiny --augment 2 "
                          f"--steps {n.reward_steps} --out {out}/aesthetic {reward}",
             "alignment": f"train_reward.py --pairs {out}/prefs/alignment.jsonl --preset tiny-p16 "
                          f"--steps {n.align_steps} --out {out}/alignment {reward}"}),
-        Stage("perceptual feedback learning: stages 1 to 3, coherence, two phases", 220, {
+        Stage("perceptual feedback learning: stages 1 to 3, coherence, two phases", 130, {
             "pefl": f"{many}train_pefl.py --base assets/base --aesthetic {out}/aesthetic "
                     f"--alignment {out}/alignment --phases {n.phases} --adversarial_from 1 "
                     "--tasks outpaint=7,edit=7,inpaint=3,erase=3 --start noise --hold known "
                     f"--disc_init {out}/aesthetic --disc_first {n.disc_first} "
                     f"--batch_size {16 // ranks} --lr 2e-5 --warmup 10 --ema 0.95 "
-                    "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.05 "
+                    "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.02 "
                     "--w_aesthetic 0.001 --w_alignment 0.001 --w_coherence 0.1 --sample_every 0 "
                     "--save_every 20 --wandb off "
                     f"--out {out}/pefl"}, ranks),
-        Stage("the judge, on held-out scenes: base and PeFL", 92, {
+        Stage("the judge, on held-out scenes: base and PeFL", 66, {
             "judge": f"evaluate.py scenes --ckpt assets/base,{out}/pefl,{out}/pefl --steps 20,20,8 "
                      f"--n {n.judged} --out {out}/judge"})]
 
