@@ -184,7 +184,8 @@ def make_plan(cfg: Config, source, n: int) -> dict:
         made |= {key: getattr(cfg, key) for key in ("image_size", "aspects", "stride", "shard")}
     if cfg.limit:
         made["limit"] = cfg.limit
-    return {"format": 1, "made": made | {"fingerprint": source.fingerprint(n)}}
+    # hashes decide whether a cache fits; the paths only tell where things came from, and name no user
+    return {"format": 1, "made": common.portable(made | {"fingerprint": source.fingerprint(n)})}
 
 
 def tokenizers_hash(folder: str) -> str:

@@ -96,6 +96,22 @@ def edits(base, tmp_path_factory):
     return make(base, root / "cache", spec, edits=True, split="all", aspects=True), str(spec)
 
 
+def test_a_cache_names_no_user(base, tmp_path, monkeypatch):
+    """Paths below the home folder or the current one lose them; hashes decide whether a cache fits, so that
+    the same command with whole paths goes on in it, and it is found from elsewhere."""
+    spec = pairs(tmp_path, 3)
+    monkeypatch.setenv("HOME", str(Path(base[1]).parent))
+    monkeypatch.chdir(tmp_path)
+    out = make(base, tmp_path / "cache", spec, edits=True, split="all", latents=False)
+    for file in ("plan.json", "manifest.json"):
+        text = (Path(out) / file).read_text()
+        assert str(tmp_path) not in text and str(Path(base[1]).parent) not in text
+        assert Path(base[0]).name in text
+    monkeypatch.undo()
+    make(base, out, spec, edits=True, split="all", latents=False)
+    assert open_cache(out, base=base[0]).text([""])[0].shape[1] > 77
+
+
 def shas(path):
     files = json.loads((Path(path) / "manifest.json").read_text())["files"]
     return {name: told["sha256"] for name, told in files.items()}
