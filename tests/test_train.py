@@ -79,7 +79,7 @@ def made(tmp_path_factory):
         torch.manual_seed(seed)
         net = rewards.PreferenceReward(model.replace(rewards.REWARD_PRESETS["test"], tokenizer=json_text))
         net.mlp.layers[-1].weight.data.mul_(0.1)  # scores far below the margin of relu(2 - r)
-        out[name] = shipped(root / name, net)
+        out[name] = shipped(root / name, net, val={"val/score_mean": 0.0, "val/score_std": 1.0})
     out["damaged"] = shutil.copytree(out["base"], root / "damaged")
     weights = bytearray((out["damaged"] / "model.safetensors").read_bytes())
     weights[len(weights) // 2] ^= 1
@@ -707,10 +707,12 @@ def test_changed_flags_are_said(made, tmp_path, capsys, script):
 
 
 def test_a_run_from_before_flags_went_resumes_without_a_word(capsys):
-    """assets/pefl has fields that are gone, and lacks one that has come."""
+    """Its manifest has fields that are gone, and lacks one that has come."""
     manifest = checkpoint.load(ROOT / "assets/pefl")[1]
-    before = manifest["config"]
-    assert "reward_loss" in before and "tasks" not in before
+    before = manifest["config"] | {"reward_loss": "neg_log_sigmoid", "p_global": 0.0, "disc_width": 128,
+                                   "project": "feedback-editing", "shift": 2.0}
+    del before["tasks"]
+    manifest["config"] = before
     cfg = train_pefl.Config(**{f.name: before[f.name] for f in fields(train_pefl.Config) if f.name in before})
     bf16 = manifest["precision"] == "bf16"
     checkpoint.warn_changed("out", manifest, vars(cfg) | {"shift": before["shift"]}, bf16)

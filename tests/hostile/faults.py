@@ -67,7 +67,7 @@ VICTIMS = {
         noise=0.1, lr=1e-3)),
     "train_pefl": Victim(train_pefl, TINY | dict(
         base="{folder}/train_omni", aesthetic="{folder}/train_reward", phases="4/3/2x3,3/2/1x3", lr=1e-3,
-        disc_width=32, disc_depth=1, sample_every=0), needs=("train_omni", "train_reward")),
+        disc_init="{folder}/train_reward", sample_every=0), needs=("train_omni", "train_reward")),
     "two FSDP2 ranks": Victim(train_omni, OMNI | dict(fsdp=True, save_every=3), 2)}
 
 POINTS = {  # where a run is killed: before the n-th call of a function
