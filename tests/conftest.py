@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork of a process with a pool of threads waits for them
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads: a factor of 10 on a shared machine
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork of a process with a pool of threads waits for them
 
 from log import peak_bytes  # noqa: E402
 from tests.hostile import faults, inputs, kills  # noqa: E402
