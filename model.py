@@ -578,7 +578,7 @@ class EditNet(nn.Module):
             self.img_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
         if variant == "editnet":
             self.src_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth))
-        if variant in ("editnet", "attend", "textcontrol"):
+        if variant in (*SOURCE_TOKENS, "textcontrol"):
             self.txt_out = nn.ModuleList(nn.Linear(D, D) for _ in range(base.depth - 1))  # the last: no text
         for name, p in self.named_parameters():
             if name.startswith(("img_out.", "src_out.", "txt_out.", "src_embedder.")):

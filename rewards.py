@@ -337,6 +337,9 @@ def open_scorer(path: str, device: Device = "cpu", what: str = "--judge") -> Edi
     checkpoint.load_state(net, tensors["model"], path)
     if knots := (manifest.get("meta", {}).get("val") or {}).get("knots"):
         net.knots = knots
+    else:
+        common.print0(f"warning: {what}: {path}: was not calibrated on held-out pairs: its scores are taken "
+                      "as they are")
     return net.to(device).eval().requires_grad_(False)
 
 

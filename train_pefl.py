@@ -120,7 +120,8 @@ def main(cfg: Config) -> None:
     if not cfg.fsdp:
         editor.to(device)
 
-    # 2) rewards: R_alpha and R_beta are frozen; R_gamma learns online and is the discriminator
+    # 2) rewards: R_alpha (Eq. 1) and R_beta (Eq. 5), of train_reward.py, are frozen; R_gamma learns online
+    #    and is the discriminator
     rewards = open_rewards(cfg, device)
     scores = {name: mean_score(nets) for name, nets in rewards.items()}
     features, source_of_features = open_features(cfg.vgg, {k: nets[0] for k, nets in rewards.items()}, device)

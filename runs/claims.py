@@ -208,8 +208,8 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
     n = len(seeds_of(cfg).split())
     seeds = f"{n} seed{'s' * (n > 1)}{', few steps' * cfg.quick}"
     here = f"{claim.metric} of {claim.better}: {'; '.join(told)} ({seeds})"
-    call = f"python runs/claims.py {name}{' --quick' * cfg.quick}"
-    call = f"`{call}{f' --arm {cfg.arm}' * (cfg.arm != 'pefl')}`"
+    call = f"python runs/claims.py {name}{' --quick' * cfg.quick}{f' --arm {cfg.arm}' * (cfg.arm != 'pefl')}"
+    call = f"`{call} --seeds \"{cfg.seeds}\"`" if cfg.seeds else f"`{call}`"
     row = f"| {name} | {claim.title} | {claim.paper} | {here} | {verdict} | {call} |"
     if cfg.write:
         path = Path(cfg.write)

@@ -246,14 +246,14 @@ def test_paths_without_names_of_users(monkeypatch, tmp_path):
 def test_places_are_kept_without_names_of_users_and_found_again(monkeypatch, tmp_path):
     """Of meta.stack: below what holds the run, below the start folder, below the home, elsewhere; from a step
     of the run or from a shipped folder, wherever one stands, and after all of it has moved."""
-    home, work = tmp_path / "home/someone", tmp_path / "home/someone/work"
+    home, work = tmp_path / "home/someone", tmp_path / "home/someone/jobs"
     run = tmp_path / "disk/runs/a"
     for folder in (work / "w", work / "out/a", run, tmp_path / "disk/runs/w", home / "w", tmp_path / "w"):
         folder.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(work)
     for out, given, kept in ((run, run, "."), (run, tmp_path / "disk/runs/w", "../w"),
-                             ("out/a", "w", "../../w"), (run, "w", "~/work/w"), ("out/a", home / "w", "~/w"),
+                             ("out/a", "w", "../../w"), (run, "w", "~/jobs/w"), ("out/a", home / "w", "~/w"),
                              (run, tmp_path / "w", str(tmp_path / "w"))):
         for folder in (Path(out) / "step_00000001", Path(out)):
             stack = checkpoint.kept_places({"sd3": str(given), "tokenizers": None, "t5_length": 77}, folder)

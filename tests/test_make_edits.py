@@ -1,6 +1,5 @@
 """make_edits.py: shards that survive any kill, the specialists, regions, scores, refinement, packing."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -20,7 +19,6 @@ import common
 import data
 import flow
 import make_edits
-import model
 import pipeline
 from factory import chat, instruct, pack, refine, regions, requests, score, shards, specialists
 from readers import served
@@ -29,6 +27,7 @@ from scenes import draw
 from scenes.dataset import EditScenes
 from scenes.edits import edit_mask
 from scenes.judge import load_parser
+from tests.hostile import kills
 
 PUBLISHED = ["omni_edit_id", "task", "src_img", "edited_img", "edited_prompt_list", "width", "height",
              "sc_score_1", "sc_score_2", "sc_reasoning", "pq_score", "pq_reasoning", "o_score"]
@@ -145,20 +144,9 @@ def test_a_stage_waits_for_what_it_reads(tmp_path):
 # ---- a tiny editor, and the stages on scenes -----------------------------------------------------
 
 
-def tiny(folder, seed=0):
-    """A random inpainting model of 16 x 16 pixels that is not the identity, with guidance that matters."""
-    torch.manual_seed(seed)
-    net = model.Editor(dataclasses.replace(model.PRESETS["test"], inpaint=True, pos_max=8))
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.15)
-    checkpoint.write(folder, 0, {"model": net.state_dict()}, {
-        "arch": net.arch, "config": {"image_size": 16, "shift": 1.0}})
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("base") / "base")
+    return kills.base(tmp_path_factory.mktemp("base") / "base")
 
 
 @pytest.fixture
@@ -490,7 +478,7 @@ def test_times_of_refinement():
 def test_redraw_runs_both_models_over_their_parts(pipe, tmp_path):
     """One noise for equal pictures gives equal pictures; the second model has its part, and less noise leaves
     more of the picture."""
-    other = pipeline.open_editor(tiny(tmp_path / "other", 1), torch.device("cpu"))
+    other = pipeline.open_editor(kills.base(tmp_path / "other", 1), torch.device("cpu"))
     image = (torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1).repeat(2, 1, 1, 1)
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)).repeat(2, 1, 1, 1)
 
