@@ -101,13 +101,17 @@ def test_torchrun_killed_and_one_process_beside_its_ranks(tmp_path):
                                 "--nproc_per_node=2", "--", "make_edits.py", "specialist",
                                 *(f"--{k}={getattr(cfg, k)}" for k in names)], cwd=ROOT, stdout=said,
                                stderr=subprocess.STDOUT, start_new_session=True)
-    while not (tmp_path / "out/00001.json").exists():
+    while not list((tmp_path / "out").glob("0*.json")):
         assert run.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.02)
     ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    for rank in ranks:  # held, or the faster one may have ended before the look below
+        os.kill(int(rank), signal.SIGSTOP)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     assert len(ranks) == 2 and all(map(alive, ranks)) and not (tmp_path / "out/manifest.json").exists()
+    for rank in ranks:
+        os.kill(int(rank), signal.SIGCONT)
     kills.stage(cfg, tmp_path / "beside", 1)
     until = time.monotonic() + 60
     while any(map(alive, ranks)) and time.monotonic() < until:
