@@ -319,6 +319,8 @@ def list_items(cfg: Config) -> tuple[list[dict], int]:
         elif cfg.image and Path(cfg.image).is_dir():
             items = [complete(base | {"image": p}, cfg.task) for p in files_in(cfg.image)]
         else:
+            if (path := base.get("image")) and not bad_name(path) and not Path(path).exists():
+                raise ValueError(f"image: {path}: no such file or folder: correct the path")
             items = [complete(base, cfg.task)]
     except ValueError as e:
         raise SystemExit(f"error: --{e}") from None

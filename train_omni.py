@@ -265,7 +265,7 @@ def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNe
         arch = model.PRESETS[cfg.preset]
         cfg.shift = cfg.shift or 1.0
         return model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch), {}
-    state, manifest = pipeline.open_weights(cfg.init, device=device)
+    state, manifest = pipeline.open_weights(cfg.init, device=device, what="--init")
     arch = manifest["arch"]
     cfg.shift = cfg.shift or manifest.get("config", {}).get("shift") or 1.0
     surroundings = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
