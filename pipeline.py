@@ -110,8 +110,8 @@ def open_weights(path: str, which: str = "auto", device: str = "cpu",
     which: "ema" or "model"; "auto": the averaged ones where there are any. what: the flag that errors name.
     """
     if not os.path.exists(path):
-        raise SystemExit(f"error: {what}: {path}: no such folder or file: give a run folder, a step_* folder in "
-                         "one, a folder of assets/, or SD3 weights")
+        raise SystemExit(f"error: {what}: {path}: no such folder or file: give a run folder, a step_* folder "
+                         "in one, a folder of assets/, or SD3 weights")
     if is_public(path):
         cfg, state = load_mmdit(path, torch.float32, device)
         return ({f"mmdit.{k}": v for k, v in state.items()},
