@@ -29,7 +29,6 @@ from common import Verdict
 from log import Perf
 from readers.cached import Latents
 
-
 Variant = Literal["editnet", "attend", "controlnet", "textcontrol", "concat"]
 
 
