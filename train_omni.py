@@ -8,7 +8,8 @@
     python train_omni.py --stage edit --init sd3_medium.safetensors --cache out/cache --out out/sd3
 
 The same command again resumes. Data: "scenes", a folder of pictures, or parquet (see data.py); for --stage
-edit "scenes" or pairs in a published form, such as omniedit:PATH (readers/edits.py).
+edit "scenes" or pairs in a published form, such as omniedit:PATH (readers/edits.py). The defaults are ours,
+for small models from scratch; README.md has the flags for SD3.
 """
 
 from dataclasses import asdict, dataclass
