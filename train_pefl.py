@@ -13,7 +13,7 @@ One step, for a picture x, a mask m and a caption c, in the paper's letters (Sec
 Then L^G = L_reward + eta (L_reg + L_vgg) for the editor G, with the rewards R_alpha (aesthetic), R_beta
 (alignment) and R_gamma (coherence) in L_reward (Eq. 2-4, 7, 8); and L^D for R_gamma, which learns online as
 the discriminator (Eq. 6, 8). Progressive phases shrink T, T1 and T2 (Sec. 3.3). The same command resumes.
-Where a flag's help names a section or an equation, its default is the paper's; the others are ours.
+Where a flag's help names a section or an equation, and not "ours", its default is the paper's.
 
 An instruction editor (ours: the paper names it as future work) starts from its noised source picture instead
 of the masked input, has targets as real pictures, and L_reg holds it to the source where nothing changes.
