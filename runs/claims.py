@@ -6,12 +6,13 @@
     python runs/claims.py all --quick                  one seed, few steps: an hour on two plain cores; it
                                                        shows that all runs, and decides little
 
-The work is that of runs/pefl_scenes.sh and runs/editnet.sh: arms shared by claims are trained once, what is
-done is not done again, a run that was cut resumes. OUT/C1.md has the arms and the verdict, OUT/C1.png what
-was drawn: where the claim's arm gains most, the middle, and where it loses most. A claim holds where every
-difference that it names is beyond its 95 % interval (runs/table.py: seeds and scenes), does not hold where
-one is so the other way, and is not decided else. What is compared for quality is a measure that a blurred
-base cannot win (evaluate.py). --arm noise+known asks the same of PeFL with other flags (C1 to C4).
+The work is that of runs/pefl_scenes.sh, runs/editnet.sh and runs/pairs.sh: arms shared by claims are trained
+once, what is done is not done again, a run that was cut resumes. OUT/C1.md has the arms and the verdict,
+OUT/C1.png what was drawn: where the claim's arm gains most, the middle, and where it loses most. A claim
+holds where every difference that it names is beyond its 95 % interval (runs/table.py: seeds and scenes), does
+not hold where one is so the other way, and is not decided else. What is compared for quality is a measure
+that a blurred base cannot win (evaluate.py). --arm noise+known asks the same of PeFL with other flags (C1 to
+C4).
 """
 
 import os
@@ -52,7 +53,7 @@ class Claim(NamedTuple):
     off_square: bool = False  # judged on pictures that are not square
 
 
-FEEDBACK, EDITS = "pefl_scenes.sh", "editnet.sh"
+FEEDBACK, EDITS, PAIRS = "pefl_scenes.sh", "editnet.sh", "pairs.sh"
 CLAIMS = {
     "C1": Claim("PeFL improves quality", "wins of about 60 % in outpainting (ByteEdit Fig. 6a)",
                 FEEDBACK, {"ARMS": "pefl rewardless"}, "judge_C1", "texture", False,
@@ -72,6 +73,9 @@ CLAIMS = {
     "C6": Claim("importance weights beat none at equal size", "OmniEdit Table 6",
                 EDITS, {"PARTS": "weights"}, "judge_weights", "edit", True,
                 "weighted@20", ("unweighted@20",), 6, 6),
+    "C7": Claim("refined pairs train a better editor", "CosXL-Edit Fig. 2",
+                PAIRS, {"PARTS": "refine", "SCALES": "1.5"}, "judge_refine_1.5", "success", True,
+                "refined@20", ("raw@20",), 10, 15),
     "C8": Claim("region data help free-form edits", "UltraEdit: L1 .0614 against .0689",
                 EDITS, {"PARTS": "region"}, "judge_region", "edit", True,
                 "editnet@20", ("freeform@20",), 6, 6),
@@ -142,7 +146,8 @@ def command(cfg: Config, claim: Claim, folder: Path) -> None:
     if claim.script == FEEDBACK:
         env |= {"JUDGE": claim.scores, "PROBE": "0", "QUICK": str(int(cfg.quick))}
     elif cfg.quick:
-        env |= {k: os.environ.get(k, v) for k, v in {"STEPS": "60", "N": "20"}.items()}
+        few = {"STEPS": "60", "N": "20"} | ({"REQUESTS": "350"} if claim.script == PAIRS else {})
+        env |= {k: os.environ.get(k, v) for k, v in few.items()}
     env |= claim.env
     known, asked = folder / f"{claim.scores}.asked", repr(sorted(env.items()))
     if known.is_file() and known.read_text() == asked:

@@ -66,8 +66,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
             CLAIMS["report"](name, claim._replace(metric="attributes"), at, CLAIMS["Config"]())
     with pytest.raises(SystemExit, match="scores.npz: missing or damaged"):
         CLAIMS["report"]("C1", CLAIMS["CLAIMS"]["C1"], tmp_path, CLAIMS["Config"]())
-    with pytest.raises(SystemExit, match="error: C7: use C1, C2"):
-        CLAIMS["main"](CLAIMS["Config"](("C1", "C7")))
+    with pytest.raises(SystemExit, match="error: C9: use C1, C2"):
+        CLAIMS["main"](CLAIMS["Config"](("C1", "C9")))
     with pytest.raises(SystemExit, match="error: --write: .*no such file"):
         CLAIMS["main"](CLAIMS["Config"](("C1",), write=str(tmp_path / "no.md")))
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_all_claims_of_the_table_that_can_be_judged_so_have_a_command(capsys):
     CLAIMS["main"](CLAIMS["Config"]())
     said = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert said == ["C1", "C2", "C3", "C4", "C5", "C6", "C8", "C10"]
+    assert said == ["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C10"]
     table = (ROOT / "RESULTS.md").read_text()
     assert all(f"\n| {name} |" in table for name in said)
 
@@ -99,10 +99,12 @@ def test_an_unknown_arm_costs_no_time(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 @pytest.mark.parametrize("name, line", [("C4", "| pefl@8 - base@20 |"),
-                                        ("C6", "| weighted@20 - unweighted@20 |")])
+                                        ("C6", "| weighted@20 - unweighted@20 |"),
+                                        ("C7", "| refined@20 - raw@20 |")])
 def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
-    """Both scripts, with steps that can be counted on one hand; again, and nothing is repeated."""
-    for k, v in {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled"}.items():
+    """Each script, with steps that can be counted on one hand; again, and nothing is repeated."""
+    for k, v in {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled",
+                 "REQUESTS": "56"}.items():
         monkeypatch.setenv(k, v)
     cfg = CLAIMS["Config"]((name,), out=str(tmp_path / "o"), quick=True)
     CLAIMS["main"](cfg)
