@@ -46,7 +46,7 @@ judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same he
     local name=$1 flags=() ckpts=""; shift
     while [ "$1" != -- ]; do flags+=("$1"); shift; done; shift
     for run in "$@"; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$run$seed"; done; done
-    OMP_NUM_THREADS=$JOBS $PY evaluate.py edits --ckpt "${ckpts#,}" --steps 20 --n "$N" "${flags[@]}" \
+    OMP_NUM_THREADS=$JOBS $PY evaluate.py edits --ckpt "${ckpts#,}" --steps 10 --solver dpm --guidance 3 --n "$N" "${flags[@]}" \
         --out "$OUT/judge_$name" | tee "$OUT/judge_$name.txt"
 }
 
@@ -104,11 +104,11 @@ finish
 [ "${JUDGE:-1}" = 1 ] || exit 0
 for part in $PARTS; do
     case $part in
-        weights) judge weights --save "$OUT/pictures" -- plain truth scorer exact ;;
+        weights) judge weights --image_guidance 1.5 --save "$OUT/pictures" -- plain truth scorer exact ;;
         refine)
             for scale in $SCALES; do  # pictures of one scale are enough to look at
                 keep=(); if [ "$scale" = 1.5 ]; then keep=(--save "$OUT/pictures"); fi
-                judge "refine_$scale" --guidance 3 --image_guidance "$scale" "${keep[@]}" -- raw refined unpaired filtered exactly
+                judge "refine_$scale" --image_guidance "$scale" "${keep[@]}" -- raw refined unpaired filtered exactly
             done ;;
     esac
 done

@@ -59,7 +59,7 @@ def test_another_arm_stands_for_pefl():
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    for name, text in (("C1", "no control@20: remove"), ("C5", "no editnet@20")):
+    for name, text in (("C1", "no control@20: remove"), ("C5", "no editnet@10")):
         claim = CLAIMS["CLAIMS"][name]
         with pytest.raises(SystemExit, match=text):
             at = scores(tmp_path / name, 0.1) if name == "C1" else tmp_path / "C1"
@@ -99,8 +99,8 @@ def test_an_unknown_arm_costs_no_time(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 @pytest.mark.parametrize("name, line", [("C4", "| pefl@8 - base@20 |"),
-                                        ("C6", "| weighted@20 - unweighted@20 |"),
-                                        ("C7", "| refined@20 - raw@20 |")])
+                                        ("C6", "| weighted@10 - unweighted@10 |"),
+                                        ("C7", "| refined@10 - raw@10 |")])
 def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
     """Each script, with steps that can be counted on one hand; again, and nothing is repeated."""
     for k, v in {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled",
@@ -118,4 +118,4 @@ def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
         capfd.readouterr()
         table = runpy.run_path(str(ROOT / "runs/table.py"))["main"]
         table(str(tmp_path / "o/editnet_quick/judge_weights"), ["edit", "over"])
-        assert "| unweighted@20 - weighted@20 |" in capfd.readouterr().out
+        assert "| unweighted@10 - weighted@10 |" in capfd.readouterr().out
