@@ -149,7 +149,7 @@ class Refine:
     second: str | None = None  # and then: a refiner; none: the same base
     tokenizers: str | None = None  # of SD3, where they do not come with the weights
     upscale: float = 1.0  # factor for both sides, Lanczos (the paper: 2, by HAT)
-    logsnr: float = -4.649  # at which both are noised; on a finer grid the same number means less
+    logsnr: float = -4.649  # at which both are noised; of a larger picture it destroys less
     steps: str = "18,15"  # of the two models
     schedule: Literal["edm", "linear"] = "edm"  # Karras' spacing, or the sampler's own
     sigma_min: float = 0.03  # of Karras' spacing, before 0 (default ours)
