@@ -114,7 +114,7 @@ class Region:
     blend: Literal["alternate", "every", "none"] = "alternate"  # what is kept comes back after each 2nd step
     p_soft: float = 0.5  # chance of a soft ring around the object
     grow: float = 0.08  # of the object's mask, in its box's longer side (its code: 0)
-    clip: str | None = None  # WEIGHTS,TOKENIZER,openai|laion: filters as the paper's; none: no filter
+    clip: str | None = None  # WEIGHTS,TOKENIZER,openai|laion: the paper's filters by CLIP; none: no filter
     clip_image: float = 0.7  # least similarity of the pictures
     clip_dir: float = 0.22  # least similarity of the directions
     quality: int = 0  # of JPEG pictures; 0: PNG
