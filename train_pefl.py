@@ -221,8 +221,8 @@ def main(cfg: Config) -> None:
                 x0 = recomputed(cfg, space.decode, flow.x0_from_v(x_t, velocity(x_t, t), t))
 
                 # L_reward, Eq. 2 and 7: -log sigmoid of R_alpha and R_beta, and of R_gamma at every pixel
-                faint = batch["faint"] if cfg.reward_noise else torch.zeros_like(x)
-                seen, losses, rated = x0 + faint, {}, {}
+                reward_noise = batch["reward_noise"] if cfg.reward_noise else torch.zeros_like(x)
+                seen, losses, rated = x0 + reward_noise, {}, {}
                 for name, weight in weights.items():
                     r = recomputed(cfg, R[name], seen, c)                             # [B], or [B, 1, H, W]
                     # without a c there is nothing to align with: that picture's term is 0
@@ -230,7 +230,7 @@ def main(cfg: Config) -> None:
                     losses[name] = weight, -(asked * F.logsigmoid(r)).mean()
                     rated[name] = r.detach()
 
-                # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
+                # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels (given.hold is x) and features
                 losses["reg"] = cfg.eta, ((given.hold - x0).abs() * given.held).mean()
                 # --hold known: where V looks at the hole it sees the real one, which has no gradient
                 compared = given.hole * x + (1 - given.hole) * x0 if cfg.hold == "known" else x0
@@ -240,10 +240,10 @@ def main(cfg: Config) -> None:
             g_loss = sum(weight * loss for weight, loss in losses.values())
             if moving:
                 (g_loss / cfg.accum).backward()
-            # L^D, Eq. 6 and 8, for R_gamma: every pixel of x is real, every pixel of x0' is generated
+            # L^D, Eq. 6 and 8, for R_gamma: every pixel z of x is real, every pixel z' of x0' generated
             disc.requires_grad_(True)
             with autocast:
-                real, fake = disc(x + faint), disc(seen.detach())                                    # logits
+                real, fake = disc(x + reward_noise), disc(seen.detach())                             # logits
             d_loss = (F.softplus(-real) + F.softplus(fake)).mean()
             (d_loss / cfg.accum).backward()
             g_sum, d_sum = g_sum + g_loss.detach() / cfg.accum, d_sum + d_loss.detach() / cfg.accum
@@ -383,10 +383,10 @@ def prepare_editor(cfg: Config, pipe: pipeline.Pipe) -> None:
 def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int, batch: dict) -> dict:
     """What the data workers add to a batch.
 
-    noise [B, C, h, w] in the space of `channels` and `stride`; faint [B, 3, H, W], what rewards look
-    through with --reward_noise; text, as bytes [B, txt_bytes] or, for encoders from outside, captions; c and
-    has_c [B], the captions of `reward_captions` and where there is one; t_prime, one for the whole batch on
-    all ranks, so that they do equal work.
+    noise [B, C, h, w] in the space of `channels` and `stride`; reward_noise [B, 3, H, W], through which
+    rewards look, with --reward_noise; text, as bytes [B, txt_bytes] or, for encoders from outside, captions;
+    c and has_c [B], the captions of `reward_captions` and where there is one; t_prime, one for the whole
+    batch on all ranks, so that they do equal work.
     """
     step = min(batch["step"] // cfg.accum, sum(phase[-1] for phase in phases) - 1)  # they work ahead
     _, (_, _, T2) = phase_at(phases, step)
@@ -394,7 +394,7 @@ def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int,
     H, W = batch["image"].shape[1:3]
     out = {"noise": common.randn(gens, (channels, H // stride, W // stride))}
     if cfg.reward_noise:  # a reward answers to patterns too faint to see; through noise, to what is shown
-        out["faint"] = cfg.reward_noise * common.randn(gens, (3, H, W))
+        out["reward_noise"] = cfg.reward_noise * common.randn(gens, (3, H, W))
     t_prime = common.randint(common.generators(cfg.seed, batch["step"], [0], stream=1), 1, T2 + 1)
     c, text = reward_captions(batch), batch["caption"]
     out |= {"t_prime": int(t_prime), "c": c, "has_c": torch.tensor([float(text != "") for text in c])}

@@ -688,7 +688,7 @@ def _report_gsb(cfg, votes, key):
 
 def _report_scores(cfg, votes, key):
     """Means of every system, of scpq with O = sqrt(SC PQ) of each vote and accuracy, the share of SC = 1
-    (OmniEdit Sec. 5.1), and differences from the first system over the pictures of both."""
+    (OmniEdit Sec. 5), and differences from the first system over the pictures of both."""
     items, how = key["items"], (cfg.resamples, cfg.seed)
     names = key["systems"]
     heads, scored = [c["id"] for c in key["criteria"]], defaultdict(list)
