@@ -626,7 +626,8 @@ def open_reward(spec: str, device: Device = "cpu", what: str = "reward",
     pickscore:PICKSCORE,TOKENIZER            hpsv2:HPS_v2.1_compressed.pt,TOKENIZER
     aesthetic:sac+logos+ava1-l14-linearMSE.pth,CLIP (OpenAI's ViT-L/14; captions are not read)
 
-    what: the flag that errors name.
+    Scores of train_reward.py and of ImageReward are in deviations of held-out ones; the others are as they
+    are published, and each has its own scale: PickScore's are about 20. what: the flag that errors name.
     """
     name, colon, rest = spec.partition(":")
     if not colon or Path(spec).exists():

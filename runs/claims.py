@@ -55,13 +55,13 @@ class Claim(NamedTuple):
 
 FEEDBACK, EDITS, PAIRS = "pefl_scenes.sh", "editnet.sh", "pairs.sh"
 CLAIMS = {
-    "C1": Claim("PeFL improves quality", "wins of about 60 % in outpainting (ByteEdit Fig. 6a)",
+    "C1": Claim("PeFL improves quality", "about 60 % ahead in outpainting (ByteEdit Fig. 6a)",
                 FEEDBACK, {"ARMS": "pefl rewardless"}, "judge_C1", "texture", False,
                 "pefl@20", ("base@20", "control@20", "rewardless@20"), 8, 12),
-    "C2": Claim("the alignment reward raises adherence", "CLIPScore .255 against .241",
+    "C2": Claim("the alignment reward raises adherence", "CLIPScore .255, the best rival .241",
                 FEEDBACK, {"ARMS": "pefl no_alignment"}, "judge_C2", "attributes", True,
                 "pefl@20", ("no_alignment@20",), 8, 12),
-    "C3": Claim("the coherence reward raises coherence", "3.54 against 3.52",
+    "C3": Claim("the coherence reward raises coherence", "3.54, the best rival 3.52",
                 FEEDBACK, {"ARMS": "pefl no_coherence"}, "judge_C3", "texture", False,
                 "pefl@20", ("no_coherence@20",), 8, 12),
     "C4": Claim("8 steps after progressive training match 20", "Fig. 6b",

@@ -446,6 +446,19 @@ def test_several_rewards_are_their_mean(made, tmp_path):
         "out/a", "imagereward:m.pt,vocab.txt", "out/b"]
 
 
+def test_rewards_on_another_scale_are_named(monkeypatch, capsys):
+    """-log sigmoid is flat where PickScore and LAION's aesthetic score lie; as alarms they are welcome."""
+    monkeypatch.setattr(train_pefl, "open_reward", lambda spec, *rest: spec)
+    train_pefl.open_rewards(train_pefl.Config(
+        aesthetic="aesthetic:a,b", alignment="imagereward:a,b,pickscore:a,b", heldout_reward="pickscore:a,b"))
+    warned = [line.split(" its scores")[0] for line in capsys.readouterr().out.splitlines()]
+    assert warned == ["warning: --aesthetic: aesthetic:", "warning: --alignment: pickscore:"]
+    for score, slope in train_pefl.FLAT.values():
+        assert float(slope) == pytest.approx(torch.sigmoid(torch.tensor(-float(score))).item(), rel=0.1)
+    train_pefl.open_rewards(train_pefl.Config(aesthetic="clipscore:a,b", alignment="out/alignment"))
+    assert not capsys.readouterr().out
+
+
 def test_reward_rises(made, tmp_path):
     """Feedback through one frozen reward: its score on what the editor predicts goes up, step by step."""
     found = call(made, tmp_path, train_pefl, phases="4/3/2x30", w_aesthetic=1.0, w_alignment=0.0,
