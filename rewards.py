@@ -690,6 +690,12 @@ def open_coherence(init: str | None, image_size: int, patch: int, what: str) -> 
     tower = "blip.visual_encoder."
     checkpoint.load_state(disc.vit, {k.removeprefix(tower): v for k, v in tensors["model"].items()
                                      if k.startswith(tower)}, init)
+    # It learned on (x + 1) / 2 in CLIP's deviations, and is shown x: its first layer takes that over
+    mean, std = (torch.tensor(v) for v in (towers.CLIP_MEAN, towers.CLIP_STD))
+    first = disc.vit.patch_embed.proj
+    with torch.no_grad():
+        first.bias += torch.einsum("ochw,c->o", first.weight, (0.5 - mean) / std)
+        first.weight *= (0.5 / std)[:, None, None]
     return disc
 
 

@@ -329,9 +329,14 @@ def test_coherence_starts_from_a_tower_or_a_run(made, tmp_path):
     flags = dict(phases="5/4/2x1", lr=0.0, disc_lr=0.0)
     call(made, tmp_path / "tower", train_pefl, disc_init=made["aesthetic"], **flags)
     tower, got = load_file(Path(made["aesthetic"]) / "model.safetensors"), tensors(tmp_path / "tower")
-    names = [k for k in tower if k.startswith("blip.visual_encoder.")]
+    names = [k for k in tower if k.startswith("blip.visual_encoder.") and "patch_embed" not in k]
     assert names and all(torch.equal(got[f"coherence/vit.{k.removeprefix('blip.visual_encoder.')}"], tower[k])
                          for k in names)
+    disc = rewards.open_coherence(made["aesthetic"], 32, 4, "x")
+    reward = rewards.open_reward(made["aesthetic"])
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.allclose(disc.vit(x), reward.image_features(x)[0], atol=1e-5)
+    assert torch.equal(disc.vit.patch_embed.proj.weight, got["coherence/vit.patch_embed.proj.weight"])
     call(made, tmp_path / "run", train_pefl, disc_init=str(tmp_path / "tower"), seed=1, **flags)
     again = tensors(tmp_path / "run")
     assert not [k for k in got if k.startswith("coherence/") and not torch.equal(got[k], again[k])]
