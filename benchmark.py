@@ -36,43 +36,42 @@ class Bench:
 
     name: Literal["magicbrush", "emu", "pie", "editbench", "omniedit", "gedit", "imgedit", "userbench"]
     data: str  # its folder as published (readers/benchmarks.py has the layouts)
-    ckpt: str = ""  # editor that makes the results, into OUT/pictures, in the tree that its scorer reads; or
-    # METHOD:BASE, of sdedit, blended, diffedit, where the benchmark says what the result shows
-    results: str = ""  # or such a tree of any system's results
+    ckpt: str = ""  # editor to score (METHOD:BASE: see pipeline.baseline); results go to OUT/pictures
+    results: str = ""  # or a folder of any system's results, in the tree that the published scorer reads
     out: str = "out/bench"  # folder for rows.*.jsonl, results.json, table.txt, sheet.png
-    partial: bool = False  # a set with fewer rows than published, too; the table says so
-    captions: Literal["local", "global"] = "local"  # magicbrush: descriptions, for clip_t
+    partial: bool = False  # accept a set with fewer rows than published; the table says so
+    captions: Literal["local", "global"] = "local"  # magicbrush: which descriptions clip_t compares with
     column: Literal["prompt_full", "prompt_mask-simple", "prompt_mask-rich"] = "prompt_full"  # editbench
-    language: Literal["", "en", "cn"] = ""  # gedit: one of its two
+    language: Literal["", "en", "cn"] = ""  # gedit: only this one of its two languages
     pictures: str = ""  # imgedit: the folder of its pictures, if not beside the file
     metrics: str = ""  # names of measures.py, with commas; default those of the benchmark's tables
     clip: str | None = None  # CLIP ViT-B/32: a folder of transformers', or WEIGHTS,TOKENIZER
     clip_large: str | None = None  # CLIP ViT-L/14, the same
-    dino: str | None = None  # dino_vits16
-    dino_keys: str | None = None  # dino_vitb8, for structure
-    lpips: str | None = None  # BACKBONE,HEADS
+    dino: str | None = None  # DINO ViT-S/16: a file or folder with the weights of dino_vits16
+    dino_keys: str | None = None  # DINO ViT-B/8 (dino_vitb8), for structure
+    lpips: str | None = None  # LPIPS: BACKBONE,HEADS, two files
     blip: str | None = None  # BLIP for retrieval: a folder of transformers', or WEIGHTS,vocab.txt
     image_reward: str | None = None  # ImageReward.pt,vocab.txt
-    pick_score: str | None = None  # PickScore_v1
+    pick_score: str | None = None  # PickScore_v1, a folder
     hps: str | None = None  # HPS_v2.1_compressed.pt,TOKENIZER
-    inception: str | None = None  # of pytorch-fid, for fid and kid
+    inception: str | None = None  # pytorch-fid's Inception weights, for fid and kid
     judge: str = ""  # omniedit, gedit, imgedit: a served model, http://HOST/v1
-    judge_model: str = ""  # its name; its key is read from the variable JUDGE_API_KEY
-    budget: int | None = None  # requests to it, of each rank, retries counted; None: no end
+    judge_model: str = ""  # name of the served model; its key is read from the variable JUDGE_API_KEY
+    budget: int | None = None  # most questions to it, per rank, retries counted; None: no limit
     region: bool = False  # show an instruction editor the mask; most tables do not
-    steps: int = 20  # of the sampler
-    guidance: float = 3.0  # of the text; 1 = off
-    image_guidance: float = 1.5  # of the source picture; 1 = off
-    strength: float = 0.75  # of sdedit and diffedit: share of the steps that is run
-    solver: Literal["euler", "heun", "dpm"] = "euler"
+    steps: int = 20  # sampler steps
+    guidance: float = 3.0  # guidance of the text; 1 = off
+    image_guidance: float = 1.5  # guidance of the source picture; 1 = off
+    strength: float = 0.75  # share (0 to 1) of the steps that sdedit and diffedit run
+    solver: Literal["euler", "heun", "dpm"] = "euler"  # solver of the sampler
     image_size: int = 0  # side of the square of equal area that is worked at; 0: what it was trained at
     seed: int = 0  # noise of a row = f(seed, its place in the benchmark)
     sd3: str | None = None  # SD3's VAE and text encoders, where they are not what --ckpt came with
-    tokenizers: str | None = None
-    rows: int = 8  # of the contact sheet
+    tokenizers: str | None = None  # folder of SD3's tokenizers, where they do not come with the weights
+    rows: int = 8  # rows of the contact sheet
     batch_size: int = 16  # rows sampled together
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
 
 
 TOWERS = ("clip", "clip_large", "dino", "dino_keys", "lpips", "blip", "image_reward", "pick_score", "hps",

@@ -700,7 +700,10 @@ def resume(out_dir, state, arch=None):
     again = "repeat the command that began it, or give another --out"
     manifest = {"config": {}, "samples": 0} | manifest
     if arch is not None and manifest.get("arch") != arch:
-        raise SystemExit(f"error: {out_dir}: holds another architecture, {manifest.get('arch')}: {again}")
+        there = manifest.get("arch") or {}
+        other = [f"{k}: {there.get(k)} there, {arch.get(k)} here" for k in sorted(there.keys() | arch.keys())
+                 if there.get(k) != arch.get(k)]
+        raise SystemExit(f"error: {out_dir}: holds another architecture ({'; '.join(other)[:300]}): {again}")
     held = {file.removesuffix(".safetensors") for file in manifest["files"]}
     wanted = state.keys() | ({"lora", "lora_ema"} if _has_lora(state.get("model")) else set())
     if held != wanted:

@@ -285,7 +285,21 @@ def parse(what, **settings):
             raise
         words = " ".join(re.sub(r"\x1b\[[\d;]*m|[\u2500-\u257f]", " ", said.getvalue()).split())
         words = re.sub(r"^(Parsing error|Required options)|(For full helptext|Run ).*", "", words)
-        raise SystemExit(f"error: command line: {words.strip()[:300]}: see --help") from None
+        raise SystemExit(f"error: {_told(words.strip())}: see --help") from None
+
+
+def _told(words):
+    """What tyro says of a command line, as flag: value: the fix; what is not known here, as it is."""
+    if m := re.search(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?),?\)", words):
+        return f"{m[2]}: {m[1][:80]}: use one of {m[3]}".replace("'", "")
+    if m := re.search(r"Error parsing (\S+): (could|invalid literal for int).*?: '(.*?)'", words):
+        kind = "number" if m[2] == "could" else "whole number, such as 10000"
+        return f"{m[1]}: {m[3][:80]}: must be a {kind}"
+    if m := re.search(r"Missing value for argument '(.*?)'", words):
+        return f"{m[1]}: has no value: give one"
+    if m := re.search(r"Unrecognized options: (.*)", words):
+        return f"command line: {m[1][:80]}: belongs to no flag: leave it out"
+    return f"command line: {re.sub(r'^Missing from .*?: ', 'missing: ', words)[:300]}"
 
 
 class _Lossy:

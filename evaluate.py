@@ -100,25 +100,25 @@ class Config:
     out: str = "out/evaluate"  # folder for results and the sheet, or for the parser
     save: str = ""  # scenes, edits: also keep the pictures here, a folder each, for a later `compare`
     parser: str = "assets/parser"  # the judge's parser
-    n: int = 500  # scenes for each task; t2i: prompts
+    n: int = 500  # scenes for each task; t2i: number of prompts
     data: str = "scenes"  # scenes or scenes:hard
-    offset: int = 0  # first scene
-    steps: str = "20"  # of sampling, for all or for each checkpoint
-    train_steps: int = 6000  # parser: of training
+    offset: int = 0  # leave out the first so many scenes
+    steps: str = "20"  # sampler steps: one number for all, or one for each checkpoint, with commas
+    train_steps: int = 6000  # parser: training steps
     guidance: float = 1.0  # classifier-free guidance, of the instruction in edits; 1 = off
     image_guidance: float = 1.0  # edits: guidance of the source picture; 1 = off
     region: bool = False  # edits: show the editor which region changes
-    strength: float = 0.75  # edits: of sdedit and diffedit, the share of the steps that is run
+    strength: float = 0.75  # edits: share (0 to 1) of the steps that sdedit and diffedit run
     aspects: str = "1:1"  # width:height, with commas; edits: each is judged on its own; parser: it sees all
     image_size: int = 0  # edits: side of the square of equal area; 0 = what the editor was trained at
-    solver: Literal["euler", "heun", "dpm"] = "euler"  # of the sampler
+    solver: Literal["euler", "heun", "dpm"] = "euler"  # solver of the sampler
     seeds: str = "0"  # noise seeds, with commas
     batch_size: int = 64  # pictures sampled together; parser: scenes in a training batch
     lr: float = 2e-3  # parser: peak learning rate, cosine
     tie: float = 0.05  # compare: errors that differ by less than this fraction are a tie
     rows: int = 4  # rows of the contact sheet for each task
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
 
 
 ####################################################################################################

@@ -57,23 +57,23 @@ class Config:
     data: str  # "scenes", a folder of pictures, a .parquet file / folder; with --edits pairs, PRESET:PATH
     out: str  # folder of the cache
     edits: bool = False  # the data are edit pairs
-    split: Literal["train", "heldout", "all"] = "train"  # of the data; each split has a cache of its own
-    limit: int = 0  # procedural data only: cache the first so many
+    split: Literal["train", "heldout", "all"] = "train"  # part of the data; each has its own cache
+    limit: int = 0  # how many items of data that are drawn (scenes) are cached
     text: str | None = None  # text encoders that are not in --base: a file or folder (pretrained/text.py)
     tokenizers: str | None = None  # folder of the tokenizers, where they do not come with the text encoders
     t5: bool = True  # False: zeros in place of T5's tokens, which are not stored
-    t5_length: int = 77  # T5's tokens: part of what the model is trained on
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the stored text features
+    t5_length: int = 77  # number of T5's tokens: part of what the model is trained on
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # precision of the stored text features
     latents: bool = True  # False: text only, for training on pictures (PeFL)
-    image_size: int = 512  # side of the square (or of the square of equal area, with --aspects)
+    image_size: int = 512  # side of the square in pixels (with --aspects of a square of equal area)
     aspects: bool = False  # buckets from 1:4 to 4:1 instead of squares
-    stride: int = 16  # sides are multiples of it: the VAE's stride times the transformer's patch
+    stride: int = 16  # sides are multiples of it, in pixels: the VAE's stride times the transformer's patch
     text_batch: int = 32  # captions encoded at once
     batch_size: int = 8  # pictures encoded at once
     text_shard: int = 256  # captions in a file, 0.95 MB each for SD3
     shard: int = 1024  # items in a file, 0.13 MB for 512x512, twice that for an edit
     workers: int = 4  # processes that read pictures, per rank
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
 
 
 def main(cfg: Config) -> None:

@@ -48,14 +48,14 @@ class Instruct:
     data: str  # JSON lines: source, caption, objects (name, and mask, or segments and label, or box)
     out: str  # JSON lines of requests, in the same folder: specialist and region take them as --data
     judge: str  # the served model, http://HOST/v1
-    judge_model: str = ""  # its name; its key is read from the variable JUDGE_API_KEY
-    budget: int | None = None  # requests to it, retries counted; None: no end
-    tasks: str = "swap,remove,attribute,background,environment,style"  # of which it proposes
+    judge_model: str = ""  # name of the served model; its key is read from the variable JUDGE_API_KEY
+    budget: int | None = None  # most questions to the served model, retries counted; None: no limit
+    tasks: str = "swap,remove,attribute,background,environment,style"  # tasks of which it proposes edits
     edits: int = 4  # proposals for a picture
     seeds: str | None = None  # instructions of people, a text file with one a line; each question shows some
     most: int = 10  # times that the same words may be an instruction
     n: int = 0  # pictures; 0: all
-    seed: int = 0  # of the examples
+    seed: int = 0  # seed of all that is random
 
 
 @dataclass
@@ -64,32 +64,32 @@ class Specialist:
 
     out: str  # folder of the shards
     data: str = "scenes"  # scenes, scenes:hard, or JSON lines of requests (factory/requests.py)
-    split: Literal["train", "heldout"] = "train"  # of scenes
+    split: Literal["train", "heldout"] = "train"  # which part of scenes
     tasks: str = "swap,remove,add,attribute,background,environment"  # also style, which needs --editor
-    n: int = 0  # requests; 0: all lines, or 100 scenes
-    offset: int = 0  # first so many left out
+    n: int = 0  # number of requests; 0: all lines, or 100 scenes
+    offset: int = 0  # leave out the first so many requests
     tries: int = 4  # pictures of each request; pack keeps the best that the judge finds
-    ckpt: str = "assets/base"  # fills holes and draws captions
-    editor: str | None = None  # follows instructions, for style
-    tokenizers: str | None = None  # of SD3, where they do not come with the weights
+    ckpt: str = "assets/base"  # the inpainting model that fills holes and draws captions
+    editor: str | None = None  # the instruction editor, for style
+    tokenizers: str | None = None  # folder of SD3's tokenizers, where they do not come with the weights
     image_size: int = 0  # side of the square of equal area; 0: the model's
-    steps: int = 20  # of the sampler
-    solver: Solver = "euler"  # of inpainting and of the editor
-    guidance: float = 3.0  # of the text, 1 = off
-    remove_guidance: float = 1.0  # the same for removals
+    steps: int = 20  # sampler steps
+    solver: Solver = "euler"  # solver of inpainting and of the editor
+    guidance: float = 3.0  # guidance of the text; 1 = off
+    remove_guidance: float = 1.0  # guidance of the text in removals; 1 = off
     behind: bool = True  # removals are told what is behind (OmniEdit); False: ByteEdit's erasing prompt
-    edit_guidance: float = 3.0  # of the editor's instruction
-    image_guidance: float = 1.5  # of the editor's source
-    grow: float = 0.08  # of an object's mask, in its box's longer side (default ours; the paper: dilated)
+    edit_guidance: float = 3.0  # guidance of the editor's instruction; 1 = off
+    image_guidance: float = 1.5  # guidance of the editor's source picture; 1 = off
+    grow: float = 0.08  # growth of an object's mask, as a share of its box's longer side (default ours)
     anchor: Literal["real", "none"] = "real"  # Prompt-to-Prompt's first picture: the real one, or drawn too
     share_until: float = 0.8  # noise level down to which queries and keys are shared; 0: to the end
     blend_until: float = 0.3  # environment: noise level down to which objects are held (the paper: 70 %)
-    quality: int = 0  # of JPEG pictures; 0: PNG
+    quality: int = 0  # JPEG quality of the pictures (1 to 100); 0: PNG
     batch_size: int = 32  # pictures drawn together, of one shard
     shard: int = 64  # requests in a shard
-    seed: int = 0
+    seed: int = 0  # seed of all that is random
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
 
 
 @dataclass
@@ -98,31 +98,31 @@ class Region:
 
     out: str  # folder of the shards
     data: str = "scenes"  # scenes, scenes:hard, or JSON lines of requests (factory/requests.py)
-    split: Literal["train", "heldout"] = "train"  # of scenes
+    split: Literal["train", "heldout"] = "train"  # which part of scenes
     tasks: str = "swap,remove,background"  # with an object's mask
-    n: int = 0  # requests; 0: all lines, or 100 scenes
-    offset: int = 0  # first so many left out
+    n: int = 0  # number of requests; 0: all lines, or 100 scenes
+    offset: int = 0  # leave out the first so many requests
     tries: int = 4  # candidates of each request, each with its own soft mask
     anchor: Literal["real", "none"] = "real"  # the source: the real picture, or one drawn after its caption
-    ckpt: str = "assets/base"  # draws
-    tokenizers: str | None = None  # of SD3, where they do not come with the weights
+    ckpt: str = "assets/base"  # the base that draws
+    tokenizers: str | None = None  # folder of SD3's tokenizers, where they do not come with the weights
     image_size: int = 0  # side of the square of equal area; 0: the model's
-    steps: int = 20  # of the whole way
-    strength: float = 1.0  # share of it that is run (its code: .3 of SDXL-Turbo's 10 or 14)
-    solver: Solver = "euler"
-    guidance: float = 3.0  # of the text, 1 = off
+    steps: int = 20  # sampler steps of the whole way from noise
+    strength: float = 1.0  # share (0 to 1) of the steps that is run (its code: .3 of SDXL-Turbo's 10 or 14)
+    solver: Solver = "euler"  # solver of the sampler
+    guidance: float = 3.0  # guidance of the text; 1 = off
     blend: Literal["alternate", "every", "none"] = "alternate"  # what is kept comes back after each 2nd step
     p_soft: float = 0.5  # chance of a soft ring around the object
-    grow: float = 0.08  # of the object's mask, in its box's longer side (its code: 0)
-    clip: str | None = None  # WEIGHTS,TOKENIZER,openai|laion: the paper's filters by CLIP; none: no filter
+    grow: float = 0.08  # growth of an object's mask, as a share of its box's longer side (its code: 0)
+    clip: str | None = None  # WEIGHTS,TOKENIZER,openai|laion: the paper's filters by CLIP; None: no filter
     clip_image: float = 0.7  # least similarity of the pictures
     clip_dir: float = 0.22  # least similarity of the directions
-    quality: int = 0  # of JPEG pictures; 0: PNG
+    quality: int = 0  # JPEG quality of the pictures (1 to 100); 0: PNG
     batch_size: int = 32  # pictures drawn together, of one shard
     shard: int = 64  # requests in a shard
-    seed: int = 0
+    seed: int = 0  # seed of all that is random
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
 
 
 @dataclass
@@ -133,10 +133,10 @@ class Score:
     out: str  # folder of the shards
     judge: str = "truth"  # truth (scenes), scorer:FOLDER (train_scorer.py), or a served model, http://HOST/v1
     judge_model: str = ""  # name of the served model; its key is read from the variable JUDGE_API_KEY
-    budget: int | None = None  # requests to it, retries counted; None: no end
-    parser: str = "assets/parser"  # that reads scenes, for truth
-    min_score: float = 9.0  # of the table of yields
-    device: str = "auto"  # auto, cpu, cuda
+    budget: int | None = None  # most questions to the served model, retries counted; None: no limit
+    parser: str = "assets/parser"  # the parser that reads scenes, for --judge truth
+    min_score: float = 9.0  # score from which a try counts in the table of yields
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
 
 
 @dataclass
@@ -145,26 +145,26 @@ class Refine:
 
     data: str  # folder of specialist, region or score
     out: str  # folder of the shards
-    ckpt: str = "assets/base"  # denoises first: a base
-    second: str | None = None  # and then: a refiner; none: the same base
-    tokenizers: str | None = None  # of SD3, where they do not come with the weights
+    ckpt: str = "assets/base"  # the base that denoises first
+    second: str | None = None  # the refiner that denoises then; None: the same base
+    tokenizers: str | None = None  # folder of SD3's tokenizers, where they do not come with the weights
     upscale: float = 1.0  # factor for both sides, Lanczos (the paper: 2, by HAT)
-    logsnr: float = -4.649  # at which both are noised; of a larger picture it destroys less
-    steps: str = "18,15"  # of the two models
+    logsnr: float = -4.649  # log-SNR to which both are noised; of a larger picture it destroys less
+    steps: str = "18,15"  # sampler steps of the two models
     schedule: Literal["edm", "linear"] = "edm"  # Karras' spacing, or the sampler's own
-    sigma_min: float = 0.03  # of Karras' spacing, before 0 (default ours)
+    sigma_min: float = 0.03  # last sigma of Karras' spacing before 0 (default ours)
     solver: Solver = "dpm"  # DPM-Solver++(2M)
-    guidance: float = 3.0  # of the captions (default ours, paper silent)
+    guidance: float = 3.0  # guidance of the captions (default ours, paper silent)
     same_noise: bool = True  # both pictures get one noise; False: the control
     paste: bool = False  # outside its mask the target takes the refined source (default ours)
     clip: str | None = None  # WEIGHTS,TOKENIZER,openai|laion; none: no filter
     clip_image: float = 0.7  # least similarity of the pictures
     clip_dir: float = 0.2  # least similarity of the directions
-    quality: int = 0  # of JPEG pictures; 0: PNG
+    quality: int = 0  # JPEG quality of the pictures (1 to 100); 0: PNG
     batch_size: int = 16  # pairs drawn together, of one shard
-    seed: int = 0
+    seed: int = 0  # seed of all that is random
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
 
 
 @dataclass
@@ -173,14 +173,14 @@ class Pack:
 
     data: str  # folders of score, with commas between them
     out: str  # folder of the data set
-    min_score: float | None = 9.0  # OmniEdit's; None: rows without a score, too
-    most: int = 4  # rows of one source and task
-    near: int = 3  # bits of 64 by which copies differ
+    min_score: float | None = 9.0  # least score that is kept (OmniEdit: 9); None: rows without a score, too
+    most: int = 4  # most rows kept of one source and task
+    near: int = 3  # pictures whose 64-bit hashes differ in at most so many bits are copies
     equal: bool = False  # as many rows of every task as of the rarest
     per_task: int = 0  # rows of a task at most; 0: any
     dev: float = 0.05  # share of the families that is held out
-    shard: int = 1000  # rows of a file: at 1 megapixel in JPEG about 0.5 GB
-    group: int = 100  # rows of a row group: viewers want less than 300 MB
+    shard: int = 1000  # rows in a file: at 1 megapixel in JPEG about 0.5 GB
+    group: int = 100  # rows in a row group: viewers want less than 300 MB
 
 
 @dataclass

@@ -46,37 +46,36 @@ from scenes.judge import to_float, to_uint8, truth_distance
 
 @dataclass
 class Config:
-    ckpt: str = "assets/base"  # the base, whose generations are ranked; of --texts: several, with commas
+    ckpt: str = "assets/base"  # the base, whose generations are ranked; with --texts several, with commas
     out: str = "out/prefs"  # folder for pictures, aesthetic.json, alignment.jsonl, results.json
     data: str = "scenes"  # scenes, scenes:hard, a folder of captioned pictures or a .parquet
     texts: str | None = None  # in place of --data: .txt, .jsonl or .parquet files of prompts, with commas
-    select: Literal["knn", "votek", "random"] = "knn"  # which --n of them (readers/prompts.py)
-    features: Literal["encoder", "hashed"] = "encoder"  # of a text: the base's text encoder; or its words
-    clusters: int = 64  # of K-means, for knn (the paper names none)
-    neighbours: int = 10  # nearest ones that knn and votek look at (the paper names none)
-    judge: str = "people"  # of --texts: people, who get a page, or a reward (rewards.open_reward)
+    select: Literal["knn", "votek", "random"] = "knn"  # how --n texts are chosen (readers/prompts.py)
+    features: Literal["encoder", "hashed"] = "encoder"  # texts are compared by the base's encoder, or words
+    clusters: int = 64  # clusters of K-means, for --select knn (the paper names no number)
+    neighbours: int = 10  # nearest texts that knn and votek look at (the paper names no number)
+    judge: str = "people"  # who ranks: people, who get a page, or a reward (rewards.open_reward)
     recaption: str | None = None  # address of a served vision-language model, up to /v1: it writes captions
-    model: str = ""  # its name; its key is read from the variable JUDGE_API_KEY
+    model: str = ""  # name of the served model; its key is read from the variable JUDGE_API_KEY
     lowest: float = 0.3  # of --recaption: share of the --n pictures whose captions fit least, by --judge
     gold: float = 0.05  # share of items with a ruined picture, to see whether an annotator looks
-    repeats: float = 0.05  # share of items that come twice, to see whether he agrees with himself
-    labels: str | None = None  # lines that the page of --out exported, with commas: write the preferences
-    others: bool = False  # the pictures between best and worst make pairs with both, too
-    n: int = 500  # prompts
-    offset: int = 0  # first picture
-    captions: int = 0  # further true pictures for alignment pairs alone
+    repeats: float = 0.05  # share of items that come twice, to see whether an annotator agrees with himself
+    labels: str | None = None  # files that the page of --out exported, with commas: write their preferences
+    others: bool = False  # also pair the pictures between best and worst with both
+    n: int = 500  # number of prompts (with --data: pictures)
+    offset: int = 0  # leave out the first so many pictures
+    captions: int = 0  # number of further true pictures that make alignment pairs alone
     k: int = 4  # pictures for each prompt, of which the best and the worst are kept
-    steps: str = "20"  # of sampling, for each of the k in turn, with commas
+    steps: str = "20"  # sampler steps, for each of the k pictures in turn, with commas
     guidance: float = 1.0  # classifier-free guidance; 1 = off
-    solver: Literal["euler", "heun", "dpm"] = "euler"  # of the sampler
-    degrade: Literal["look", "all", "none"] = "look"  # copies made worse: in look alone; or by colour
-    # casts and content moved against the seam, too, which are the coherence reward's to see
+    solver: Literal["euler", "heun", "dpm"] = "euler"  # solver of the sampler
+    degrade: Literal["look", "all", "none"] = "look"  # worse copies: in look; all: casts, shifts too
     margin: float = 0.25  # least gap of a pair: a fraction of the error; of a reward, std of its scores
     mismatched: float = 0.67  # share of false captions that are another scene's; the rest: one fact
     batch_size: int = 64  # pictures sampled together
-    seed: int = 0  # of masks, prompts, noise and false captions
+    seed: int = 0  # seed of masks, prompts, noise and false captions
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
 
 
 PROMPT_FREE = 0.25  # share of aesthetic preferences without a prompt: the editor outpaints without one

@@ -509,11 +509,19 @@ def build_editor(arch: dict, what: str = "the checkpoint") -> Editor:
     return Editor(config_from(EditorConfig, arch, "editor", what))
 
 
+WRITTEN_BY = {"editor": "train_omni.py or train_pefl.py", "reward": "train_reward.py",
+              "scorer": "train_scorer.py", "coherence": "train_pefl.py"}  # kind of a folder: the script
+
+
+def _a(kind: str | None) -> str:
+    return f"{'an' if str(kind)[0] in 'aeiou' else 'a'} {kind!r}"
+
+
 def config_from(cls: type, arch: dict, kind: str, what: str = "the checkpoint"):
     """cls from a manifest's arch dict, refusing other kinds and unknown fields in one line."""
     if arch.get("kind") != kind:
-        raise SystemExit(f"error: {what}: holds a {arch.get('kind')!r}, this needs a {kind!r}: name another "
-                         "folder")
+        raise SystemExit(f"error: {what}: holds {_a(arch.get('kind'))}, and {_a(kind)} is needed here: name "
+                         f"a folder that {WRITTEN_BY[kind]} wrote")
     known = {f.name for f in fields(cls)}
     unknown = set(arch) - known - {"kind"}
     if unknown:
@@ -694,8 +702,8 @@ class EditNet(nn.Module):
 def build_editnet(arch: dict, what: str = "the checkpoint") -> EditNet:
     """EditNet from the `arch` of a manifest; SystemExit that names `what` when it is of another kind."""
     if arch.get("kind") != "editnet":
-        raise SystemExit(f"error: {what}: holds a {arch.get('kind')!r}, this needs an 'editnet': name the "
-                         "folder of a run with --stage edit")
+        raise SystemExit(f"error: {what}: holds {_a(arch.get('kind'))}, and an 'editnet' is needed here: "
+                         "name the folder of a run with --stage edit")
     return EditNet(config_from(EditorConfig, arch["base"], "editor", what), arch["variant"], arch["cached"])
 
 

@@ -102,12 +102,16 @@ NEEDS = {  # what an editor must be able to do -> what to give instead of one th
     "follow": "instructions are to be followed: give the folder of a run with --stage edit"}
 
 
-def open_weights(path: str, which: str = "auto", device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
+def open_weights(path: str, which: str = "auto", device: str = "cpu",
+                 what: str = "--ckpt") -> tuple[dict[str, Tensor], dict]:
     """State dict and manifest of a checkpoint folder of ours, or of SD3's or SD3.5's public weights, which
     become an Editor's, in fp32.
 
-    which: "ema" or "model"; "auto": the averaged ones where there are any.
+    which: "ema" or "model"; "auto": the averaged ones where there are any. what: the flag that errors name.
     """
+    if not os.path.exists(path):
+        raise SystemExit(f"error: {what}: {path}: no such folder or file: give a run folder, a step_* folder "
+                         "in one, a folder of assets/, or SD3 weights")
     if is_public(path):
         cfg, state = load_mmdit(path, torch.float32, device)
         return ({f"mmdit.{k}": v for k, v in state.items()},
@@ -129,7 +133,7 @@ def open_editor(path: str, device: torch.device, needs: tuple[str, ...] = (), wh
     text encoders are, if not where the manifest says, and a cache in place of the latter. mask_input: give
     public weights, which have none, an empty one, whose columns are zero.
     """
-    state, manifest = open_weights(path, which)
+    state, manifest = open_weights(path, which, what=what)
     arch, what = manifest.get("arch", {}), f"{what}: {path}"
     if arch.get("kind") == "editnet":
         net, able, kind = model.build_editnet(arch, what), {"follow"}, "an instruction editor"

@@ -636,6 +636,8 @@ def open_reward(spec: str, device: Device = "cpu", what: str = "reward",
     if name not in PUBLISHED or len(paths) != 2 or not all(paths):
         raise SystemExit(f"error: {what}: {spec!r}: give a folder, or NAME:PATH,PATH with a name of "
                          f"{', '.join(PUBLISHED)}")
+    if gone := [p for p in paths if not Path(p).exists()]:
+        raise SystemExit(f"error: {what}: {spec}: {gone[0]}: no such file or folder: correct the path")
     to = {"dtype": dtype, "device": device}
     if name == "imagereward":
         return partial(imagereward, load_imagereward(*paths, **to))
@@ -650,6 +652,9 @@ def open_reward(spec: str, device: Device = "cpu", what: str = "reward",
 
 
 def _trained(path: str, what: str) -> PreferenceReward:
+    if not Path(path).is_dir():
+        raise SystemExit(f"error: {what}: no such folder: give a folder that train_reward.py wrote, or a "
+                         f"published reward, NAME:PATH,PATH with a name of {', '.join(PUBLISHED)}")
     tensors, manifest = checkpoint.load(path, ("model",))
     net = build_reward(manifest.get("arch", {}), what)
     if net.tokenizer is None:

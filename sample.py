@@ -84,25 +84,25 @@ class Config:
     image: str | None = None  # picture, or a folder of them (broken ones are then skipped and counted)
     mask: str | None = None  # white = regenerate; file or folder of NAME.png; default NAME.mask.png beside it
     prompt: str | None = None  # what to draw, "" = prompt-free; default NAME.txt beside NAME, for outpaint ""
-    instruction: tuple[str, ...] = ()  # edit: what to change, one text a turn; default lines of NAME.txt
+    instruction: tuple[str, ...] = ()  # edit: what to change; several are turns; default: lines of NAME.txt
     jsonl: str | None = None  # instead of --image: lines {image, mask, prompt, seed, ...}; paths from there
     left: int | None = None  # outpaint: pixels to add on this side
     right: int | None = None  # outpaint: pixels to add on this side
     top: int | None = None  # outpaint: pixels to add on this side
     bottom: int | None = None  # outpaint: pixels to add on this side
     aspect: str | None = None  # outpaint: grow to this width:height, such as 16:9, around the picture
-    height: int | None = None  # t2i: of the result, in pixels; default --size
-    width: int | None = None  # t2i: of the result, in pixels; default --size
+    height: int | None = None  # t2i: height of the result in pixels; default --size
+    width: int | None = None  # t2i: width of the result in pixels; default --size
     num_samples: int = 1  # results per input, each from its own noise
     seed: int = 0  # noise of result k of an input = f(seed, k), whatever the batch and the other inputs
     steps: int = 20  # sampler steps (ByteEdit: 20 for the base, 8 once accelerated)
     guidance: float | None = None  # classifier-free guidance; default 1 (off, as PeFL trains), for edit 3
     image_guidance: float = 1.5  # edit: the same towards the source picture; 1 = off
     solver: Literal["euler", "heun", "dpm"] = "euler"  # heun, dpm: second order; heun calls twice a step
-    shift: float | None = None  # moves the steps towards noise; default the checkpoint's
-    size: int | None = None  # working resolution: side of the square of equal area; default the checkpoint's
-    crop: Literal["auto", "mask", "none"] = "auto"  # work on windows around the mask; auto: if larger there
-    seam: int = 2  # pixels around the mask that fade from generated to original; 0 = hard paste
+    shift: float | None = None  # moves the sampler's times towards noise; default the checkpoint's
+    size: int | None = None  # working size: side of a square of equal area; default the checkpoint's
+    crop: Literal["auto", "mask", "none"] = "auto"  # windows around the mask: if larger there, always, never
+    seam: int = 2  # width in pixels in which generated fades to original at the mask; 0 = hard paste
     blend: Literal["none", "every", "alternate"] = "none"  # put what is kept back after every (second) step
     paste: bool = True  # edit with a mask: the rest of the original untouched; False: as the model made it
     layout: Literal["flat", "gedit", "imgedit", "magicbrush", "pie", "emu"] | None = None  # default --jsonl's
@@ -319,6 +319,8 @@ def list_items(cfg: Config) -> tuple[list[dict], int]:
         elif cfg.image and Path(cfg.image).is_dir():
             items = [complete(base | {"image": p}, cfg.task) for p in files_in(cfg.image)]
         else:
+            if (path := base.get("image")) and not bad_name(path) and not Path(path).exists():
+                raise ValueError(f"image: {path}: no such file or folder: correct the path")
             items = [complete(base, cfg.task)]
     except ValueError as e:
         raise SystemExit(f"error: --{e}") from None

@@ -3,12 +3,13 @@
     python train_omni.py --stage base --data scenes --out out/base            # text to image, from scratch
     python train_omni.py --stage inpaint --init out/base --out out/inpaint    # inpainting on top of it
     python train_omni.py --stage edit --init assets/base --out out/editnet    # EditNet on top of either
-    torchrun --nproc_per_node=8 train_omni.py --stage inpaint --data /photos --preset small --image_size 256
+    torchrun --nproc_per_node=8 -- train_omni.py --data /photos --preset small --image_size 256
 
     python train_omni.py --stage edit --init sd3_medium.safetensors --cache out/cache --out out/sd3
 
 The same command again resumes. Data: "scenes", a folder of pictures, or parquet (see data.py); for --stage
-edit "scenes" or pairs in a published form, such as omniedit:PATH (readers/edits.py).
+edit "scenes" or pairs in a published form, such as omniedit:PATH (readers/edits.py). The defaults are ours,
+for small models from scratch; README.md has the flags for SD3.
 """
 
 from dataclasses import asdict, dataclass
@@ -29,54 +30,55 @@ from common import Verdict
 from log import Perf
 from readers.cached import Latents
 
+Variant = Literal["editnet", "attend", "controlnet", "textcontrol", "concat"]
+
 
 @dataclass
 class Config:
     out: str = "out/omni"  # run folder: checkpoints, metrics.jsonl, sample sheets
     data: str = "scenes"  # "scenes", a folder of pictures, .parquet, packed (make_pack.py); edit: PRESET:PATH
-    stage: Literal["base", "inpaint", "edit"] = "inpaint"  # text to image; with mask; with source
+    stage: Literal["base", "inpaint", "edit"] = "inpaint"  # text to image, holes, instructions
     preset: str = "tiny"  # architecture, see PRESETS in model.py; ignored with --init
-    init: Annotated[str | None, tyro.conf.arg(aliases=["--ckpt", "--base"])] = None  # a checkpoint or SD3
+    init: Annotated[str | None, tyro.conf.arg(aliases=["--ckpt", "--base"])] = None  # weights to start from
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --init came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
     cache: str | None = None  # folder of make_cache.py: text features, and latents of pictures
-    variant: Literal["editnet", "attend", "controlnet", "textcontrol", "concat"] = "editnet"  # edit: see
-    # model.EditNet
-    source_start: Literal["picture", "masked"] = "picture"  # editnet, attend: how their source tokens begin
-    fixed_source: bool = False  # edit: source tokens see source and text only, computed once for all steps
+    variant: Variant = "editnet"  # edit: how the source picture gets in; model.EditNet explains each
+    source_start: Literal["picture", "masked"] = "picture"  # edit: source tokens start as picture or masked
+    fixed_source: bool = False  # edit: source tokens see source and text only, and are computed once
     tune_base: Literal["frozen", "lora", "full"] | None = None  # edit: None = frozen, but full for concat
     lora: int = 16  # edit: rank of the base's update with --tune_base lora
-    weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: lambda of Eq. 6; or score / 10
-    min_score: float = 9.0  # edit: threshold weighs 1 from this score on, and leaves out what is below
-    tasks: str | None = None  # None = t2i=6,inpaint=6,edit=5,outpaint=5,erase=2; edit: balanced, or as_is
-    p_region: float = 0.3  # edit: share of the pairs with a mask that are shown it; the rest is free-form
-    image_size: int = 64  # side of the square (or of the square of equal area, with --aspects)
+    weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: Eq. 6, score / 10, or 1
+    min_score: float = 9.0  # edit, threshold: pairs of this score (0 to 10) and more weigh 1, others 0
+    tasks: str | None = None  # weights; None: t2i=6,inpaint=6,edit=5,outpaint=5,erase=2; edit: balanced
+    p_region: float = 0.3  # edit: share (0 to 1) of the pairs with a mask that see it
+    image_size: int = 64  # side of the square in pixels (with --aspects of a square of equal area)
     aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
     batch_size: int = 64  # pictures per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
     steps: int = 20_000  # optimiser steps
     lr: float = 5e-4  # peak learning rate of AdamW
-    muon_lr: float = 0.0  # of Muon, for the matrices of attention and MLPs (common.Muon); 0 = AdamW for all
-    lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warm-up
+    muon_lr: float = 0.0  # learning rate of Muon, for matrices of attention and MLPs; 0 = AdamW for all
+    lr_schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate after warm-up
     warmup: int = 500  # steps of linear warm-up
     ema: float = 0.999  # decay of the averaged weights that are sampled and shipped
-    t_density: Literal["logit_normal", "uniform"] = "uniform"  # distribution of training times
+    t_density: Literal["logit_normal", "uniform"] = "uniform"  # distribution of t in training
     t_shift: float = 3.0  # moves training times towards noise, where captions decide (SD3: 3 at 1024^2)
-    t_weight: float = 1.0  # a power w of t that weighs v's squared error: 0 leaves it, 2 makes it x_0's
-    shift: float | None = None  # of the sampler's times, for sample.py, train_pefl.py; None = as --init, or 1
-    text_lr: float = 0.2  # lr of the text encoder over lr: at 1 all words became one vector; 0 = frozen
-    drop_caption: float = 0.1  # share without text, for guidance; edit: as many without source, half in both
+    t_weight: float = 1.0  # v's squared error is weighed with t to this power (2: the error of x_0)
+    shift: float | None = None  # of the times of sample.py and train_pefl.py; None = --init's, or 1
+    text_lr: float = 0.2  # the text encoder's lr over lr; 0 = frozen (at 1 all words became one vector)
+    drop_caption: float = 0.1  # share (0 to 1) without text, for guidance; edit: and as many without source
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     checkpointing: int = 0  # recompute every n-th block's activations: 1 = all, a third more time; 0 = none
     fsdp: bool = False  # shard the blocks that train over torchrun's ranks (common.shard)
     compile: bool = False  # torch.compile every block: slow at first, then faster
-    seed: int = 0  # of weights, data order, noise
-    workers: int = 1  # data processes per rank
-    device: str = "auto"  # auto, cpu, cuda
+    seed: int = 0  # seed of weights, data order and noise
+    workers: int = 1  # processes per rank that load data
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
     log_every: int = 50  # steps between rows of metrics
     sample_every: int = 1000  # steps between sample sheets; 0 = never
     save_every: int = 1000  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # how many of the newest checkpoints are kept
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
 
 
@@ -266,7 +268,7 @@ def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNe
         arch = model.PRESETS[cfg.preset]
         cfg.shift = cfg.shift or 1.0
         return model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch), {}
-    state, manifest = pipeline.open_weights(cfg.init, device=device)
+    state, manifest = pipeline.open_weights(cfg.init, device=device, what="--init")
     arch = manifest["arch"]
     cfg.shift = cfg.shift or manifest.get("config", {}).get("shift") or 1.0
     surroundings = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})

@@ -13,6 +13,7 @@ One step, for a picture x, a mask m and a caption c, in the paper's letters (Sec
 Then L^G = L_reward + eta (L_reg + L_vgg) for the editor G, with the rewards R_alpha (aesthetic), R_beta
 (alignment) and R_gamma (coherence) in L_reward (Eq. 2-4, 7, 8); and L^D for R_gamma, which learns online as
 the discriminator (Eq. 6, 8). Progressive phases shrink T, T1 and T2 (Sec. 3.3). The same command resumes.
+Where a flag's help names a section or an equation, and not "ours", its default is the paper's.
 
 Where this differs from the equations: the terms of L_reward have weights (Sec. 4.1; Eq. 7 sums them); scores
 of our own rewards are in deviations of held-out scores, since -log sigmoid of a large one has no gradient
@@ -54,45 +55,45 @@ class Config:
     sd3: str | None = None  # SD3's VAE and text encoders; None = those --base came with
     tokenizers: str | None = None  # folder with tokenizer, tokenizer_2, tokenizer_3, where --sd3 is one file
     cache: str | None = None  # folder of make_cache.py --split all: text features in place of the encoders
-    aesthetic: str | None = None  # R_alpha: a folder, or a published NAME:PATH,PATH; the mean of several, A,B
-    alignment: str | None = None  # R_beta, likewise; rewards.open_reward names the published ones
-    heldout_reward: str | None = None  # a reward that is logged and never trained on: the hacking alarm
+    aesthetic: str | None = None  # R_alpha: folder of train_reward.py, or NAME:PATH,PATH; A,B: their mean
+    alignment: str | None = None  # R_beta: the same; NAME is a published reward of rewards.open_reward
+    heldout_reward: str | None = None  # a reward that is logged and never trained on: it shows hacking
     vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = a reward's image tower
     out: str = "out/pefl"  # run folder: checkpoints, metrics.jsonl, sample sheets
-    data: str = "scenes"  # "scenes", a folder of pictures, a .parquet file / folder; an editor's: PRESET:PATH
-    image_size: int | None = None  # side of the training square; None = the base's
+    data: str = "scenes"  # "scenes", a folder of pictures, or parquet; instruction editors: PRESET:PATH
+    image_size: int | None = None  # side of the training square in pixels; None = the base's
     aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
-    tasks: str = "t2i=2,outpaint=7,edit=7,inpaint=3,erase=3"  # weights, ours; t2i: the whole picture is hole
-    p_region: float = 0.3  # instruction editors: share of the pairs with a mask that are shown it
-    batch_size: int = 16  # pictures per rank and micro-batch
+    tasks: str = "t2i=2,outpaint=7,edit=7,inpaint=3,erase=3"  # relative weights (ours); t2i: all is hole
+    p_region: float = 0.3  # instruction editors: share (0 to 1) of the pairs with a mask that see it
+    batch_size: int = 16  # pictures per rank and micro-batch (default ours, paper silent)
     accum: int = 1  # micro-batches per optimiser step
-    phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 x optimiser steps, one after the other (Sec. 3.3)
+    phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 (Sec. 3.3) x optimiser steps (ours), in turn
     start: Literal["masked", "noise"] = "masked"  # of stage 2: x (1 - m) noised to T1; or noise, at T (ours)
     w_aesthetic: float = 0.01  # weight of R_alpha in L_reward (Sec. 4.1)
     w_alignment: float = 0.01  # weight of R_beta in L_reward (Sec. 4.1)
     w_coherence: float = 0.05  # weight of R_gamma in L_reward, the adversarial loss (Sec. 4.1)
     adversarial_from: int = 2  # first phase with R_gamma in L_reward (Sec. 4.1); at most the last one
-    reward_noise: float = 0.0  # std of Gaussian noise through which all rewards look (ours; LOG.md)
+    reward_noise: float = 0.0  # std of noise on the pictures, in [-1, 1], that rewards see (ours)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
     hold: Literal["all", "known"] = "all"  # L_reg, L_vgg hold everywhere (Eq. 3), or outside the hole (ours)
-    disc_init: str | None = None  # R_gamma starts from a PeFL run's, or a reward's image tower; None = fresh
+    disc_init: str | None = None  # R_gamma begins as a PeFL run's, or a reward's image tower; None = fresh
     disc_lr: float = 1e-4  # learning rate of R_gamma (default ours, paper silent)
-    disc_first: int = 0  # steps in which R_gamma learns alone at first (0 as in the paper)
+    disc_first: int = 0  # first steps, in which only R_gamma learns (0 as in the paper)
     disc_updates: int = 1  # steps of R_gamma for each of the editor's (1 as in the paper)
-    lr: float = 2e-6  # of the editor (Sec. 4.1)
-    warmup: int = 1000  # steps of linear warm-up (Sec. 4.1)
+    lr: float = 2e-6  # learning rate of the editor (Sec. 4.1)
+    warmup: int = 1000  # optimiser steps of linear warm-up (Sec. 4.1)
     ema: float = 0.9999  # decay of the averaged weights (Sec. 4.1)
     lora: int = 0  # rank of a low-rank update of the joint blocks; 0 = tune every weight
     checkpointing: int = 0  # recompute every n-th block of the editor, decoder and rewards; 0 = none, 1 = all
     fsdp: bool = False  # shard the editor's blocks over torchrun's ranks (common.shard)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
-    seed: int = 0  # of data order, noise, t' and R_gamma
-    workers: int = 1  # data processes per rank
-    device: str = "auto"  # auto, cpu, cuda
+    seed: int = 0  # seed of data order, noise, t' and R_gamma
+    workers: int = 1  # processes per rank that load data
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
     log_every: int = 20  # steps between rows of metrics
     sample_every: int = 200  # steps between sample sheets; 0 = never
     save_every: int = 200  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # how many of the newest checkpoints are kept
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
 
 

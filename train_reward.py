@@ -2,7 +2,7 @@
 
     python train_reward.py --pairs pairs/aesthetic.jsonl --out out/aesthetic  # caption, two pictures
     python train_reward.py --pairs pairs/alignment.jsonl --out out/alignment  # picture, two captions
-    torchrun --nproc_per_node=8 train_reward.py --pairs train.json --preset imagereward --batch_size 8
+    torchrun --nproc_per_node=8 -- train_reward.py --pairs train.json --preset imagereward --batch_size 8
 
 The same command again resumes. Which of the two rewards comes out is a matter of the pair file alone
 (readers/preferences.py): what is compared is always two (caption, picture) couples. The run folder is
@@ -35,35 +35,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survi
 
 @dataclass
 class Config:
-    pairs: str  # preference file(s), PATH or PATH,PATH: ImageReward JSON, or lines (readers/preferences.py)
+    pairs: str  # preference file(s), PATH or PATH,PATH (readers/preferences.py has the formats)
     out: str = "out/reward"  # run folder: checkpoints, metrics.jsonl
-    images: str | None = None  # folder the pictures' names are relative to; None: the pair file's own
+    images: str | None = None  # folder that pictures' names start from; None: the pair file's own
     val_pairs: str | None = None  # held-out file(s); None: a part of --pairs, by whole prompts (or pictures)
-    val_fraction: float = 0.1  # that part; 0 = train on everything and report no held-out accuracy
+    val_fraction: float = 0.1  # share of --pairs that is held out; 0 = train on all, report no accuracy
     preset: str = "tiny"  # architecture, see REWARD_PRESETS in rewards.py; ignored with --init
-    init: str | None = None  # to start from: a reward's folder, blip:PATH,VOCAB or imagereward:PATH,VOCAB
-    original_init: bool = False  # ImageReward's initialisation of the head, which waits long at loss 0.6931
-    freeze: float = 0.0  # fraction of the first ViT blocks and text layers left as is (ImageReward: 0.7)
-    dropout: float | None = None  # in the head; None: ImageReward's 0.2, 0.2, 0.1
-    augment: int = 0  # both pictures of a pair are shifted alike by up to so many pixels of the model's input
+    init: str | None = None  # start from a reward's folder, blip:PATH,VOCAB or imagereward:PATH,VOCAB
+    original_init: bool = False  # initialise the head as ImageReward: it waits long at loss 0.6931
+    freeze: float = 0.0  # share of the first ViT blocks and text layers left as they are (ImageReward: 0.7)
+    dropout: float | None = None  # dropout in the head; None: ImageReward's 0.2, 0.2, 0.1
+    augment: int = 0  # largest shift of both pictures of a pair, alike, in pixels of the model's input
     noise: float = 0.0  # largest std of the Gaussian noise added to both pictures of a pair: harder to hack
     batch_size: int = 64  # pairs per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
     steps: int = 2_000  # optimiser steps
     lr: float = 1e-5  # peak learning rate of Adam: 1e-5 fine-tunes published models, from scratch take 5e-4
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # after the warm-up; cosine to 0 as ImageReward
-    warmup: int = 0  # steps of linear warm-up; from scratch take 50
-    grad_clip: float = 0.0  # global norm; 0 = off, as ImageReward
+    warmup: int = 0  # optimiser steps of linear warm-up; from scratch take 50
+    grad_clip: float = 0.0  # limit of the gradient's global norm; 0 = off, as ImageReward
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
-    seed: int = 0  # of weights, data order, dropout
-    workers: int = 1  # data processes per rank
-    device: str = "auto"  # auto, cpu, cuda
+    seed: int = 0  # seed of weights, data order and dropout
+    workers: int = 1  # processes per rank that load data
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
     log_every: int = 50  # steps between rows of metrics
     eval_every: int = 500  # steps between held-out accuracies; 0 = only at the end
     eval_pairs: int = 2_000  # held-out pairs used while training (at the end all are); 0 = all
     plateau_warn: int = 300  # warn when the loss stays within 0.693 +- 0.002 for so many steps; 0 = never
     save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # how many of the newest checkpoints are kept
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
 
 

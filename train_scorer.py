@@ -41,23 +41,23 @@ class Config:
     preset: str = "tiny-p16"  # architecture, see REWARD_PRESETS in rewards.py; ignored with --init
     init: str | None = None  # a reward's folder or imagereward:PATH,VOCAB, whose towers it starts from
     aspects: bool = True  # whole pictures, squashed to the network's square as when scoring; False: crops
-    negatives: float = 0.25  # share of free wrong pairs in a batch, of score 0 (see `spoil`)
-    keep_score: float = 9.0  # pairs of this score and more are kept (OmniEdit Eq. 6)
+    negatives: float = 0.25  # share of a batch that is made wrong for nothing, with score 0 (see `spoil`)
+    keep_score: float = 9.0  # pairs of this score (0 to 10) and more count as kept (OmniEdit Eq. 6)
     batch_size: int = 64  # pairs per rank
     steps: int = 2_000  # optimiser steps
     lr: float = 5e-4  # peak learning rate of AdamW, cosine to 0; with --init take 1e-5
     warmup: int = 50  # steps of linear warm-up
-    weight_decay: float = 0.01  # of matrices
-    grad_clip: float = 1.0  # global norm; 0 = off
+    weight_decay: float = 0.01  # AdamW's weight decay of matrices
+    grad_clip: float = 1.0  # limit of the gradient's global norm; 0 = off
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
-    seed: int = 0  # of weights, data order, negatives
-    workers: int = 1  # data processes per rank
-    device: str = "auto"  # auto, cpu, cuda
+    seed: int = 0  # seed of weights, data order and negatives
+    workers: int = 1  # processes per rank that load data
+    device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
     log_every: int = 50  # steps between rows of metrics
     eval_every: int = 0  # steps between held-out reports; 0 = at the start and at the end
-    eval_pairs: int = 2_000  # held-out pairs, the first ones
+    eval_pairs: int = 2_000  # how many held-out pairs the reports look at
     save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # how many of the newest checkpoints are kept
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
 
 

@@ -73,7 +73,7 @@ class Folder:
     all files that are pictures of a kind that is read, and a line with the number of the others."""
 
     def __init__(self, root, split, share):
-        self.root, self.name, self.bad_lines, left = str(root), str(root), 0, ""
+        self.root, self.name, self.bad_lines, left, texts = str(root), str(root), 0, "", set()
         if (Path(root) / "metadata.jsonl").is_file():
             rows, self.bad_lines = checked(json_lines(Path(root) / "metadata.jsonl"), _metadata_row)
         else:
@@ -81,14 +81,21 @@ class Folder:
                            for f in names if not f.startswith("."))
             maps = {f.removesuffix(".seg.png"): f for f in found if f.endswith(".seg.png")}
             files, left = pictures_of(os.path.join(root, f) for f in found if not f.endswith(".seg.png"))
-            files = [os.path.relpath(f, root) for f in files]
+            files, texts = [os.path.relpath(f, root) for f in files], {f for f in found if f.endswith(".txt")}
             rows = [Row(f, None, maps.get(os.path.splitext(f)[0]), None) for f in files]
-            if left and rows and int(os.environ.get("RANK", 0)) == 0:
-                print(f"note: {printable(str(root))}: {left}", file=sys.stderr)
+            self._note(left if rows else "")
         if not rows:
             raise BadFile(root, left or "no pictures", "use metadata.jsonl, parquet, or pictures such as "
                                                        ".jpg, .png, .webp")
+        beside = (os.path.splitext(r.file)[0] + ".txt" in texts for r in rows if r.caption is None)
+        if split != "heldout" and not any(r.caption for r in rows) and not any(beside):
+            self._note("no picture has a caption, so all are used without words: for captions put NAME.txt "
+                       "beside NAME.png, or text into metadata.jsonl")
         self.rows = [r for r in rows if split == "all" or held_out(r.file, share) == (split == "heldout")]
+
+    def _note(self, words):
+        if words and int(os.environ.get("RANK", 0)) == 0:
+            print(f"note: {printable(self.root)}: {words}", file=sys.stderr)
 
     def __len__(self):
         return len(self.rows)

@@ -49,8 +49,10 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
     the prompt (the picture, where captions are compared or there is none), so that none is on both sides;
     `fraction` is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
     path = Path(path)
-    if split not in ("train", "heldout", "all") or not path.is_file():
-        raise SystemExit(f"error: {path}, split {split!r}: no such file or split: use train, heldout or all")
+    if split not in ("train", "heldout", "all"):
+        raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
+    if not path.is_file():
+        raise SystemExit(f"error: {path}: no such file: give preference pairs, such as make_prefs.py writes")
     with open(path, "rb") as f:
         is_list = f.read(64).lstrip().startswith(b"[")
     try:

@@ -56,19 +56,19 @@ from readers.files import (
 
 @dataclass
 class Study:
-    folders: tuple[str, ...] = ()  # of the systems' results, one each; what they are called in the tables
+    folders: tuple[str, ...] = ()  # a folder of results for each system, which names it in the tables
     out: str = "out/study"  # page/ for raters and key.json, which they must not get; later the tables
     answers: tuple[str, ...] = ()  # what raters exported: makes the tables, in place of a page
-    form: Literal["gsb", "expert", "scpq"] = "gsb"  # what is asked (see above)
+    form: Literal["gsb", "expert", "scpq"] = "gsb"  # what raters are asked: at the top of this file
     criteria: tuple[str, ...] = ()  # rows: names of CRITERIA, or "name: a question"; the last one decides
     sources: str | None = None  # folder of the pictures before, where samples.jsonl does not say them
     instructions: str | None = None  # the same of what was asked: whatever sample.py --jsonl takes, with keys
     n: int = 0  # comparisons (expert, scpq: pictures), spread evenly over pairs of systems; 0 = all
-    per_rater: int = 0  # of them for each rater, in blocks; 0 = all
+    per_rater: int = 0  # comparisons for each rater, in blocks; 0 = all
     gold: float = 0.05  # ruined pictures, to see whether a rater looks: share of his items, at least five
     repeats: float = 0.05  # items that come twice, sides exchanged: share of his items, at least six
-    resamples: int = 1000  # of the bootstrap over pictures
-    seed: int = 0  # of order, sides, gold, repeats and the bootstrap
+    resamples: int = 1000  # bootstrap samples over pictures
+    seed: int = 0  # seed of order, sides, gold, repeats and the bootstrap
 
 
 CRITERIA = {  # form -> name -> (question, hint)

@@ -32,14 +32,14 @@ COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 class Config:
     data: str  # the benchmark's folder
     ckpt: str  # instruction editors, with commas: a curve each
-    name: str = "pie"  # of evaluate.py bench
-    image_guidance: str = "1,1.25,1.5,1.75,2,2.5"  # a point each, with commas
-    seeds: str = "0,1,2"  # of noise
-    x: str = "clip_dir"  # measures to the right and up (measures.py)
-    y: str = "clip_i_source"
-    flags: str = ""  # further ones of evaluate.py bench, such as "--steps 50 --guidance 7.5"
+    name: str = "pie"  # which benchmark, as evaluate.py bench --name
+    image_guidance: str = "1,1.25,1.5,1.75,2,2.5"  # image guidances, a point of the curve each
+    seeds: str = "0,1,2"  # seeds of noise, with commas
+    x: str = "clip_dir"  # measure to the right (measures.py)
+    y: str = "clip_i_source"  # measure up (measures.py)
+    flags: str = ""  # further flags of evaluate.py bench, such as "--steps 50 --guidance 7.5"
     clip: str | None = None  # CLIP ViT-B/32: a folder of transformers', or WEIGHTS,TOKENIZER
-    out: str = "out/curves"
+    out: str = "out/curves"  # folder for the runs, curves.json, curves.md and curves.png
 
 
 def main(cfg: Config) -> None:

@@ -29,8 +29,8 @@ class Config:
     prompts: int = 240  # prompts of which the base makes four pictures each
     captions: int = 3000  # further pictures with a true and three false captions
     reward_steps: int = 250  # training steps of the aesthetic reward
-    align_steps: int = 350  # of the alignment reward
-    phases: str = "20/15/10x60,8/6/3x24"  # of PeFL, T/T1/T2 x steps (Sec. 3.3)
+    align_steps: int = 350  # training steps of the alignment reward
+    phases: str = "20/15/10x60,8/6/3x24"  # phases of PeFL, T/T1/T2 x steps (Sec. 3.3)
     disc_first: int = 24  # steps in which the coherence model learns alone
     judged: int = 60  # held-out scenes for each task
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it

@@ -62,6 +62,16 @@ def same(a, b):
 # readers
 
 
+def test_a_folder_without_a_caption_says_so(tmp_path, capsys):
+    for i in range(3):
+        Image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    data.open_source(str(tmp_path), "all")
+    assert "no picture has a caption" in capsys.readouterr().err
+    (tmp_path / "1.txt").write_text("one")
+    data.open_source(str(tmp_path), "all")
+    assert capsys.readouterr().err == ""
+
+
 def test_missing_truncated_and_foreign_files_are_named(tmp_path):
     jpeg = io.BytesIO()
     Image.fromarray(noise(200, 200)).save(jpeg, "JPEG")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -319,6 +320,21 @@ def test_files_with_several_commands(monkeypatch, line, words):
     with pytest.raises(SystemExit) as e:
         common.commands({"check": data.check}, "data.py")
     assert str(e.value).startswith("error: ") and words in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("--start maskd", "--start: maskd: use one of masked, noise: see --help"),
+    ("--lr fast", "--lr: fast: must be a number: see --help"),
+    ("--steps 1e4", "--steps: 1e4: must be a whole number, such as 10000: see --help"),
+    ("--steps", "--steps: has no value: give one: see --help"),
+    ("3", "command line: 3: belongs to no flag: leave it out: see --help")])
+def test_a_wrong_value_is_told_with_its_flag(line, said):
+    def go(start: Literal["masked", "noise"] = "masked", lr: float = 1.0, steps: int = 1):
+        pass
+
+    with pytest.raises(SystemExit) as e:
+        common.parse(go, args=line.split())
+    assert str(e.value) == f"error: {said}"
 
 
 def test_a_command_runs_outside_of_what_parses_it(monkeypatch, capsys):

@@ -89,6 +89,9 @@ def public_files(folder: Path) -> Path:
     rows = [{"source": f"photos/{i}.png", "edited": f"photos/{i + 3}.png", "instruction": "move it"}
             for i in range(20)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"caption": f"a picture {i}", "better": f"photos/{i}.png", "worse": f"photos/{i + 1}.png"}
+             for i in range(20)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     texts = [f"a {c} {s} on {b}" for c in ("red", "blue") for s in ("star", "box", "cross")
              for b in ("grass", "sand", "snow")]
     (folder / "prompts.txt").write_text("\n".join(texts))

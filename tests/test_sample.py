@@ -385,6 +385,7 @@ BAD = {  # name -> (task, flags, words of the line)
     "size off the patch": ("inpaint", {"size": 18}, "--size: 18"),
     "size too large": ("inpaint", {"size": 4000}, "--size: 4000"),
     "device": ("inpaint", {"device": "tpu9"}, "--device: tpu9"),
+    "no picture": ("inpaint", {"image": "gone.png", "prompt": None}, "gone.png: no such file"),
     "no checkpoint": ("inpaint", {"ckpt": "gone"}, "gone: no such"),
     "flipped byte": ("inpaint", {"ckpt": "flipped"}, "flipped/model.safetensors: SHA-256"),
     "other kind": ("inpaint", {"ckpt": "other_kind"}, "other_kind: holds a 'reward'"),
@@ -428,7 +429,8 @@ def test_exit_code(tmp_path):
     args = "inpaint", "--ckpt", "gone", "--image", "gone.png", "--prompt", "", "--out", tmp_path
     command = [sys.executable, ROOT / "sample.py", *args]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "gone: no such" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: --image: gone.png: no such file")
     wrong = run("inpaint", "--ckpt", "gone", "--imgae", "a.png", "--out", tmp_path)
     assert wrong.returncode == 1 and "--imgae: there is no such flag: use --image" in wrong.stderr
 

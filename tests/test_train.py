@@ -647,19 +647,20 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_omni, "--ema: 1.5", dict(ema=1.5)),
     (train_omni, "--muon_lr: -0.1", dict(muon_lr=-0.1)),
     (train_omni, "--muon_lr: 0.1: needs whole matrices", dict(muon_lr=0.1, fsdp=True)),
-    (train_omni, "missing: no such folder", dict(init="missing")),
-    (train_omni, "--init: .*aesthetic: holds a 'reward'", dict(init="aesthetic")),
+    (train_omni, "--init: .*missing: no such folder", dict(init="missing")),
+    (train_omni, "--init: .*holds a .reward.*train_omni.py or", dict(init="aesthetic")),
     (train_omni, "--init: .*latent: .*give --sd3", dict(init="latent")),
     (train_omni, "damaged/model.safetensors: SHA-256", dict(init="damaged")),
-    (train_pefl, "missing: no such folder", dict(base="missing")),
+    (train_pefl, "--base: .*missing: no such folder", dict(base="missing")),
+    (train_pefl, "--alignment: clipscore:gone,words: gone: no such", dict(alignment="clipscore:gone,words")),
     (train_pefl, "empty: holds neither", dict(base="empty")),
     (train_pefl, "--base: .*t2i: .*--stage inpaint", dict(base="t2i")),
     (train_pefl, "--base: .*aesthetic: holds a 'reward'", dict(base="aesthetic")),
     (train_pefl, "--base: .*latent: .*give --sd3", dict(base="latent")),
     (train_pefl, "damaged/model.safetensors: SHA-256", dict(base="damaged")),
-    (train_pefl, "--aesthetic: .*base: holds a 'editor'", dict(aesthetic="base")),
+    (train_pefl, "--aesthetic: .*base: holds an 'editor', .*train_reward.py", dict(aesthetic="base")),
     (train_pefl, "--alignment: .*mute: .*tokenizer", dict(alignment="mute")),
-    (train_pefl, "missing: no such folder", dict(heldout_reward="missing")),
+    (train_pefl, "--heldout_reward: .*missing: no such folder", dict(heldout_reward="missing")),
     (train_pefl, "--vgg: .*missing", dict(vgg="missing")),
     (train_pefl, "--tasks: all zero: give one of t2i, inpaint", dict(tasks="t2i=0,erase=0")),
     (train_pefl, "--tasks: edit=-1.0: use numbers >= 0 for t2i, inpaint", dict(tasks="t2i=1,edit=-1")),
@@ -668,7 +669,7 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_pefl, "--tasks: 'edit=2': use NAME=WEIGHT", dict(tasks="edit=1,edit=2")),
     (train_omni, "--tasks: remove=2.0: .* for t2i, inpaint", dict(tasks="remove=2")),
     (train_pefl, "--image_size: 20: .*multiple", dict(image_size=20)),
-    (train_pefl, "--disc_init: .*base: holds a 'editor'", dict(disc_init="base")),
+    (train_pefl, "--disc_init: .*base: holds an 'editor'", dict(disc_init="base")),
     (train_pefl, "--disc_updates: 0", dict(disc_updates=0)),
     (train_pefl, "--adversarial_from: 0", dict(adversarial_from=0)),
     (train_pefl, "--reward_noise: -1", dict(reward_noise=-1.0)),
@@ -701,7 +702,8 @@ def test_phases():
 def test_wrong_run_folder(made, tmp_path):
     """--out holds another run."""
     call(made, tmp_path / "omni", train_omni, steps=1)
-    refused(made, tmp_path / "omni", train_omni, "omni: holds another architecture", stage="base")
+    refused(made, tmp_path / "omni", train_omni,
+            r"omni: holds another architecture \(inpaint: True there, False here\)", stage="base")
     refused(made, tmp_path / "omni", train_pefl, "omni", phases="4/3/2x2")
     call(made, tmp_path / "full", train_pefl, phases="4/3/2x1")
     refused(made, tmp_path / "full", train_pefl, "full.*lora", phases="4/3/2x2", lora=2)
