@@ -47,6 +47,14 @@ def test_less_is_better_and_the_base_has_no_seeds(tmp_path):
     assert blurred not in CLAIMS["columns"](list(np.load(tmp_path / "judge/scores.npz")["names"]), "base@20")
 
 
+@pytest.mark.parametrize("gap, margin, verdict", [(0.0, 0.05, "holds"), (-0.1, 0.05, "does not hold"),
+                                                  (-0.05, 0.05, "not decided"), (-0.1, 0.2, "holds")])
+def test_as_good_is_not_worse_by_more_than_a_margin(tmp_path, gap, margin, verdict):
+    claim = CLAIMS["CLAIMS"]["C2"]._replace(margin=margin)
+    page = CLAIMS["report"]("C2", claim, scores(tmp_path / "judge", gap), CLAIMS["Config"](seeds="0 1"))
+    assert f"\n{verdict}: " in page and f"(2 seeds; {margin:g} worse is as good)" in page
+
+
 def test_another_arm_stands_for_pefl():
     claim = CLAIMS["with_arm"](CLAIMS["CLAIMS"]["C1"], "noise+known")
     assert claim.env["ARMS"] == "noise+known noise+known+rewardless" and claim.better == "noise+known@20"
