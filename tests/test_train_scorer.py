@@ -76,6 +76,15 @@ def test_resume_is_exact(folder, tmp_path):
     assert "began with --preset test" in run(tmp_path / "a", fails=True, **flags | {"preset": "tiny"})
 
 
+def test_a_path_below_the_home_folder_resumes(folder, tmp_path, monkeypatch):
+    """The manifest names no user (common.portable); the very command that began the run goes on with it."""
+    monkeypatch.setenv("HOME", str(folder))
+    flags = {"data": folder / "pairs.jsonl", "batch_size": 4, "eval_pairs": 4}
+    run(tmp_path / "a", **flags, steps=1)
+    assert "resumed" in run(tmp_path / "a", **flags, steps=2)
+    assert (tmp_path / "a/run.lock").is_file()  # as every training script, it claims its folder
+
+
 @pytest.mark.slow
 def test_two_ranks(folder, tmp_path):
     """Each scores its half of the held-out pairs; the report is of all of them."""
@@ -164,6 +173,10 @@ def test_negatives():
          "image": x + 10, "source": x, "score": torch.tensor([9.0, 8.0, 7.0, np.nan])})
     assert edited[:, 0, 0, 0].tolist() == [10, 1, 12, 13] and captions == ["a", "b", "c", "a"]
     assert scores.tolist() == [9, 0, 7, 0]
+    unknown = {"kind": [2, 2], "caption": list("ab"), "task": ["", ""], "image": x[:2] + 10, "source": x[:2],
+               "score": torch.tensor([9.0, 8.0])}  # sets without tasks have these negatives, too
+    edited, captions, scores = train_scorer.spoil(unknown)
+    assert captions == ["b", "a"] and scores.tolist() == [0, 0] and edited[:, 0, 0, 0].tolist() == [10, 11]
 
 
 def test_every_knob_is_documented():
