@@ -92,6 +92,16 @@ def test_a_reward(made, tmp_path, capsys):
     assert json.loads((tmp_path / "k/aesthetic.json").read_text()) == []
 
 
+def test_margin_is_in_deviations_of_a_published_score(made, tmp_path, monkeypatch):
+    """Cosines differ by hundredths, PickScore's scores by ones: of both as many pairs are clear, some not."""
+    own, kept = rewards.score_of(rewards.open_reward(str(made / "reward"))), []
+    for k, scale in enumerate((1e-4, 100.0)):
+        monkeypatch.setattr(rewards, "open_reward", lambda *a: lambda x, c: 20 + scale * own(x, c).double())
+        make_prefs.main(config(made, tmp_path / str(k), judge="clipscore:a,b", features="hashed", margin=2.0))
+        kept.append(json.loads((tmp_path / str(k) / "aesthetic.json").read_text()))
+    assert kept[0] == kept[1] and 0 < len(kept[0]) < 14
+
+
 @pytest.mark.parametrize("change, words", [
     ({"n": 99}, "--n: 99: --texts has 32"), ({"texts": "nowhere.txt"}, "no such file"), ({"k": 5}, "--k: 5"),
     ({"judge": "x:y"}, "--judge"), ({"ckpt": "nowhere"}, "nowhere"), ({"clusters": 0}, "--clusters"),
