@@ -93,6 +93,7 @@ class Config:
 
 PROMPT_FREE = {"outpaint": 0.3, "inpaint": 0.3}  # share without a prompt (default ours, paper silent)
 GRAD_CLIP = 1.0  # global norm of either network's gradient (default ours, paper silent)
+SATURATED = 7.0  # score of a reward at which a thousandth of the gradient of -log sigmoid is left
 
 
 def main(cfg: Config) -> None:
@@ -124,7 +125,8 @@ def main(cfg: Config) -> None:
     #    and is the discriminator
     rewards = open_rewards(cfg, device)
     scores = {name: mean_score(nets) for name, nets in rewards.items()}
-    features, source_of_features = open_features(cfg.vgg, {k: nets[0] for k, nets in rewards.items()}, device)
+    ours = {k: r for k, nets in rewards.items() for r in reversed(nets) if isinstance(r, PreferenceReward)}
+    features, source_of_features = open_features(cfg.vgg, ours, device)
     torch.manual_seed(cfg.seed)
     disc = open_coherence(cfg.disc_init, image_size, patch, "--disc_init").to(device)
     size = cfg.batch_size, (image_size // patch) ** 2, pipeline.text_tokens(editor, pipe.stack)
@@ -177,7 +179,7 @@ def main(cfg: Config) -> None:
     grid = heldout_grid(cfg, source, instructed, image_size, stride, device)
     # R_theta of Eq. 7, theta in {alpha, beta, gamma}: functions of pictures and captions
     R = {k: r for k, r in scores.items() if k != "heldout"} | {"coherence": lambda image, c: disc(image)}
-    perf, lost_saves, stop = Perf(device, bf16, f"--data {cfg.data}"), 0, False
+    perf, lost_saves, stop, told = Perf(device, bf16, f"--data {cfg.data}"), 0, False, set()
     pictures = cfg.batch_size * cfg.accum * dist.world  # of a step
     verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
     bar = log.progress(total, step, "pefl", dist)
@@ -266,7 +268,8 @@ def main(cfg: Config) -> None:
             metrics.images(step, {"samples": sheet})
             row |= alarms
         if due or last or step % cfg.log_every == 0:
-            metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
+            row |= metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
+            told |= say_saturated(row, weights.keys() - told)
         if last or stop or step % cfg.save_every == 0 and not verdict.bad:
             meta |= {"config": trained_at | {"steps": T}, "samples": step * pictures}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
@@ -290,6 +293,9 @@ def check(cfg: Config) -> None:
         below_1=("ema",), share=("p_region",))
     parse_phases(cfg.phases)
     data.mixture(cfg.tasks)
+    if cfg.heldout_reward and not cfg.sample_every:
+        common.print0("warning: --heldout_reward: is asked with the sample sheets, and --sample_every 0 "
+                      "makes none: it is never logged")
 
 
 def parse_phases(text: str) -> list[tuple[int, int, int, int]]:
@@ -431,6 +437,18 @@ def watch(metrics: log.Metrics, losses: dict, rated: dict, real, fake, hole) -> 
                 **{"coherence/real": real, "coherence/fake": fake,
                    "coherence/accuracy": torch.cat([real > 0, fake <= 0]).float()})
     metrics.add_where(seam(hole), **{"coherence/seam": (real > fake).float()})
+
+
+def say_saturated(row: dict, names: set[str]) -> set[str]:
+    """A warning for each of the rewards whose mean score leaves nothing of the gradient of -log sigmoid, as
+    PickScore's 20 does -> their names."""
+    found = {name for name in names if row.get(f"reward/{name}", 0.0) > SATURATED}
+    for name in sorted(found):
+        r = row[f"reward/{name}"]
+        common.print0(f"warning: --{name}: scores {r:.3g} in the mean, where -log sigmoid (Eq. 2) keeps "
+                      f"{math.exp(-r):.0e} of its gradient: it trains next to nothing: give a reward whose "
+                      "scores are normalised, one of train_reward.py's or imagereward:")
+    return found
 
 
 def seam(mask: torch.Tensor) -> torch.Tensor:

@@ -446,6 +446,20 @@ def test_several_rewards_are_their_mean(made, tmp_path):
         "out/a", "imagereward:m.pt,vocab.txt", "out/b"]
 
 
+def test_a_published_reward_beside_ours(made, tmp_path, monkeypatch, capsys):
+    """With PickScore's scores, 20, no gradient is left, which is said once; L_vgg finds ours behind it."""
+    load = train_pefl.open_reward
+    monkeypatch.setattr(train_pefl, "open_reward", lambda spec, *a: (
+        lambda x, c: 40 + x.mean((1, 2, 3))) if spec.startswith("pickscore:") else load(spec, *a))
+    found = call(made, tmp_path / "a", train_pefl, aesthetic=f"pickscore:a,b,{made['aesthetic']}",
+                 heldout_reward=made["alignment"])
+    said = capsys.readouterr().out
+    assert said.count("warning: --aesthetic: scores 20") == 1 and "keeps 2e-09 of its gradient" in said
+    assert "warning: --alignment" not in said and all(row["loss/vgg"] > 0 for row in found)
+    assert "warning: --heldout_reward: is asked with the sample sheets" in said
+    assert found[0]["loss/aesthetic"] < 1e-8
+
+
 def test_reward_rises(made, tmp_path):
     """Feedback through one frozen reward: its score on what the editor predicts goes up, step by step."""
     found = call(made, tmp_path, train_pefl, phases="4/3/2x30", w_aesthetic=1.0, w_alignment=0.0,
