@@ -155,7 +155,7 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
     """-> the space `net` works in, what the next manifest says of it, the opened cache or None; and `net`
     learns to read captions.
 
-    known: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers and t5_length. folder:
+    known: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers, t5, t5_length. folder:
     one of make_cache.py, in place of the text encoders. what: the flag and path that errors name.
     """
     if net.cfg.txt_bytes:
@@ -178,10 +178,14 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
     words = None
     if folder:
         words = open_cache(folder, base=path)
-        known = known | {"t5_length": words.made["t5_length"]}
+        made = {k: words.made[k] for k in ("t5", "t5_length")}  # without T5 its tokens are zeros
+        if differ := [f"{k} {made[k]}, not {known[k]}" for k in made if made[k] != known.get(k, made[k])]:
+            common.print0(f"note: --cache: {folder}: {what} read other text until now: {', '.join(differ)}")
+        known = known | made
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        text = load_text(path, known.get("tokenizers"), dtype, device, t5_length=known.get("t5_length", 77))
+        text = load_text(path, known.get("tokenizers"), dtype, device, known.get("t5", True),
+                         known.get("t5_length", 77))
 
     def read(captions):  # a function: deepcopy of the net does not copy what it holds
         features = words.text(captions, device) if words else text.encode_text(captions)
