@@ -64,7 +64,7 @@ class Config:
     others: bool = False  # the pictures between best and worst make pairs with both, too
     n: int = 500  # prompts
     offset: int = 0  # first picture
-    captions: int = 0  # further true pictures for alignment pairs alone
+    captions: int = 0  # scenes: further true pictures for alignment pairs alone
     k: int = 4  # pictures for each prompt, of which the best and the worst are kept
     steps: str = "20"  # of sampling, for each of the k in turn, with commas
     guidance: float = 1.0  # classifier-free guidance; 1 = off
@@ -248,7 +248,7 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
                                  "kind": "other"})
     bar.close()
     first = cfg.offset + cfg.n
-    for index in range(first, first + cfg.captions if drawn else first):
+    for index in range(first, first + cfg.captions):
         file = f"images/{index:08d}_truth.png"
         Image.fromarray(source.load(index, size, size)["image"]).save(out / file)
         captions += false_captions(source.scene(index), seed, index, file,
@@ -498,6 +498,9 @@ def main(cfg: Config) -> None:
         write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})
         return
     source = data.open_source(cfg.data, "train")
+    if cfg.captions and (cfg.recaption or not isinstance(source, dataset.Scenes)):
+        common.refuse(cfg, "captions", "further pictures have captions that are false in a known fact, as "
+                                       "scenes alone have: leave it out, or raise --n")
     wanted = cfg.n + cfg.captions
     if not 1 <= wanted <= len(source) - cfg.offset:
         raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)}, with --captions and --offset")

@@ -173,6 +173,13 @@ def test_new_captions_for_those_that_fit_least(made, tmp_path, capsys):
     server.server_close()
 
 
+def test_further_captions_are_of_scenes(made, tmp_path):
+    """Of photos none were made, whatever was asked."""
+    flags = dict(data=str(captioned(tmp_path / "in")), ckpt=str(made / "two"), n=3, captions=2, device="cpu")
+    with pytest.raises(SystemExit, match="error: --captions: 2: further pictures .* scenes alone"):
+        make_prefs.main(make_prefs.Config(out=str(tmp_path / "o"), **flags))
+
+
 def test_a_served_model_that_is_not_there(made, tmp_path):
     flags = dict(data=str(captioned(tmp_path / "in", 3)), recaption="http://127.0.0.1:9/v1", model="judge",
                  judge=str(made / "reward"), n=3, lowest=1.0, device="cpu", out=str(tmp_path / "o"))
