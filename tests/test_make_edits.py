@@ -264,6 +264,15 @@ def test_prompt_to_prompt(pipe):
     assert not torch.allclose(let_go[..., :8], image[..., :8], atol=1e-2)
 
 
+def test_a_row_says_what_drew_it(pipe):
+    """--solver is of inpainting; Prompt-to-Prompt takes Euler's steps, and its rows say so."""
+    cfg = make_edits.Specialist("", steps=2, solver="dpm", precision="fp32")
+    for task, solver in (("swap", "dpm"), ("environment", "euler")):
+        row = requests.open_requests("scenes", "train", [task], 1).load(0, 16, 16)
+        (made,) = specialists.make(task, pipe, None, [row], [("k", 0)], cfg, False)
+        assert made["params"]["solver"] == solver
+
+
 def test_requests_of_real_data(tmp_path, capsys):
     """Masks, label maps of another size and boxes; what is wrong is named, counted and left out."""
     rng = np.random.default_rng(0)
