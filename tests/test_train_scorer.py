@@ -10,6 +10,7 @@ import torch
 from inprocess import run_ranks, run_script
 from PIL import Image
 
+import checkpoint
 import rewards
 import train_scorer
 
@@ -122,6 +123,15 @@ def test_refusals(folder, tmp_path):
                                                      val_data=folder / "held.jsonl")
     assert "error: --keep_score: 11" in run(tmp_path, fails=True, keep_score=11)
     assert "error: --init: x:y" in run(tmp_path, fails=True, init="x:y")
+
+
+def test_sizes_that_cannot_be_are_refused_before_it_is_built(tmp_path):
+    net = rewards.EditScorer(rewards.REWARD_PRESETS["test"])
+    for key, value in (("vit_heads", 0), ("vit_depth", 10**7)):
+        meta = {"arch": net.arch | {key: value}}
+        checkpoint.write(tmp_path / key, 1, {"model": {"a": torch.zeros(2)}}, meta)
+        with pytest.raises(SystemExit, match=f"manifest.json: arch: {key} '{value}' is no number"):
+            rewards.open_scorer(str(tmp_path / key))
 
 
 def test_loss_has_the_right_mean():
