@@ -286,11 +286,13 @@ def test_requests_of_real_data(tmp_path, capsys):
             row | {"task": "object_removal", "box": [8, 6, 16, 12], "behind": "grass",
                    "add_instruction": ["add it", "put it"]},
             row, row | {"box": "here"}, {"task": "swap", "instruction": "x"}, row | {"task": "dance"},
-            row | {"segments": "a.seg.png", "label": 3}]
+            row | {"segments": "a.seg.png", "label": 3},
+            row | {"task": "add", "mask": "a.mask.png", "instruction": "add a cat"}]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     source = requests.open_requests(str(tmp_path / "r.jsonl"), "train", ["swap", "remove"], 0)
     said = capsys.readouterr().err
     assert len(source) == 4 and "needs mask" in said and "is none of" in said and "box is not" in said
+    assert "an addition is a removal backwards: say task remove" in said
     got = [source.load(i, 24, 32) for i in range(3)]
     for g in got:
         assert g["object"].sum() == 48 and g["object"][6:12, 8:16].all() and g["family"] == got[0]["family"]
