@@ -531,8 +531,8 @@ def spread(x: torch.Tensor) -> torch.Tensor:
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017,
-    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards by about D^2 / N: compare at
-    equal N only.
+    Eq. 6): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Biased upwards, by about D^2 / (2 N)
+    where N = M and variances are 1: compare at equal N only.
 
     With C = R^T R the last trace is the sum of the singular values of R_a R_b^T, [min(N, D), min(M, D)]: a
     fraction of the time of a root of C_a C_b for fewer pictures than features, and exact where that is

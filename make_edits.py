@@ -114,7 +114,7 @@ class Region:
     blend: Literal["alternate", "every", "none"] = "alternate"  # what is kept comes back after each 2nd step
     p_soft: float = 0.5  # chance of a soft ring around the object
     grow: float = 0.08  # of the object's mask, in its box's longer side (its code: 0)
-    clip: str | None = None  # WEIGHTS,TOKENIZER,openai|laion: filters as the paper's; none: no filter
+    clip: str | None = None  # WEIGHTS,TOKENIZER,openai|laion: the paper's filters by CLIP; none: no filter
     clip_image: float = 0.7  # least similarity of the pictures
     clip_dir: float = 0.22  # least similarity of the directions
     quality: int = 0  # of JPEG pictures; 0: PNG
@@ -149,7 +149,7 @@ class Refine:
     second: str | None = None  # and then: a refiner; none: the same base
     tokenizers: str | None = None  # of SD3, where they do not come with the weights
     upscale: float = 1.0  # factor for both sides, Lanczos (the paper: 2, by HAT)
-    logsnr: float = -4.649  # at which both are noised; on a finer grid the same number means less
+    logsnr: float = -4.649  # at which both are noised; of a larger picture it destroys less
     steps: str = "18,15"  # of the two models
     schedule: Literal["edm", "linear"] = "edm"  # Karras' spacing, or the sampler's own
     sigma_min: float = 0.03  # of Karras' spacing, before 0 (default ours)

@@ -1,12 +1,11 @@
-"""What is trained: the editor (a multimodal diffusion transformer, its text encoder) and the reward models.
+"""The editors: a multimodal diffusion transformer, its text encoder; EditNet and what it is compared with.
 
     1. Presets
     2. Primitives: patches, positions, timesteps, modulation
     3. MMDiT: SD3's transformer, under the parameter names of its single-file checkpoints
     4. ByteText, Editor: captions and noisy pictures in, velocity out
     5. EditNet, controlnet, textcontrol, concat: instruction editors on top of an Editor
-    6. ViT, MED text encoder, PreferenceReward (aesthetic, alignment), CoherenceReward
-    7. LoRA, parameter groups
+    6. LoRA, FLOPs, compilation, parameter groups
 
 Shapes: B batch, L tokens, D width, H heads, K head dim, p patch side; pictures and latents are [B, C, H, W].
 Conventions (flow.py): x_t = (1 - t) x_0 + t noise, v = noise - x_0, t in [0, 1]; the sinusoid gets 1000 t.
@@ -524,7 +523,7 @@ def config_from(cls: type, arch: dict, kind: str, what: str = "the checkpoint"):
 
 
 ####################################################################################################
-# 5. EditNet and the variants it is compared with (OmniEdit, Sec. 3.3, Fig. 4, Table 7)
+# 5. EditNet and the variants it is compared with (OmniEdit, Sec. 4, Fig. 4, Table 7)
 ####################################################################################################
 
 
@@ -701,7 +700,7 @@ def build_editnet(arch: dict, what: str = "the checkpoint") -> EditNet:
 
 
 ####################################################################################################
-# 7. LoRA, parameter groups
+# 6. LoRA, FLOPs, compilation, parameter groups
 ####################################################################################################
 
 

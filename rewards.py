@@ -626,7 +626,8 @@ def open_reward(spec: str, device: Device = "cpu", what: str = "reward",
     pickscore:PICKSCORE,TOKENIZER            hpsv2:HPS_v2.1_compressed.pt,TOKENIZER
     aesthetic:sac+logos+ava1-l14-linearMSE.pth,CLIP (OpenAI's ViT-L/14; captions are not read)
 
-    what: the flag that errors name.
+    Scores of train_reward.py and of ImageReward are in deviations of held-out ones; the others are as they
+    are published, and each has its own scale: PickScore's are about 20. what: the flag that errors name.
     """
     name, colon, rest = spec.partition(":")
     if not colon or Path(spec).exists():
@@ -696,6 +697,12 @@ def open_coherence(init: str | None, image_size: int, patch: int, what: str) -> 
     tower = "blip.visual_encoder."
     checkpoint.load_state(disc.vit, {k.removeprefix(tower): v for k, v in tensors["model"].items()
                                      if k.startswith(tower)}, init)
+    # It learned on (x + 1) / 2 in CLIP's deviations, and is shown x: its first layer takes that over
+    mean, std = (torch.tensor(v) for v in (towers.CLIP_MEAN, towers.CLIP_STD))
+    first = disc.vit.patch_embed.proj
+    with torch.no_grad():
+        first.bias += torch.einsum("ochw,c->o", first.weight, (0.5 - mean) / std)
+        first.weight *= (0.5 / std)[:, None, None]
     return disc
 
 

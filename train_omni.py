@@ -174,7 +174,8 @@ def main(cfg: Config) -> None:
                 condition = conditions(cfg, editor, space, batch)
 
             # 5) flow matching: lambda t^w || v_theta(x_t, t, c, condition) - (noise - x_0) ||^2
-            #    condition: m and x_0 (1 - m), or the source picture and its region; lambda: Eq. 6 of OmniEdit
+            #    condition: m and x_0 (1 - m), or the source picture and its region; lambda: OmniEdit's
+            #    Eq. 6, whose error is that of x_0: w = 2, since v errs by 1 / t of it
             with autocast:
                 txt, vec = editor.encode_text(batch["text"])
                 v = editor(flow.interpolate(x0, noise, t), t, txt, vec, *condition)
@@ -260,7 +261,7 @@ def check(cfg: Config) -> None:
 
 def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNet, dict]:
     """The model of the stage with its starting weights, on the CPU, what stays frozen without gradient; and
-    what its manifest says of its surroundings (stack.surround). Fills in --shift."""
+    what its manifest says of its surroundings (pipeline.surround). Fills in --shift."""
     if not cfg.init:
         arch = model.PRESETS[cfg.preset]
         cfg.shift = cfg.shift or 1.0

@@ -14,6 +14,11 @@ Then L^G = L_reward + eta (L_reg + L_vgg) for the editor G, with the rewards R_a
 (alignment) and R_gamma (coherence) in L_reward (Eq. 2-4, 7, 8); and L^D for R_gamma, which learns online as
 the discriminator (Eq. 6, 8). Progressive phases shrink T, T1 and T2 (Sec. 3.3). The same command resumes.
 
+Where this differs from the equations: the terms of L_reward have weights (Sec. 4.1; Eq. 7 sums them); scores
+of our own rewards are in deviations of held-out scores, since -log sigmoid of a large one has no gradient
+left; || . ||_1 is the mean over elements; and t' is drawn once for a micro-batch on all ranks, so that they
+do equal work.
+
 An instruction editor (ours: the paper names it as future work) starts from its noised source picture instead
 of the masked input, has targets as real pictures, and L_reg holds it to the source where nothing changes.
 """
@@ -62,14 +67,14 @@ class Config:
     batch_size: int = 16  # pictures per rank and micro-batch
     accum: int = 1  # micro-batches per optimiser step
     phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 x optimiser steps, one after the other (Sec. 3.3)
-    start: Literal["masked", "noise"] = "masked"  # of stage 2: x (1 - m) noised to T1; or as when sampling
+    start: Literal["masked", "noise"] = "masked"  # of stage 2: x (1 - m) noised to T1; or noise, at T (ours)
     w_aesthetic: float = 0.01  # weight of R_alpha in L_reward (Sec. 4.1)
     w_alignment: float = 0.01  # weight of R_beta in L_reward (Sec. 4.1)
     w_coherence: float = 0.05  # weight of R_gamma in L_reward, the adversarial loss (Sec. 4.1)
-    adversarial_from: int = 2  # first phase with it, "the acceleration stage" (Sec. 4.1), or the last one
+    adversarial_from: int = 2  # first phase with R_gamma in L_reward (Sec. 4.1); at most the last one
     reward_noise: float = 0.0  # std of Gaussian noise through which all rewards look (ours; LOG.md)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
-    hold: Literal["all", "known"] = "all"  # where L_reg and L_vgg do: Eq. 3; or outside the hole (ours)
+    hold: Literal["all", "known"] = "all"  # L_reg, L_vgg hold everywhere (Eq. 3), or outside the hole (ours)
     disc_init: str | None = None  # R_gamma starts from a PeFL run's, or a reward's image tower; None = fresh
     disc_lr: float = 1e-4  # learning rate of R_gamma (default ours, paper silent)
     disc_first: int = 0  # steps in which R_gamma learns alone at first (0 as in the paper)
@@ -92,8 +97,9 @@ class Config:
 
 
 PROMPT_FREE = {"outpaint": 0.3, "inpaint": 0.3}  # share without a prompt (default ours, paper silent)
+# Published scores, about so large that Eq. 2 hardly has a slope there: sigmoid(-score)
+FLAT = {"pickscore": (20, "2e-9"), "aesthetic": (5.5, "0.004")}
 GRAD_CLIP = 1.0  # global norm of either network's gradient (default ours, paper silent)
-SATURATED = 7.0  # score of a reward at which a thousandth of the gradient of -log sigmoid is left
 
 
 def main(cfg: Config) -> None:
@@ -179,7 +185,7 @@ def main(cfg: Config) -> None:
     grid = heldout_grid(cfg, source, instructed, image_size, stride, device)
     # R_theta of Eq. 7, theta in {alpha, beta, gamma}: functions of pictures and captions
     R = {k: r for k, r in scores.items() if k != "heldout"} | {"coherence": lambda image, c: disc(image)}
-    perf, lost_saves, stop, told = Perf(device, bf16, f"--data {cfg.data}"), 0, False, set()
+    perf, lost_saves, stop = Perf(device, bf16, f"--data {cfg.data}"), 0, False
     pictures = cfg.batch_size * cfg.accum * dist.world  # of a step
     verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
     bar = log.progress(total, step, "pefl", dist)
@@ -198,7 +204,8 @@ def main(cfg: Config) -> None:
             x, c, t_prime = batch["image"], batch["c"], batch["t_prime"]
             given = read_batch(batch, editor, space, cfg.hold)
 
-            # Stage 1: diffuse x (1 - m) to step T1. The noisier steps, T ... T1 + 1, are skipped
+            # Stage 1: diffuse x (1 - m) to step T1. The noisier steps, T ... T1 + 1, are skipped (with
+            # --start noise none is, and at T all of x is gone)
             ts = flow.timesteps(T, shift, start=T if cfg.start == "noise" else T1, stop=t_prime)
             t_start, t = (torch.full((len(x),), time, device=device) for time in (ts[0], ts[-1]))
             x_t = flow.interpolate(given.start, batch["noise"], t_start)
@@ -215,27 +222,29 @@ def main(cfg: Config) -> None:
                 x0 = recomputed(cfg, space.decode, flow.x0_from_v(x_t, velocity(x_t, t), t))
 
                 # L_reward, Eq. 2 and 7: -log sigmoid of R_alpha and R_beta, and of R_gamma at every pixel
-                faint = batch["faint"] if cfg.reward_noise else torch.zeros_like(x)
-                seen, losses, rated = x0 + faint, {}, {}
+                reward_noise = batch["reward_noise"] if cfg.reward_noise else torch.zeros_like(x)
+                seen, losses, rated = x0 + reward_noise, {}, {}
                 for name, weight in weights.items():
                     r = recomputed(cfg, R[name], seen, c)                             # [B], or [B, 1, H, W]
-                    asked = batch["has_c"] if name == "alignment" else torch.ones_like(r)  # R_beta needs a c
+                    # without a c there is nothing to align with: that picture's term is 0
+                    asked = batch["has_c"] if name == "alignment" else torch.ones_like(r)
                     losses[name] = weight, -(asked * F.logsigmoid(r)).mean()
                     rated[name] = r.detach()
 
-                # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels and in features
+                # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels (given.hold is x) and features
                 losses["reg"] = cfg.eta, ((given.hold - x0).abs() * given.held).mean()
-                held = given.hole * x + (1 - given.hole) * x0 if cfg.hold == "known" else x0
-                losses["vgg"] = cfg.eta, feature_l1(features, x, held)
+                # --hold known: where V looks at the hole it sees the real one, which has no gradient
+                compared = given.hole * x + (1 - given.hole) * x0 if cfg.hold == "known" else x0
+                losses["vgg"] = cfg.eta, feature_l1(features, x, compared)
 
-            # L^G, Eq. 8: L_reward + eta (L_reg + L_vgg), for the editor
+            # L^G, Eq. 4 and 8: L_reward + eta (L_reg + L_vgg), for the editor
             g_loss = sum(weight * loss for weight, loss in losses.values())
             if moving:
                 (g_loss / cfg.accum).backward()
-            # L^D, Eq. 6 and 8, for R_gamma: every pixel of x is real, every pixel of x0' is generated
+            # L^D, Eq. 6 and 8, for R_gamma: every pixel z of x is real, every pixel z' of x0' generated
             disc.requires_grad_(True)
             with autocast:
-                real, fake = disc(x + faint), disc(seen.detach())                                    # logits
+                real, fake = disc(x + reward_noise), disc(seen.detach())                             # logits
             d_loss = (F.softplus(-real) + F.softplus(fake)).mean()
             (d_loss / cfg.accum).backward()
             g_sum, d_sum = g_sum + g_loss.detach() / cfg.accum, d_sum + d_loss.detach() / cfg.accum
@@ -268,8 +277,7 @@ def main(cfg: Config) -> None:
             metrics.images(step, {"samples": sheet})
             row |= alarms
         if due or last or step % cfg.log_every == 0:
-            row |= metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
-            told |= say_saturated(row, weights.keys() - told)
+            metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
         if last or stop or step % cfg.save_every == 0 and not verdict.bad:
             meta |= {"config": trained_at | {"steps": T}, "samples": step * pictures}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
@@ -321,7 +329,7 @@ def phase_at(phases: list[tuple[int, int, int, int]], step: int) -> tuple[int, t
 
 
 def weights_at(cfg: Config, R: dict, adversarial: bool) -> dict[str, float]:
-    """Of L_reward (Eq. 7): name -> weight of the R_theta that count."""
+    """The terms of L_reward (Eq. 7) in a phase: name of R_theta -> weight. Those of weight 0 are left out."""
     weights = {"aesthetic": cfg.w_aesthetic, "alignment": cfg.w_alignment,
                "coherence": cfg.w_coherence * adversarial}
     return {name: weight for name, weight in weights.items() if name in R and weight}
@@ -331,6 +339,12 @@ def open_rewards(cfg: Config, device: torch.device | str = "cpu") -> dict[str, l
     """The frozen rewards that are named, by what they are: aesthetic, alignment, heldout. A mean of several
     is ours: what raises one by a trick seldom raises the others."""
     named = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "heldout_reward": cfg.heldout_reward}
+    for flag in ("aesthetic", "alignment"):
+        for name, (score, slope) in FLAT.items():
+            if any(part.startswith(f"{name}:") for part in members(named[flag] or "")):
+                common.print0(f"warning: --{flag}: {name}: its scores are about {score}, where -log sigmoid "
+                              f"has a slope of {slope}: it will hardly train; take a reward of "
+                              "train_reward.py or imagereward:, or this one as --heldout_reward")
     return {flag.removesuffix("_reward"): [open_reward(part, device, f"--{flag}") for part in members(spec)]
             for flag, spec in named.items() if spec}
 
@@ -373,10 +387,10 @@ def prepare_editor(cfg: Config, pipe: pipeline.Pipe) -> None:
 def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int, batch: dict) -> dict:
     """What the data workers add to a batch.
 
-    noise [B, C, h, w] in the space of `channels` and `stride`; faint [B, 3, H, W], what rewards look
-    through with --reward_noise; text, as bytes [B, txt_bytes] or, for encoders from outside, captions; c and
-    has_c [B], the captions of `reward_captions` and where there is one; t_prime, one for the whole batch on
-    all ranks, so that they do equal work.
+    noise [B, C, h, w] in the space of `channels` and `stride`; reward_noise [B, 3, H, W], through which
+    rewards look, with --reward_noise; text, as bytes [B, txt_bytes] or, for encoders from outside, captions;
+    c and has_c [B], the captions of `reward_captions` and where there is one; t_prime, one for the whole
+    batch on all ranks, so that they do equal work.
     """
     step = min(batch["step"] // cfg.accum, sum(phase[-1] for phase in phases) - 1)  # they work ahead
     _, (_, _, T2) = phase_at(phases, step)
@@ -384,7 +398,7 @@ def draws(cfg: Config, phases: list, channels: int, stride: int, txt_bytes: int,
     H, W = batch["image"].shape[1:3]
     out = {"noise": common.randn(gens, (channels, H // stride, W // stride))}
     if cfg.reward_noise:  # a reward answers to patterns too faint to see; through noise, to what is shown
-        out["faint"] = cfg.reward_noise * common.randn(gens, (3, H, W))
+        out["reward_noise"] = cfg.reward_noise * common.randn(gens, (3, H, W))
     t_prime = common.randint(common.generators(cfg.seed, batch["step"], [0], stream=1), 1, T2 + 1)
     c, text = reward_captions(batch), batch["caption"]
     out |= {"t_prime": int(t_prime), "c": c, "has_c": torch.tensor([float(text != "") for text in c])}
@@ -400,7 +414,7 @@ def reward_captions(batch: dict) -> list[str]:
 
 
 class Given(NamedTuple):
-    """What a batch means to PeFL. Of an edit, which the paper leaves as future work, our reading."""
+    """What PeFL takes from a batch. For edits, which the paper leaves as future work, it is our reading."""
 
     start: torch.Tensor  # what stage 1 diffuses, [B, C, h, w]: x (1 - m); of an edit the source
     condition: tuple  # what the editor is given beside the text: m and x (1 - m); the source and its region
@@ -439,18 +453,6 @@ def watch(metrics: log.Metrics, losses: dict, rated: dict, real, fake, hole) -> 
     metrics.add_where(seam(hole), **{"coherence/seam": (real > fake).float()})
 
 
-def say_saturated(row: dict, names: set[str]) -> set[str]:
-    """A warning for each of the rewards whose mean score leaves nothing of the gradient of -log sigmoid, as
-    PickScore's 20 does -> their names."""
-    found = {name for name in names if row.get(f"reward/{name}", 0.0) > SATURATED}
-    for name in sorted(found):
-        r = row[f"reward/{name}"]
-        common.print0(f"warning: --{name}: scores {r:.3g} in the mean, where -log sigmoid (Eq. 2) keeps "
-                      f"{math.exp(-r):.0e} of its gradient: it trains next to nothing: give a reward whose "
-                      "scores are normalised, one of train_reward.py's or imagereward:")
-    return found
-
-
 def seam(mask: torch.Tensor) -> torch.Tensor:
     """Pixels within 2 of the hole's border, [B, 1, H, W] bool: where incoherence shows. A coherence model
     that knows nothing scores the real picture above the generated one in half of them."""
@@ -458,7 +460,8 @@ def seam(mask: torch.Tensor) -> torch.Tensor:
 
 
 def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: int, device) -> dict:
-    """The fixed held-out pictures, masks and captions of the judge and its sheet. train: the other part."""
+    """The fixed held-out pictures, masks and captions of the judge and its sheet. train: the source of the
+    training part; where it has no held-out part, of itself."""
     at = dict(stride=stride, device=device)
     if instructed:
         source = data.heldout_or(train, data.open_edits, cfg.data)
@@ -469,8 +472,9 @@ def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: 
 
 
 def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[float], bf16: bool):
-    """Held-out samples without guidance: rewards (trained and held out), statistics over the real pictures',
-    change outside the mask, distance to the frozen base in velocity and in weights; and a sheet of them."""
+    """Held-out samples without guidance -> metrics, and a sheet of the samples. Metrics: scores of all
+    rewards; the samples' statistics over the real pictures' (log.image_stats), 1 = alike; mean change outside
+    the mask; distance to the frozen base, in velocity at t = 0.5 and in weights, over the base's norm."""
     x, captions, c, given = batch["image"], batch["caption"], reward_captions(batch), \
         read_batch(batch, editor, space)
     gens = common.generators(cfg.seed, 0, range(len(x)), stream=9)

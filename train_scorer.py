@@ -85,6 +85,9 @@ def main(cfg: Config) -> None:
         if not any(pairs.score(i) is not None for i in range(n)):
             raise SystemExit(f"error: --data: {pairs.name}: not one of {n:,} pairs has a score: judge them "
                              "first, or give them a column `score` from 0 to 10")
+    if (scored := sum(held.score(i) is not None for i in picks)) < 2:
+        raise SystemExit(f"error: --eval_pairs: {cfg.eval_pairs}: {held.name} holds out {scored} with a "
+                         "score, and calibration takes two: raise it, or hold out more (pack --dev)")
 
     # 2) architecture and weights: those of --out if there is something to resume, of --init, or from scratch
     torch.manual_seed(cfg.seed)

@@ -1,8 +1,11 @@
 """Region edits as UltraEdit makes them (its Algorithm 1, slides; data_generation.py): a soft mask, a blend.
 
 An object's mask is *fine*; around it lies a *coarse* one (filled hulls of its pieces, or their box). Where
-both agree the soft mask is 1 or 0, in the ring between them one constant. While sampling, every second step
-takes what the mask keeps from the source at its noise level (flow.sample, alternate).
+both agree the soft mask is 1 or 0, in the ring between them one constant. While sampling every second step is
+
+    z_{t-1} = (1 - M_s) z_T + M_s DM(z_t)
+
+where z_T of the slides is, as in its code, the source at the noise level of t - 1 (flow.sample, alternate).
 """
 
 import numpy as np

@@ -333,9 +333,9 @@ def jsonl_of(path: Path, needed: tuple[str, ...]) -> list[tuple[str, dict]]:
 
 
 def omniedit(root: Path) -> Benchmark:
-    """OmniEdit-Bench's form (Sec. 4): 62 pictures of seven ratios, each with one edit of the seven tasks. It
-    is not released: prompts.jsonl has lines of picture (a name in pictures/), task, instruction (default
-    ours)."""
+    """OmniEdit-Bench's form (Sec. 5): 62 pictures of seven ratios, each with one edit of each of the seven
+    tasks. It is not released: prompts.jsonl has lines of picture (a name in pictures/), task, instruction
+    (default ours)."""
     rows, asked, ratios = [], Counter(), {}
     for place, row in jsonl_of(root / "prompts.jsonl", ("picture", "task", "instruction")):
         task = TASK_NAMES.get(row["task"].lower())

@@ -7,7 +7,7 @@ Folders are trees that sample.py writes, or another system's with the same names
 
     gsb      two results of one edit, which is better: ByteEdit's good / same / bad, in one question or more
     expert   one result, 1 to 5: coherence, structure, aesthetics (ByteEdit Table 1)
-    scpq     one result, 0, 0.5 or 1: semantic consistency, perceptual quality (ImagenHub; OmniEdit Sec. 5.1)
+    scpq     one result, 0, 0.5 or 1: semantic consistency, perceptual quality (ImagenHub; OmniEdit Sec. 5)
 
 Fixed before anybody votes, all ours where the papers are silent: the last question is the primary one; "both
 bad" counts as same; who is careless does not count (study.careless), nor do repeats and gold items; votes
@@ -688,7 +688,7 @@ def _report_gsb(cfg, votes, key):
 
 def _report_scores(cfg, votes, key):
     """Means of every system, of scpq with O = sqrt(SC PQ) of each vote and accuracy, the share of SC = 1
-    (OmniEdit Sec. 5.1), and differences from the first system over the pictures of both."""
+    (OmniEdit Sec. 5), and differences from the first system over the pictures of both."""
     items, how = key["items"], (cfg.resamples, cfg.seed)
     names = key["systems"]
     heads, scored = [c["id"] for c in key["criteria"]], defaultdict(list)

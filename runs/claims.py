@@ -6,12 +6,13 @@
     python runs/claims.py all --quick                  one seed, few steps: an hour on two plain cores; it
                                                        shows that all runs, and decides little
 
-The work is that of runs/pefl_scenes.sh and runs/editnet.sh: arms shared by claims are trained once, what is
-done is not done again, a run that was cut resumes. OUT/C1.md has the arms and the verdict, OUT/C1.png what
-was drawn: where the claim's arm gains most, the middle, and where it loses most. A claim holds where every
-difference that it names is beyond its 95 % interval (runs/table.py: seeds and scenes), does not hold where
-one is so the other way, and is not decided else. What is compared for quality is a measure that a blurred
-base cannot win (evaluate.py). --arm noise+known asks the same of PeFL with other flags (C1 to C4).
+The work is that of runs/pefl_scenes.sh, runs/editnet.sh and runs/pairs.sh: arms shared by claims are trained
+once, what is done is not done again, a run that was cut resumes. OUT/C1.md has the arms and the verdict,
+OUT/C1.png what was drawn: where the claim's arm gains most, the middle, and where it loses most. A claim
+holds where every difference that it names is beyond its 95 % interval (runs/table.py: seeds and scenes), does
+not hold where one is so the other way, and is not decided else. What is compared for quality is a measure
+that a blurred base cannot win (evaluate.py). --arm noise+known asks the same of PeFL with other flags (C1 to
+C4).
 """
 
 import os
@@ -52,15 +53,15 @@ class Claim(NamedTuple):
     off_square: bool = False  # judged on pictures that are not square
 
 
-FEEDBACK, EDITS = "pefl_scenes.sh", "editnet.sh"
+FEEDBACK, EDITS, PAIRS = "pefl_scenes.sh", "editnet.sh", "pairs.sh"
 CLAIMS = {
-    "C1": Claim("PeFL improves quality", "wins of about 60 % in outpainting (ByteEdit Fig. 6a)",
+    "C1": Claim("PeFL improves quality", "about 60 % ahead in outpainting (ByteEdit Fig. 6a)",
                 FEEDBACK, {"ARMS": "pefl rewardless"}, "judge_C1", "texture", False,
                 "pefl@20", ("base@20", "control@20", "rewardless@20"), 8, 12),
-    "C2": Claim("the alignment reward raises adherence", "CLIPScore .255 against .241",
+    "C2": Claim("the alignment reward raises adherence", "CLIPScore .255, the best rival .241",
                 FEEDBACK, {"ARMS": "pefl no_alignment"}, "judge_C2", "attributes", True,
                 "pefl@20", ("no_alignment@20",), 8, 12),
-    "C3": Claim("the coherence reward raises coherence", "3.54 against 3.52",
+    "C3": Claim("the coherence reward raises coherence", "3.54, the best rival 3.52",
                 FEEDBACK, {"ARMS": "pefl no_coherence"}, "judge_C3", "texture", False,
                 "pefl@20", ("no_coherence@20",), 8, 12),
     "C4": Claim("8 steps after progressive training match 20", "Fig. 6b",
@@ -68,16 +69,19 @@ CLAIMS = {
                 "pefl@8", ("base@20", "base@8"), 5, 9),
     "C5": Claim("EditNet > TextControl > ControlNet", "OmniEdit Table 7",
                 EDITS, {"PARTS": "variants"}, "judge_variants", "success", True,
-                "editnet@20", ("textcontrol@20", "controlnet@20"), 14, 16),
+                "editnet@10", ("textcontrol@10", "controlnet@10"), 14, 16),
     "C6": Claim("importance weights beat none at equal size", "OmniEdit Table 6",
                 EDITS, {"PARTS": "weights"}, "judge_weights", "edit", True,
-                "weighted@20", ("unweighted@20",), 6, 6),
+                "weighted@10", ("unweighted@10",), 6, 6),
+    "C7": Claim("refined pairs train a better editor", "CosXL-Edit Fig. 2",
+                PAIRS, {"PARTS": "refine", "SCALES": "1.5"}, "judge_refine_1.5", "success", True,
+                "refined@10", ("raw@10",), 10, 15),
     "C8": Claim("region data help free-form edits", "UltraEdit: L1 .0614 against .0689",
                 EDITS, {"PARTS": "region"}, "judge_region", "edit", True,
-                "editnet@20", ("freeform@20",), 6, 6),
+                "editnet@10", ("freeform@10",), 6, 6),
     "C10": Claim("training at every aspect ratio holds from 9:16 to 16:9", "OmniEdit 5.1",
                  EDITS, {"PARTS": "aspects"}, "judge_aspects", "over", False,
-                 "aspects@20", ("editnet@20",), 9, 10, True),
+                 "aspects@10", ("editnet@10",), 9, 10, True),
 }
 
 
@@ -142,7 +146,8 @@ def command(cfg: Config, claim: Claim, folder: Path) -> None:
     if claim.script == FEEDBACK:
         env |= {"JUDGE": claim.scores, "PROBE": "0", "QUICK": str(int(cfg.quick))}
     elif cfg.quick:
-        env |= {k: os.environ.get(k, v) for k, v in {"STEPS": "60", "N": "20"}.items()}
+        few = {"STEPS": "60", "N": "20"} | ({"REQUESTS": "350"} if claim.script == PAIRS else {})
+        env |= {k: os.environ.get(k, v) for k, v in few.items()}
     env |= claim.env
     known, asked = folder / f"{claim.scores}.asked", repr(sorted(env.items()))
     if known.is_file() and known.read_text() == asked:

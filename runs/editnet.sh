@@ -12,6 +12,7 @@ PY=${PYTHON:-python}
 OUT=${OUT:-out/editnet}
 PARTS=${PARTS:-variants wiring frozen_text weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} MORE=${MORE:-900} N=${N:-300}
 PEFL_REWARDS=${PEFL_REWARDS:-out/pefl_scenes}  # aesthetic and alignment rewards of runs/pefl_scenes.sh
+SAMPLER="--steps 10 --solver dpm --guidance 3 --image_guidance 1.5"  # of the judge: guided, as editors are used
 JOBS=${JOBS:-$(nproc)}  # trainings side by side
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 RECIPE="--stage edit --init assets/base --lr 1e-3 --muon_lr 3e-3 --t_shift 4 --text_lr 0.5 --wandb off"
@@ -46,7 +47,7 @@ judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same he
     local name=$1 flags=() ckpts=""; shift
     while [ "$1" != -- ]; do flags+=("$1"); shift; done; shift
     for run in "$@"; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$run$seed"; done; done
-    OMP_NUM_THREADS=$JOBS $PY evaluate.py edits --ckpt "${ckpts#,}" --steps 20 --n "$N" "${flags[@]}" \
+    OMP_NUM_THREADS=$JOBS $PY evaluate.py edits --ckpt "${ckpts#,}" $SAMPLER --n "$N" "${flags[@]}" \
         --save "$OUT/pictures" --out "$OUT/judge_$name" | tee "$OUT/judge_$name.txt"
 }
 
@@ -96,7 +97,7 @@ for part in $PARTS; do
             $PY evaluate.py t2i --ckpt "assets/base$(for run in editnet concat; do for s in $SEEDS; do echo -n ",$OUT/$run$s"; done; done)" \
                 --n "$N" --out "$OUT/judge_t2i" | tee "$OUT/judge_t2i.txt" ;;
         wiring) judge wiring -- editnet attend masked attend_masked ;;
-        frozen_text) judge frozen_text --guidance 3 --image_guidance 1.5 -- ft_editnet ft_controlnet ft_textcontrol ;;
+        frozen_text) judge frozen_text -- ft_editnet ft_controlnet ft_textcontrol ;;
         weights) judge weights -- weighted unweighted ;;
         region) judge region -- editnet freeform ;;
         aspects) judge aspects --aspects 9:16,2:3,1:1,3:2,16:9 -- editnet aspects ;;

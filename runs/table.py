@@ -26,7 +26,10 @@ def cell(tasks: list[np.ndarray], percent: bool, shared: bool) -> str:
 
 def estimate(tasks: list[np.ndarray], shared: bool) -> tuple[float, float]:
     """Values [k, N] of k seeds and N scenes (not-a-number: not asked of it), for each task -> the mean over
-    tasks and half the width of its 95 % interval. shared: all tasks are asked of the same scenes."""
+    tasks and half the width of its 95 % interval. shared: all tasks are asked of the same scenes.
+
+    What neither seed nor scene explains is both in e^2 and in s^2 / k, so the interval is too wide where that
+    is most of the spread. The degrees of freedom are the seeds' alone: scenes are many."""
     tasks = [t for t in tasks if (~np.isnan(t[0])).sum() > 1]  # nothing to over-edit in a whole picture
     if not tasks:
         return math.nan, math.nan

@@ -2,7 +2,7 @@
 
 An edit takes a scene and a generator and gives the scene after it and an instruction that is true of
 exactly the one object it names. A wrong pair does not show what it says, and has the score that a judge would
-give it: what importance weighting (OmniEdit Sec. 3.2) is for. All wording, shares and scores are ours, papers
+give it: what importance weighting (OmniEdit Sec. 3.3) is for. All wording, shares and scores are ours, papers
 are silent. scenes/dataset.py makes a source of them.
 """
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,11 +144,13 @@ def verdicts(a: np.ndarray, b: np.ndarray, higher: bool, tie: float) -> np.ndarr
 
 
 def gsb(v: np.ndarray) -> dict:
-    """Good, same, bad of verdicts [S, N]; superiority (G+S)/(S+B) in percent as in ByteEdit Sec. 4.3; net
-    preference (G-B)/(G+S+B) with its interval; sign test over scenes (majority of the seeds)."""
+    """Good, same, bad of verdicts [S, N]; superiority (G+S)/(S+B) in percent as in ByteEdit Sec. 4.3
+    (infinity: all are good); net preference (G-B)/(G+S+B) with its interval; sign test over scenes (majority
+    of the seeds)."""
     good, same, bad = int((v > 0).sum()), int((v == 0).sum()), int((v < 0).sum())
     majority = np.sign(v.sum(0))
-    return {"good": good, "same": same, "bad": bad, "superiority": 100 * (good + same) / max(same + bad, 1),
+    superiority = 100 * (good + same) / (same + bad) if same + bad else math.inf
+    return {"good": good, "same": same, "bad": bad, "superiority": superiority,
             "net": bootstrap(v.mean(0)), "p": sign_test(int((majority > 0).sum()), int((majority < 0).sum()))}
 
 

@@ -59,15 +59,15 @@ def test_another_arm_stands_for_pefl():
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    for name, text in (("C1", "no control@20: remove"), ("C5", "no editnet@20")):
+    for name, text in (("C1", "no control@20: remove"), ("C5", "no editnet@10")):
         claim = CLAIMS["CLAIMS"][name]
         with pytest.raises(SystemExit, match=text):
             at = scores(tmp_path / name, 0.1) if name == "C1" else tmp_path / "C1"
             CLAIMS["report"](name, claim._replace(metric="attributes"), at, CLAIMS["Config"]())
     with pytest.raises(SystemExit, match="scores.npz: missing or damaged"):
         CLAIMS["report"]("C1", CLAIMS["CLAIMS"]["C1"], tmp_path, CLAIMS["Config"]())
-    with pytest.raises(SystemExit, match="error: C7: use C1, C2"):
-        CLAIMS["main"](CLAIMS["Config"](("C1", "C7")))
+    with pytest.raises(SystemExit, match="error: C9: use C1, C2"):
+        CLAIMS["main"](CLAIMS["Config"](("C1", "C9")))
     with pytest.raises(SystemExit, match="error: --write: .*no such file"):
         CLAIMS["main"](CLAIMS["Config"](("C1",), write=str(tmp_path / "no.md")))
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_all_claims_of_the_table_that_can_be_judged_so_have_a_command(capsys):
     CLAIMS["main"](CLAIMS["Config"]())
     said = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert said == ["C1", "C2", "C3", "C4", "C5", "C6", "C8", "C10"]
+    assert said == ["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C10"]
     table = (ROOT / "RESULTS.md").read_text()
     assert all(f"\n| {name} |" in table for name in said)
 
@@ -99,10 +99,12 @@ def test_an_unknown_arm_costs_no_time(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 @pytest.mark.parametrize("name, line", [("C4", "| pefl@8 - base@20 |"),
-                                        ("C6", "| weighted@20 - unweighted@20 |")])
+                                        ("C6", "| weighted@10 - unweighted@10 |"),
+                                        ("C7", "| refined@10 - raw@10 |")])
 def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
-    """Both scripts, with steps that can be counted on one hand; again, and nothing is repeated."""
-    for k, v in {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled"}.items():
+    """Each script, with steps that can be counted on one hand; again, and nothing is repeated."""
+    for k, v in {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled",
+                 "REQUESTS": "56"}.items():
         monkeypatch.setenv(k, v)
     cfg = CLAIMS["Config"]((name,), out=str(tmp_path / "o"), quick=True)
     CLAIMS["main"](cfg)
@@ -116,4 +118,4 @@ def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
         capfd.readouterr()
         table = runpy.run_path(str(ROOT / "runs/table.py"))["main"]
         table(str(tmp_path / "o/editnet_quick/judge_weights"), ["edit", "over"])
-        assert "| unweighted@20 - weighted@20 |" in capfd.readouterr().out
+        assert "| unweighted@10 - weighted@10 |" in capfd.readouterr().out

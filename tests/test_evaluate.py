@@ -73,6 +73,7 @@ def test_verdicts_and_gsb():
     assert [got["exact"][k] for k in ("good", "same", "bad")] == [2, 2, 1]
     assert got["overall"]["superiority"] == pytest.approx(100 * 4 / 2)
     assert results.compare(b, a, 0.05)["overall"]["good"] == 1
+    assert results.gsb(np.ones((1, 4)))["superiority"] == np.inf  # nothing to divide by: no number is made up
 
 
 # ---- cases and metrics -----------------------------------------------------------------------------------

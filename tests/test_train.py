@@ -329,9 +329,14 @@ def test_coherence_starts_from_a_tower_or_a_run(made, tmp_path):
     flags = dict(phases="5/4/2x1", lr=0.0, disc_lr=0.0)
     call(made, tmp_path / "tower", train_pefl, disc_init=made["aesthetic"], **flags)
     tower, got = load_file(Path(made["aesthetic"]) / "model.safetensors"), tensors(tmp_path / "tower")
-    names = [k for k in tower if k.startswith("blip.visual_encoder.")]
+    names = [k for k in tower if k.startswith("blip.visual_encoder.") and "patch_embed" not in k]
     assert names and all(torch.equal(got[f"coherence/vit.{k.removeprefix('blip.visual_encoder.')}"], tower[k])
                          for k in names)
+    disc = rewards.open_coherence(made["aesthetic"], 32, 4, "x")
+    reward = rewards.open_reward(made["aesthetic"])
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.allclose(disc.vit(x), reward.image_features(x)[0], atol=1e-5)
+    assert torch.equal(disc.vit.patch_embed.proj.weight, got["coherence/vit.patch_embed.proj.weight"])
     call(made, tmp_path / "run", train_pefl, disc_init=str(tmp_path / "tower"), seed=1, **flags)
     again = tensors(tmp_path / "run")
     assert not [k for k in got if k.startswith("coherence/") and not torch.equal(got[k], again[k])]
@@ -447,17 +452,27 @@ def test_several_rewards_are_their_mean(made, tmp_path):
 
 
 def test_a_published_reward_beside_ours(made, tmp_path, monkeypatch, capsys):
-    """With PickScore's scores, 20, no gradient is left, which is said once; L_vgg finds ours behind it."""
+    """L_vgg finds ours behind it; a held-out reward that no sheet will ask is said."""
     load = train_pefl.open_reward
     monkeypatch.setattr(train_pefl, "open_reward", lambda spec, *a: (
-        lambda x, c: 40 + x.mean((1, 2, 3))) if spec.startswith("pickscore:") else load(spec, *a))
-    found = call(made, tmp_path / "a", train_pefl, aesthetic=f"pickscore:a,b,{made['aesthetic']}",
-                 heldout_reward=made["alignment"])
-    said = capsys.readouterr().out
-    assert said.count("warning: --aesthetic: scores 20") == 1 and "keeps 2e-09 of its gradient" in said
-    assert "warning: --alignment" not in said and all(row["loss/vgg"] > 0 for row in found)
-    assert "warning: --heldout_reward: is asked with the sample sheets" in said
-    assert found[0]["loss/aesthetic"] < 1e-8
+        lambda x, c: x.mean((1, 2, 3))) if spec.startswith("clipscore:") else load(spec, *a))
+    found = call(made, tmp_path / "a", train_pefl, aesthetic=f"clipscore:a,b,{made['aesthetic']}",
+                 heldout_reward=made["alignment"], phases="5/4/2x1")
+    assert found[0]["loss/vgg"] > 0
+    assert "warning: --heldout_reward: is asked with the sample sheets" in capsys.readouterr().out
+
+
+def test_rewards_on_another_scale_are_named(monkeypatch, capsys):
+    """-log sigmoid is flat where PickScore and LAION's aesthetic score lie; as alarms they are welcome."""
+    monkeypatch.setattr(train_pefl, "open_reward", lambda spec, *rest: spec)
+    train_pefl.open_rewards(train_pefl.Config(
+        aesthetic="aesthetic:a,b", alignment="imagereward:a,b,pickscore:a,b", heldout_reward="pickscore:a,b"))
+    warned = [line.split(" its scores")[0] for line in capsys.readouterr().out.splitlines()]
+    assert warned == ["warning: --aesthetic: aesthetic:", "warning: --alignment: pickscore:"]
+    for score, slope in train_pefl.FLAT.values():
+        assert float(slope) == pytest.approx(torch.sigmoid(torch.tensor(-float(score))).item(), rel=0.1)
+    train_pefl.open_rewards(train_pefl.Config(aesthetic="clipscore:a,b", alignment="out/alignment"))
+    assert not capsys.readouterr().out
 
 
 def test_reward_rises(made, tmp_path):

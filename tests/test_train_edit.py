@@ -160,7 +160,7 @@ def test_draws_of_feedback():
     assert [at(step, [0, 1])["t_prime"] for step in (4, 5, 6, 99)] == [1] * 4
     drawn, gens = at(0, [4, 5]), common.generators(3, 0, [4, 5])
     assert torch.equal(drawn["noise"], common.randn(gens, (16, 2, 2)))
-    assert torch.equal(drawn["faint"], 0.1 * common.randn(gens, (3, 8, 8)))
+    assert torch.equal(drawn["reward_noise"], 0.1 * common.randn(gens, (3, 8, 8)))
     assert drawn["c"] == ["", "b"] and drawn["has_c"].tolist() == [0, 1] and drawn["text"] == ["a", "b"]
     told = at(0, [4, 5], target_caption=["c", ""])
     assert told["c"] == ["c", ""] and told["has_c"].tolist() == [1, 0]
