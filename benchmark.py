@@ -163,7 +163,7 @@ def open_for(b: benches.Benchmark, cfg: Bench, device: torch.device) -> Pipe:
     draw what the rows say that their results show."""
     needs = ["follow"] * all(r.instruction for r in b.rows)
     needs += ["fill"] * all(r.mask is not None and r.prompt is not None for r in b.rows)
-    method, path = pipeline.method_of(cfg.ckpt)
+    method, path = pipeline.method_of(cfg.ckpt, cfg.solver)
     if method:
         needs = ["draw", "fill"]
         lacks = "captions of the results" if any(not r.target_text for r in b.rows) else \
@@ -217,7 +217,8 @@ def make_results(pipe: Pipe, cfg: Bench, b: benches.Benchmark, rows: list[benche
             if method:
                 x0 = pipeline.baseline(method, pipe.net, pipe.space, [r.target_text for r in part],
                                        given[1], given[0], noise, cfg.steps, pipe.shift, cfg.guidance,
-                                       cfg.strength, [r.source_text or "" for r in part], bf16).float().cpu()
+                                       cfg.strength, [r.source_text or "" for r in part], cfg.solver,
+                                       bf16).float().cpu()
             else:
                 said = [r.instruction if pipe.follows else r.prompt for r in part]
                 x0 = pipeline.sample(pipe.net, pipe.space, said, *given, noise,

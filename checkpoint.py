@@ -441,6 +441,7 @@ BUILT = {  # kind of arch -> (fields that are numbers, at least 1), (those at le
     "coherence": (("pos_side", "patch", "width", "depth", "heads"), (),
                   lambda pos_side=8, patch=4, width=128, depth=4, heads=4:
                   (depth * width + pos_side**2 + 4 * patch**2) * width)}
+BUILT["scorer"] = BUILT["reward"]
 
 
 def read_bounded(path, most):

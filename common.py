@@ -781,8 +781,12 @@ def split_groups(groups):
 
 @torch.no_grad()
 def clip_grad_norm(params, limit):
-    """torch.nn.utils.clip_grad_norm_ for parameters sharded or not -> the global norm, on every rank."""
-    params = [p for p in params if p.grad is not None]
+    """torch.nn.utils.clip_grad_norm_ for parameters sharded or not -> the global norm, on every rank, where
+    the parameters are (torch's is on the CPU if none of them has a gradient)."""
+    every = list(params)
+    params = [p for p in every if p.grad is not None]
+    if not params:
+        return torch.zeros((), device=every[0].device)
     if not any(is_sharded(p.grad) for p in params):
         return torch.nn.utils.clip_grad_norm_(params, limit)
     shards = [local(p.grad) for p in params if is_sharded(p.grad)]

@@ -167,7 +167,7 @@ def sample_result(result: Result, pipe: Pipe, cases: AnyCases, cfg: Config, step
                     got = pipeline.baseline(
                         result.method, pipe.net, pipe.space, c.target_caption[part], c.image[part],
                         c.region[part].float(), noise, steps, pipe.shift, cfg.guidance, cfg.strength,
-                        c.source_caption[part], cfg.precision == "bf16").float().cpu()
+                        c.source_caption[part], cfg.solver, cfg.precision == "bf16").float().cpu()
                 elif pipe.follows:
                     mask = c.region[part].float() if cfg.region else torch.ones(len(gens), 1, h, w)
                     got = drawn(pipe, cfg, c.caption[part], mask, c.image[part], gens, steps)
@@ -232,7 +232,7 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
     steps = steps * (len(entries) // len(steps))
     opened, results = [], []
     for entry, k in zip(entries, steps):  # all are opened before the first is sampled: an error costs no time
-        pipe, (method, base) = None, pipeline.method_of(entry)
+        pipe, (method, base) = None, pipeline.method_of(entry, cfg.solver)
         if method and kind == "edits":
             pipe = open_judged(base, device, "draw", "fill")
             r = Result("edits", f"{entry.rstrip('/')}@{k}", cfg.image_size or pipe.size,

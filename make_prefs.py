@@ -64,7 +64,7 @@ class Config:
     others: bool = False  # also pair the pictures between best and worst with both
     n: int = 500  # number of prompts (with --data: pictures)
     offset: int = 0  # leave out the first so many pictures
-    captions: int = 0  # number of further true pictures that make alignment pairs alone
+    captions: int = 0  # number of further true scenes that make alignment pairs alone
     k: int = 4  # pictures for each prompt, of which the best and the worst are kept
     steps: str = "20"  # sampler steps, for each of the k pictures in turn, with commas
     guidance: float = 1.0  # classifier-free guidance; 1 = off
@@ -247,7 +247,7 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
                                  "kind": "other"})
     bar.close()
     first = cfg.offset + cfg.n
-    for index in range(first, first + cfg.captions if drawn else first):
+    for index in range(first, first + cfg.captions):
         file = f"images/{index:08d}_truth.png"
         Image.fromarray(source.load(index, size, size)["image"]).save(out / file)
         captions += false_captions(source.scene(index), seed, index, file,
@@ -275,6 +275,12 @@ def features_of(texts: list[str], pipe: pipeline.Pipe | None) -> np.ndarray:
     return prompts.unit(x - x.mean(0))
 
 
+def least_gap(margin: float, reward, scores: np.ndarray) -> float:
+    """--margin in the unit of a reward's scores: these are deviations already if they are normalised, else
+    those of `scores`, all that it gave here."""
+    return max(margin * (1.0 if rewards.is_normalised(reward) else float(scores.std())), 1e-6)
+
+
 QUESTION = ("Which picture is the best for its text, and which the worst? Look at beauty, colours, structure "
             "and brightness.")  # ByteEdit's four
 
@@ -293,9 +299,10 @@ def from_texts(cfg: Config, out: Path, device: torch.device) -> dict:
         if pipe.size != pipes[0].size:
             raise SystemExit(f"error: --ckpt: {path}: draws at {pipe.size} pixels, the first at "
                              f"{pipes[0].size}: their sizes would give them away")
-    reward = None
+    reward = judge = None
     if cfg.judge != "people":
-        reward = rewards.score_of(rewards.open_reward(cfg.judge, device, "--judge"))
+        judge = rewards.open_reward(cfg.judge, device, "--judge")
+        reward = rewards.score_of(judge)
 
     # 1) diverse texts
     x = features_of(texts, pipes[0] if cfg.features == "encoder" else None)
@@ -307,7 +314,7 @@ def from_texts(cfg: Config, out: Path, device: torch.device) -> dict:
     (out / "prompts.txt").write_text("".join(t + "\n" for t in texts), encoding="utf-8")
 
     # 2) k pictures of each
-    rng, items, ranked, bar = np.random.default_rng([cfg.seed, 17]), [], [], log.progress(cfg.n, desc="texts")
+    rng, items, rated, bar = np.random.default_rng([cfg.seed, 17]), [], [], log.progress(cfg.n, desc="texts")
     for start in range(0, cfg.n, cfg.batch_size):
         part = texts[start:start + cfg.batch_size]
         made, names = [], []
@@ -329,11 +336,7 @@ def from_texts(cfg: Config, out: Path, device: torch.device) -> dict:
         for j, text in enumerate(part):
             saved = [study.save_picture(out, x[j]) for x in made]
             if reward:
-                best, worst = int(scores[:, j].argmax()), int(scores[:, j].argmin())
-                if scores[best, j] - scores[worst, j] >= max(cfg.margin, 1e-6):
-                    key = {"items": {"": {"prompt": text, "made": dict(zip(saved, names))}}}
-                    ranked += [{**item, "kind": "judge"} for item in study.ranked_items(
-                        {"": (saved[best], saved[worst])}, key, cfg.others)]
+                rated.append((text, dict(zip(saved, names)), saved, scores[:, j]))
                 continue
             items.append(study.Item(text, saved, names))
             if rng.random() < cfg.gold:
@@ -344,6 +347,13 @@ def from_texts(cfg: Config, out: Path, device: torch.device) -> dict:
     bar.close()
     counts = {"texts": len(texts), "coverage": found, "features": told, "notes": dict(notes)}
     if reward:
+        ranked, least = [], least_gap(cfg.margin, judge, torch.cat([scores for *_, scores in rated]).numpy())
+        for text, made, saved, scores in rated:
+            best, worst = int(scores.argmax()), int(scores.argmin())
+            if scores[best] - scores[worst] >= least:
+                key = {"items": {"": {"prompt": text, "made": made}}}
+                ranked += [{**item, "kind": "judge"} for item in study.ranked_items(
+                    {"": (saved[best], saved[worst])}, key, cfg.others)]
         print(f"wrote {study.write_ranked(out, ranked)}: {len(ranked):,} of {cfg.n:,} texts "
               "with a clear best and worst")
         return counts | {"items": len(ranked)}
@@ -385,14 +395,15 @@ def overlap(a: str, b: str) -> float:
     return len(one & other) / max(1, len(one | other))
 
 
-def recaption(cfg: Config, out: Path, source, reward, size: int, device: torch.device) -> dict:
+def recaption(cfg: Config, out: Path, source, judge, size: int, device: torch.device) -> dict:
     """OUT/alignment.jsonl of new against old captions of the same pictures -> counts for results.json.
 
-    reward: score(pictures, captions), of pictures of `size`. A new caption counts where it beats the old one
-    by --margin, and is no paraphrase of it (fewer than half of the words are shared). What the model says is
-    kept in OUT/served.jsonl: the same command goes on.
+    judge: a reward, of pictures of `size`. A new caption counts where it beats the old one by --margin, and
+    is no paraphrase of it (fewer than half of the words are shared). What the model says is kept in
+    OUT/served.jsonl: the same command goes on.
     """
     client = served.Served(cfg.recaption, cfg.model, cache=out / "served.jsonl")
+    reward = rewards.score_of(judge)
     (out / "images").mkdir(exist_ok=True)
 
     def look(index: int, side: int) -> np.ndarray:
@@ -435,9 +446,9 @@ def recaption(cfg: Config, out: Path, source, reward, size: int, device: torch.d
     better = fit_of([look(known[k], size) for k, _ in said], [text for _, text in said])
 
     # 3) pairs of those that fit better, and say something else
-    rows, close = [], 0
+    rows, close, least = [], 0, least_gap(cfg.margin, judge, np.array(scores))
     for (k, text), score in zip(said, better):
-        if score - scores[k] < max(cfg.margin, 1e-6):
+        if score - scores[k] < least:
             continue
         if overlap(text, texts[k]) >= 0.5:
             close += 1
@@ -486,13 +497,16 @@ def main(cfg: Config) -> None:
         write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})
         return
     source = data.open_source(cfg.data, "train")
+    if cfg.captions and (cfg.recaption or not isinstance(source, dataset.Scenes)):
+        common.refuse(cfg, "captions", "further pictures have captions that are false in a known fact, as "
+                                       "scenes alone have: leave it out, or raise --n")
     wanted = cfg.n + cfg.captions
     if not 1 <= wanted <= len(source) - cfg.offset:
         raise SystemExit(f"error: --n: {cfg.n}: use 1 to {len(source)}, with --captions and --offset")
     if cfg.recaption:
         net = rewards.open_reward(cfg.judge, dist.device, "--judge")
         size = net.cfg.image_size if isinstance(net, rewards.PreferenceReward) else 224  # CLIP's, and BLIP's
-        work = partial(recaption, reward=rewards.score_of(net), size=size, device=dist.device)
+        work = partial(recaption, judge=net, size=size, device=dist.device)
     else:
         pipe = pipeline.open_editor(cfg.ckpt, dist.device, ("fill",))
         pipe.net.to(dist.device).eval().requires_grad_(False)

@@ -159,7 +159,7 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
     """-> the space `net` works in, what the next manifest says of it, the opened cache or None; and `net`
     learns to read captions.
 
-    known: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers and t5_length. folder:
+    known: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers, t5, t5_length. folder:
     one of make_cache.py, in place of the text encoders. what: the flag and path that errors name.
     """
     if net.cfg.txt_bytes:
@@ -182,10 +182,14 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
     words = None
     if folder:
         words = open_cache(folder, base=path)
-        known = known | {"t5_length": words.made["t5_length"]}
+        made = {k: words.made[k] for k in ("t5", "t5_length")}  # without T5 its tokens are zeros
+        if differ := [f"{k} {made[k]}, not {known[k]}" for k in made if made[k] != known.get(k, made[k])]:
+            common.print0(f"note: --cache: {folder}: {what} read other text until now: {', '.join(differ)}")
+        known = known | made
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        text = load_text(path, known.get("tokenizers"), dtype, device, t5_length=known.get("t5_length", 77))
+        text = load_text(path, known.get("tokenizers"), dtype, device, known.get("t5", True),
+                         known.get("t5_length", 77))
 
     def read(captions):  # a function: deepcopy of the net does not copy what it holds
         features = words.text(captions, device) if words else text.encode_text(captions)
@@ -330,9 +334,13 @@ def from_work(x0: Tensor, box: tuple, h: int, w: int) -> np.ndarray:
 METHODS = ("sdedit", "blended", "diffedit")
 
 
-def method_of(ckpt: str) -> tuple[str, str]:
-    """ "sdedit:assets/base" -> its two parts; another path -> "" and itself."""
+def method_of(ckpt: str, solver: str = "euler") -> tuple[str, str]:
+    """ "sdedit:assets/base" -> its two parts; another path -> "" and itself. SystemExit for a solver that the
+    method has not."""
     method, _, base = ckpt.partition(":")
+    if method == "diffedit" and solver != "euler":
+        raise SystemExit(f"error: --solver: {solver}: {ckpt} goes up and down the flow in Euler's steps: "
+                         "leave it out")
     return (method, base) if method in METHODS else ("", ckpt)
 
 
@@ -347,13 +355,13 @@ def free(net: model.Editor, space: Space, captions: list[str], image: Tensor, gu
 @torch.inference_mode()
 def baseline(method: str, net: model.Editor, space: Space, captions: list[str], image: Tensor, region: Tensor,
              noise: Tensor, steps: int, shift: float = 1.0, guidance: float = 3.0, strength: float = 0.75,
-             before: list[str] | None = None, bf16: bool = False) -> Tensor:
+             before: list[str] | None = None, solver: str = "euler", bf16: bool = False) -> Tensor:
     """Edit pictures with a base that only draws captions -> [B, 3, H, W], fp32, not clamped, nothing pasted.
 
     captions [B] of the pictures that are wanted; image [B, 3, H, W] in [-1, 1]; region [B, 1, H, W], what may
     change (blended alone looks at it); noise [B, C, h, w] of the space. strength: the share of the `steps`
     paper steps that is run (1: the picture is noise at first). before [B]: captions of `image` (diffedit;
-    None: "").
+    None: ""). solver: as of flow.sample, for the first two.
 
     sdedit: noise the picture to `strength` and denoise it (Meng et al. 2022, Algorithm 1).
     blended: from noise; after every step what the region leaves is the noised picture (Avrahami et al. 2023,
@@ -369,10 +377,10 @@ def baseline(method: str, net: model.Editor, space: Space, captions: list[str], 
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         wanted = free(net, space, captions, image, guidance)
         if method == "sdedit":
-            x = flow.sample(wanted, flow.interpolate(z, noise, noise.new_full((len(z),), ts[0])), ts)
+            x = flow.sample(wanted, flow.interpolate(z, noise, noise.new_full((len(z),), ts[0])), ts, solver)
         elif method == "blended":
             m = shrink(region.float(), space.stride)
-            x = flow.sample(wanted, noise, flow.timesteps(steps, shift), known=z, noise=noise, mask=m)
+            x = flow.sample(wanted, noise, flow.timesteps(steps, shift), solver, z, noise, m)
         elif method == "diffedit":
             unsaid = free(net, space, [""] * len(z), image, 1.0)
             m = disagreement(wanted, free(net, space, before or [""] * len(z), image, guidance), z, noise)

@@ -641,6 +641,8 @@ def open_reward(spec: str, device: Device = "cpu", what: str = "reward",
     to = {"dtype": dtype, "device": device}
     if name == "imagereward":
         return partial(imagereward, load_imagereward(*paths, **to))
+    common.print0(f"note: {what}: {name} has its published scores, which are not normalised: what a weight "
+                  "of its loss means depends on their scale")
     if name == "aesthetic":
         head, clip = load_aesthetic_head(paths[0], **to), load_clip(paths[1], None, quick_gelu=True, **to)
         return lambda picture, captions: aesthetic_score(head, clip, picture)
@@ -667,6 +669,11 @@ def _trained(path: str, what: str) -> PreferenceReward:
         common.print0(f"warning: {what}: its scores of held-out pairs were not measured and are taken as "
                       "they are: what a weight of its loss means depends on their scale")
     return net.eval().requires_grad_(False)
+
+
+def is_normalised(reward: PreferenceReward | Callable) -> bool:
+    """Whether an opened reward's scores are in their standard deviations: ours, and ImageReward's."""
+    return isinstance(getattr(reward, "args", [reward])[0], PreferenceReward)
 
 
 def score_of(reward: PreferenceReward | Callable) -> Callable:

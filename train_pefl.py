@@ -132,7 +132,8 @@ def main(cfg: Config) -> None:
     #    and is the discriminator
     rewards = open_rewards(cfg, device)
     scores = {name: mean_score(nets) for name, nets in rewards.items()}
-    features, source_of_features = open_features(cfg.vgg, {k: nets[0] for k, nets in rewards.items()}, device)
+    ours = {k: r for k, nets in rewards.items() for r in reversed(nets) if isinstance(r, PreferenceReward)}
+    features, source_of_features = open_features(cfg.vgg, ours, device)
     torch.manual_seed(cfg.seed)
     disc = open_coherence(cfg.disc_init, image_size, patch, "--disc_init").to(device)
     size = cfg.batch_size, (image_size // patch) ** 2, pipeline.text_tokens(editor, pipe.stack)
@@ -301,6 +302,9 @@ def check(cfg: Config) -> None:
         below_1=("ema",), share=("p_region",))
     parse_phases(cfg.phases)
     data.mixture(cfg.tasks)
+    if cfg.heldout_reward and not cfg.sample_every:
+        common.print0("warning: --heldout_reward: is asked with the sample sheets, and --sample_every 0 "
+                      "makes none: it is never logged")
 
 
 def parse_phases(text: str) -> list[tuple[int, int, int, int]]:

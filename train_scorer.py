@@ -71,6 +71,7 @@ def main(cfg: Config) -> None:
     if not 0 < cfg.keep_score <= 10:
         common.refuse(cfg, "keep_score", "scores go from 0 to 10")
     dist = common.setup(cfg.device)
+    common.agree(dist, asdict(cfg) | {"code": common.code_hash()})
     device, bf16 = dist.device, common.use_bf16(cfg.precision, dist)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -90,14 +91,16 @@ def main(cfg: Config) -> None:
 
     # 2) architecture and weights: those of --out if there is something to resume, of --init, or from scratch
     torch.manual_seed(cfg.seed)
+    checkpoint.claim(cfg.out)
     found, weights = checkpoint.latest(cfg.out), None
     if found:
+        now = common.portable(asdict(cfg))  # as a manifest keeps paths
         arch = model.config_from(rewards.RewardConfig, found[1].get("arch", {}), "scorer", cfg.out)
         for key in ("preset", "init", "data"):
-            if found[1]["config"][key] != getattr(cfg, key):
+            if found[1]["config"][key] != now[key]:
                 raise SystemExit(f"error: {cfg.out}: began with --{key} {found[1]['config'][key]}, not "
-                                 f"{getattr(cfg, key)}: repeat that command, or give another --out")
-        checkpoint.warn_changed(cfg.out, found[1], asdict(cfg), bf16)
+                                 f"{now[key]}: repeat that command, or give another --out")
+        checkpoint.warn_changed(cfg.out, found[1], now, bf16)
     elif cfg.init:
         arch, weights = opened(cfg.init)
     else:
@@ -124,7 +127,6 @@ def main(cfg: Config) -> None:
         step, meta = manifest["step"], manifest["meta"]
         val, before, run_id = meta["val"], meta["before"], meta["run_id"]
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
-    checkpoint.check_writable(cfg.out)
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
 
     # 5) data: batch s is a function of (seed, s, rank, world). Tasks come equally often
@@ -132,6 +134,7 @@ def main(cfg: Config) -> None:
         source, arch.image_size, cfg.batch_size, seed=cfg.seed, rank=dist.rank, world=dist.world,
         workers=cfg.workers, start_step=step, aspects=cfg.aspects, stride=arch.patch, p_region=0.0,
         device=device, draw=partial(draws, cfg))
+    common.agree(dist, {"data": batches.fingerprint(), "weights": common.bits(net)})
     perf, verdict = Perf(device, bf16, f"--data {cfg.data}"), Verdict(dist, cfg.out, "lower --lr")
     lost_saves = 0
     if not step:
@@ -170,7 +173,7 @@ def main(cfg: Config) -> None:
         bar.update()
         last = step == cfg.steps
         metrics.add(**{"grad_norm/scorer": grad_norm})
-        stop = verdict.read(last)
+        stop = verdict.read(last=last or step % cfg.save_every == 0)
 
         # 8) logs, held-out report, checkpoints
         if step % cfg.log_every == 0 or last:
@@ -231,15 +234,17 @@ def draws(cfg: Config, batch: dict) -> dict:
 
 def spoil(batch: dict) -> tuple[Tensor, list[str], Tensor]:
     """Edited pictures, instructions and scores of a batch, with its free negatives, whose score is 0: nothing
-    was done, or something else was asked for. Without them a scorer learns how good pictures look, and no
-    more (sets that are kept at 9 and more have no low scores at all)."""
+    was done, or something else was asked for: what the next pair asks, if it is of another task, or no task
+    is known; within one task it may be true. Without them a scorer learns how good pictures look, and no more
+    (sets that are kept at 9 and more have no low scores at all)."""
     kind, captions = batch["kind"], list(batch["caption"])
     same = torch.tensor([k == 1 for k in kind], device=batch["image"].device)
     edited = torch.where(same[:, None, None, None], batch["source"], batch["image"])
     wrong = same.clone()
     for i, k in enumerate(kind):
-        other = batch["caption"][(i + 1) % len(kind)]
-        if k == 2 and other != captions[i] and batch["task"][i] != batch["task"][(i + 1) % len(kind)]:
+        other, task = batch["caption"][(i + 1) % len(kind)], batch["task"][i]
+        apart = not task or task != batch["task"][(i + 1) % len(kind)]
+        if k == 2 and other != captions[i] and apart:
             captions[i], wrong[i] = other, True
     return edited, captions, torch.where(wrong, 0.0, batch["score"])
 

@@ -135,7 +135,8 @@ class Lines:
     @staticmethod
     def _row(row):
         task = TASK_NAMES.get(str(row.get("task")).strip().lower())
-        task = "remove" if task == "add" else task
+        if task == "add":  # as a removal its words would be those of the opposite
+            raise ValueError("an addition is a removal backwards: say task remove, with add_instruction")
         if task is None:
             raise ValueError(f"task {printable(str(row.get('task')))[:40]!r} is none of {', '.join(TASKS)}")
         if not isinstance(row.get("source"), str) or not row["source"]:

@@ -153,5 +153,5 @@ def make(task: str, pipe: pipeline.Pipe, editor: pipeline.Pipe | None, rows: lis
     kind = "inpainting" if task in INPAINTED else "prompt-to-prompt" if task in TWINNED else "editor"
     return [dict(source=sources[j], image=pictures[j], mask=None if area is None else area[j],
                  specialist=kind, drawn=task in TWINNED and cfg.anchor != "real",
-                 params=params | {"steps": cfg.steps, "solver": cfg.solver}
+                 params=params | {"steps": cfg.steps, "solver": "euler" if task in TWINNED else cfg.solver}
                  | ({"prompt": prompts[j]} if prompts else {})) for j in range(len(rows))]

@@ -152,8 +152,8 @@ class VAE(nn.Module):
 
     checkpoint: with gradients, keep the input of every residual block and resampling, and recompute the rest
       in the backward pass.
-    It computes in the dtype of its weights and answers in that of its input. bf16 weights cost 1.6% of the
-    latents and of the picture: encode in fp32 or fp16.
+    It computes in the dtype of its weights (the decoder in autocast's) and answers in that of its input. bf16
+    weights cost 1.6% of the latents and of the picture: encode in fp32 or fp16.
     """
 
     def __init__(self, cfg: VAEConfig = VAEConfig()):
@@ -170,7 +170,8 @@ class VAE(nn.Module):
         if h % self.stride or w % self.stride:
             raise SystemExit(f"error: a picture of {h}x{w}: the VAE takes sides that are multiples of "
                              f"{self.stride}: resize or crop it")
-        both = self.encoder(image.to(self.encoder.conv_in.weight.dtype), self.checkpoint)
+        with torch.autocast(image.device.type, enabled=False):  # PeFL's judge and tiles ask under it
+            both = self.encoder(image.to(self.encoder.conv_in.weight.dtype), self.checkpoint)
         mean, logvar = both.to(image).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 

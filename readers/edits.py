@@ -241,11 +241,14 @@ class EditParquet(_Edits):
 
     def _light_rows(self):
         p = PRESETS[self.preset]
-        rows = self.groups.light(lambda names: [_first(p.task, names), _first(p.score, names),
-                                                _first(p.key, names), *(_first((s,), names) for s in p.size)])
-        for n, (name, (task, score, key, *size)) in enumerate(rows):
-            row = dict(row=n, task=task, score=score, size=size or None)
-            row["id"] = key if self.preset == "omniedit" else None
+
+        def columns(names):  # ours say background in the column: of them no name is asked
+            published = self.preset == "omniedit" and "omni_edit_id" in names and "family" not in names
+            return [_first(p.task, names), _first(p.score, names), _first(p.key, names),
+                    "omni_edit_id" if published else None, *(_first((s,), names) for s in p.size)]
+
+        for n, (name, (task, score, key, own, *size)) in enumerate(self.groups.light(columns)):
+            row = dict(row=n, task=task, score=score, size=size or None, id=own)
             yield name, row | dict(key=os.path.basename(name) if key is None else key)
 
     def _row(self, i):

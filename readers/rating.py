@@ -246,8 +246,8 @@ def read_asked(cfg):
         return benchmarks.complete_edit(row, layout, root, used)
 
     try:
-        if path.is_dir() or path.suffix == ".parquet":
-            layout, rows = "gedit", benchmarks.gedit_rows(path)
+        if path.is_dir() or path.suffix in (".parquet", ".arrow"):
+            layout, rows = benchmarks.table_rows(path)
         elif path.suffix == ".json":
             layout, root, rows = benchmarks.json_rows(path, root if cfg.sources else None)
         else:

@@ -480,7 +480,7 @@ def worst_of(metrics, n):
     these the largest error, as evaluate.py's `compare` ranks them."""
     size = len(next(iter(metrics.values())))
     asked = next((metrics[k] for k in ("success", "attributes") if k in metrics), np.zeros(size))
-    errors = [metrics[k] for k in ("error", "exact", "seam") if k in metrics] or [np.zeros(size)]
+    errors = [metrics[k] for k in ("error", "texture", "exact", "seam") if k in metrics] or [np.zeros(size)]
     error = errors[0]
     for other in errors[1:]:
         error = np.where(np.isnan(error), other, error)

@@ -241,17 +241,20 @@ def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, wor
     """A step of train_pefl.py -> Rank. editor, ranks, words: as for `omni`; it is held twice, tuned and as
     it was.
 
-    space: pipeline.PixelSpace or VAE. rewards: name -> what open_reward gives. vgg: VGG16 or None: then
-    the first reward of ours gives features, if there is one. pictures: [B, 3, H, W]. recompute:
-    --checkpointing, which concerns rewards and coherence model; editor and VAE know their own.
+    space: pipeline.PixelSpace or VAE. rewards: name -> what open_reward gives; a heldout one has
+    its weights in memory and no part in the step. vgg: VGG16 or None: then the first reward of ours gives
+    features, if there is one. pictures: [B, 3, H, W]. recompute: --checkpointing, which concerns rewards and
+    coherence model; editor and VAE know their own.
     """
     rank = Rank(device, bf16, ranks)
     net = rank.hold("the editor", editor, average=True)
     rank.hold("the editor as it was", editor)
     space = rank.hold("the VAE", space) if isinstance(space, nn.Module) else space
     scores = {name: rank.hold_reward(f"reward {name}", r) for name, r in rewards.items()}
+    asked = {name: r for name, r in rewards.items() if not name.startswith("heldout")}
+    scores = {name: scores[name] for name in asked}
     features = rank.hold("VGG16", vgg) if vgg else next(
-        (s for s in (getattr(r, "image_features", None) for r in rewards.values()) if s), lambda image: [])
+        (s for s in (getattr(r, "image_features", None) for r in asked.values()) if s), lambda image: [])
     disc = rank.hold("the coherence model", disc, average=False)
     flops = {}
 

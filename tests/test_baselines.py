@@ -34,11 +34,11 @@ def edit(at, method, **more):
     return pipeline.baseline(method, net, SPACE, image=image, noise=noise, steps=STEPS, **more)
 
 
-def drawn(at, guidance=3.0):
+def drawn(at, guidance=3.0, solver="euler"):
     net, image, _, noise = at
     nothing = torch.zeros_like(image)
     return pipeline.sample(net, SPACE, AFTER, torch.ones(B, 1, S, S), nothing, noise, flow.timesteps(STEPS),
-                           guidance)
+                           guidance, solver=solver)
 
 
 @pytest.mark.parametrize("method", ["sdedit", "blended"])
@@ -46,6 +46,16 @@ def test_with_nothing_to_keep_it_is_text_to_image(at, method):
     got = edit(at, method, region=torch.ones(B, 1, S, S), strength=1.0)
     torch.testing.assert_close(got, drawn(at))
     assert not torch.allclose(got, at[1], atol=0.1)
+    for solver in ("heun", "dpm"):  # --solver is theirs, too
+        other = edit(at, method, region=torch.ones(B, 1, S, S), strength=1.0, solver=solver)
+        torch.testing.assert_close(other, drawn(at, solver=solver))
+        assert not torch.allclose(other, got, atol=1e-4)
+
+
+def test_diffedit_has_no_other_solver():
+    assert pipeline.method_of("sdedit:out/a", "heun") == ("sdedit", "out/a")
+    with pytest.raises(SystemExit, match="error: --solver: heun: diffedit:out/a goes up and down"):
+        pipeline.method_of("diffedit:out/a", "heun")
 
 
 def test_sdedit_is_nearer_to_the_picture_the_less_noise_there_is(at):

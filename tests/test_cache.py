@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from test_vae import randomize
 import data
 import make_cache
 import masks
+import model
+import pipeline
 from kernels import dispatch
 from make_cache import Config
 from pretrained import text as text_encoders
@@ -207,6 +210,31 @@ def test_without_t5_its_tokens_are_zeros_and_never_silently(base, tmp_path):
     assert f"text {base[0]}, not None" in one_line(error)
     with pytest.raises(SystemExit, match="tokenizers: .*holds no tokenizer/"):
         make((base[0], str(tmp_path)), tmp_path / "e", spec, split="all", latents=False)
+
+
+def test_who_learned_without_t5_is_sampled_without(base, tmp_path, capsys):
+    """What training on such a cache leaves in meta.stack gives the encoders' zeros, too; else T5, if it is
+    there, would say what the model has never read."""
+    (tmp_path / "x").mkdir()
+    spec = test_data.folder(tmp_path / "x", 3)
+    whole = read_weights(base[0]) | {"model.diffusion_model.context_embedder.weight": torch.zeros(8, 256)}
+    save_file(whole, tmp_path / "sd3.safetensors")  # the transformer says how wide the zeros are
+    sd3 = str(tmp_path / "sd3.safetensors")
+    path, full = (make((sd3, base[1]), tmp_path / name, spec, split="all", latents=False,
+                       dtype="fp32", **more)
+                  for name, more in (("c", dict(t5=False, t5_length=20)), ("d", {})))
+    cfg = replace(model.PRESETS["test"], channels=4, txt_bytes=0, txt_dim=256, vec_dim=192)
+    at = torch.device("cpu")
+    trained, sampled = model.Editor(cfg), model.Editor(cfg)
+    _, known, _ = pipeline.surround(trained, {"sd3": sd3}, at, "--init: a", base[1], path)
+    pipeline.surround(sampled, known, at, "--ckpt: b")
+    got, right = (net.encode_text(["caption 1"])[0] for net in (sampled, trained))
+    assert got.shape == right.shape == (1, 97, 256) and (got[:, 77:] == 0).all()
+    assert torch.allclose(got, right, atol=1e-4) and got[:, :77].std() > 0.1
+    assert "until now" not in capsys.readouterr().out
+    pipeline.surround(trained, known, at, "--init: a", None, full)
+    assert "--init: a read other text until now: t5 True, not False, t5_length 77, not 20" in \
+        capsys.readouterr().out
 
 
 def edit_batches(source, steps, **flags):

@@ -114,6 +114,15 @@ def test_ema_formula_buffers_and_swap():
         ema.update()
 
 
+def test_a_norm_of_no_gradients_is_where_the_parameters_are():
+    """As while --disc_first: Verdict stacks it with losses, which stand on the GPU."""
+    for device in ("cpu", "meta"):
+        norm = common.clip_grad_norm((torch.nn.Parameter(torch.ones(2, device=device)) for _ in "ab"), 1.0)
+        assert norm.shape == () and norm.device.type == device
+    with pytest.raises(RuntimeError):  # what torch's own answer would lead to
+        torch.stack([torch.nn.utils.clip_grad_norm_([], 1.0), norm])
+
+
 def test_muon():
     """Against the exact polar factor: q, k and v of one matrix each on its own, both orientations, AdamW for
     the other groups bit for bit, weight decay, nothing done without a gradient, and state that resumes."""

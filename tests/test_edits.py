@@ -561,3 +561,13 @@ def test_check_command(tmp_path):
                   "9 to 10", "mask area", "shape 40x24"):
         assert words in r.stdout, (words, r.stdout)
     assert Image.open(tmp_path / "s.png").width > 200
+
+
+def test_the_family_of_a_picture_names_no_task(tmp_path):
+    """Published rows say a background in their id alone; ours have a column for it, and families of any name
+    (of requests: whatever people call their pictures)."""
+    omniedit(tmp_path / "ours", 6, family=[f"background-{i}" for i in range(6)])
+    ours = data.open_edits(f"omniedit:{tmp_path / 'ours'}", "all")
+    assert [ours.task(i) for i in range(6)] == ["add", "remove", "swap", "attribute", "environment", "style"]
+    omniedit(tmp_path / "theirs", 7)
+    assert data.open_edits(f"omniedit:{tmp_path / 'theirs'}", "all").task(6) == "background"

@@ -264,6 +264,15 @@ def test_prompt_to_prompt(pipe):
     assert not torch.allclose(let_go[..., :8], image[..., :8], atol=1e-2)
 
 
+def test_a_row_says_what_drew_it(pipe):
+    """--solver is of inpainting; Prompt-to-Prompt takes Euler's steps, and its rows say so."""
+    cfg = make_edits.Specialist("", steps=2, solver="dpm", precision="fp32")
+    for task, solver in (("swap", "dpm"), ("environment", "euler")):
+        row = requests.open_requests("scenes", "train", [task], 1).load(0, 16, 16)
+        (made,) = specialists.make(task, pipe, None, [row], [("k", 0)], cfg, False)
+        assert made["params"]["solver"] == solver
+
+
 def test_requests_of_real_data(tmp_path, capsys):
     """Masks, label maps of another size and boxes; what is wrong is named, counted and left out."""
     rng = np.random.default_rng(0)
@@ -277,11 +286,13 @@ def test_requests_of_real_data(tmp_path, capsys):
             row | {"task": "object_removal", "box": [8, 6, 16, 12], "behind": "grass",
                    "add_instruction": ["add it", "put it"]},
             row, row | {"box": "here"}, {"task": "swap", "instruction": "x"}, row | {"task": "dance"},
-            row | {"segments": "a.seg.png", "label": 3}]
+            row | {"segments": "a.seg.png", "label": 3},
+            row | {"task": "add", "mask": "a.mask.png", "instruction": "add a cat"}]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     source = requests.open_requests(str(tmp_path / "r.jsonl"), "train", ["swap", "remove"], 0)
     said = capsys.readouterr().err
     assert len(source) == 4 and "needs mask" in said and "is none of" in said and "box is not" in said
+    assert "an addition is a removal backwards: say task remove" in said
     got = [source.load(i, 24, 32) for i in range(3)]
     for g in got:
         assert g["object"].sum() == 48 and g["object"][6:12, 8:16].all() and g["family"] == got[0]["family"]

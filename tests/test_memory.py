@@ -16,6 +16,8 @@ import checkpoint
 import common
 import log
 import model
+import pipeline
+import rewards
 from kernels import attention, bench, dispatch, joint_attention
 from runs import memory
 
@@ -274,6 +276,17 @@ def test_the_command_counts_feedback(tmp_path, monkeypatch, capsys):
     memory.main()
     said = capsys.readouterr().out
     assert "weights of the coherence model" in said and "activations of the editor" in said
+
+
+def test_a_heldout_reward_has_no_part_in_a_step():
+    """It is asked with the sample sheets: what it adds to a step's memory is its weights."""
+    arch = model.replace(rewards.REWARD_PRESETS["test"], tokenizer=rewards.train_tokenizer(["a"], 300, 40))
+    nets = {"alignment": rewards.PreferenceReward(arch), "heldout": rewards.PreferenceReward(arch)}
+    disc, editor = rewards.open_coherence(None, 32, 4, "--disc_init"), model.Editor(SMALL)
+    counted = [memory.pefl(editor, pipeline.PixelSpace(), {k: nets[k] for k in names}, disc, None,
+                           (4, 3, 32, 32), "cpu", False) for names in (["alignment"], nets)]
+    size = sum(t.nbytes for t in (*nets["heldout"].parameters(), *nets["heldout"].buffers()))
+    assert counted[1].peak - counted[0].peak == size and counted[0].flops == counted[1].flops
 
 
 def test_flops_of_a_formula_are_those_that_are_counted(monkeypatch):

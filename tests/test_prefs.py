@@ -92,6 +92,16 @@ def test_a_reward(made, tmp_path, capsys):
     assert json.loads((tmp_path / "k/aesthetic.json").read_text()) == []
 
 
+def test_margin_is_in_deviations_of_a_published_score(made, tmp_path, monkeypatch):
+    """Cosines differ by hundredths, PickScore's scores by ones: of both as many pairs are clear, some not."""
+    own, kept = rewards.score_of(rewards.open_reward(str(made / "reward"))), []
+    for k, scale in enumerate((1e-4, 100.0)):
+        monkeypatch.setattr(rewards, "open_reward", lambda *a: lambda x, c: 20 + scale * own(x, c).double())
+        make_prefs.main(config(made, tmp_path / str(k), judge="clipscore:a,b", features="hashed", margin=2.0))
+        kept.append(json.loads((tmp_path / str(k) / "aesthetic.json").read_text()))
+    assert kept[0] == kept[1] and 0 < len(kept[0]) < 14
+
+
 @pytest.mark.parametrize("change, words", [
     ({"n": 99}, "--n: 99: --texts has 32"), ({"texts": "nowhere.txt"}, "no such file"), ({"k": 5}, "--k: 5"),
     ({"judge": "x:y"}, "--judge"), ({"ckpt": "nowhere"}, "nowhere"), ({"clusters": 0}, "--clusters"),
@@ -161,6 +171,13 @@ def test_new_captions_for_those_that_fit_least(made, tmp_path, capsys):
         make_prefs.main(make_prefs.Config(out=str(tmp_path / "p"), **flags | {"judge": "people"}))
     server.shutdown()
     server.server_close()
+
+
+def test_further_captions_are_of_scenes(made, tmp_path):
+    """Of photos none were made, whatever was asked."""
+    flags = dict(data=str(captioned(tmp_path / "in")), ckpt=str(made / "two"), n=3, captions=2, device="cpu")
+    with pytest.raises(SystemExit, match="error: --captions: 2: further pictures .* scenes alone"):
+        make_prefs.main(make_prefs.Config(out=str(tmp_path / "o"), **flags))
 
 
 def test_a_served_model_that_is_not_there(made, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from inprocess import run_script
 from PIL import Image
+from test_benchmarks import gedit
 from test_study import CHROMIUM, in_browser
 
 from log import sign_test, wilson
@@ -289,6 +290,14 @@ def test_trees_of_other_systems(tmp_path, capsys):
     (tmp_path / "asked.jsonl").write_text('{"key": "3_edit", "instruction": "go"}\n')
     rating.study(Study(folders=(a, str(other)), out=str(tmp_path / "u"), **asked, sources=a))
     assert "5 left out, what was asked is not in --instructions" in capsys.readouterr().out
+
+
+def test_instructions_of_a_benchmark_in_a_table(tmp_path):
+    """GEdit-Bench's Arrow folder: what was asked, by the keys of its tree, and its pictures."""
+    asked = rating.read_asked(Study(instructions=str(gedit(tmp_path / "gedit"))))
+    source, text, task = asked["fullset/style_change/en/k3"]
+    assert (text, task) == ("snow", "style_change") and rating.read_source(source).shape == (16, 24, 3)
+    assert asked["k2"][1] == "make it a dog" and "k1" not in asked  # k1 is two rows
 
 
 def test_chains_outpainting_and_masks(tmp_path):

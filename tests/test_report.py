@@ -251,6 +251,15 @@ def test_judges(tmp_path):
     assert data["galleries"][0]["columns"] == ["source", "base@20", "pefl@8"]
 
 
+def test_the_worst_of_a_filled_hole_is_told_by_its_texture():
+    """As results.compare decides: a blur has the smaller `exact`, and would hide."""
+    scores = {"attributes": np.ones(3), "exact": np.array([0.3, 0.1, 0.2]), "seam": np.zeros(3),
+              "texture": np.array([0.1, 0.9, 0.5])}
+    assert reports.worst_of(scores, 2) == [1, 2]
+    a, b = ({k: v[None, [i]] for k, v in scores.items()} for i in (1, 2))
+    assert results.compare(a, b, 0.05)["overall"]["bad"] == 1
+
+
 def test_comparisons(tmp_path):
     """What `evaluate.py compare` writes, and edits by aspect, however deep the tables are."""
     same = np.full((1, 4), 0.1)

@@ -451,6 +451,17 @@ def test_several_rewards_are_their_mean(made, tmp_path):
         "out/a", "imagereward:m.pt,vocab.txt", "out/b"]
 
 
+def test_a_published_reward_beside_ours(made, tmp_path, monkeypatch, capsys):
+    """L_vgg finds ours behind it; a held-out reward that no sheet will ask is said."""
+    load = train_pefl.open_reward
+    monkeypatch.setattr(train_pefl, "open_reward", lambda spec, *a: (
+        lambda x, c: x.mean((1, 2, 3))) if spec.startswith("clipscore:") else load(spec, *a))
+    found = call(made, tmp_path / "a", train_pefl, aesthetic=f"clipscore:a,b,{made['aesthetic']}",
+                 heldout_reward=made["alignment"], phases="5/4/2x1")
+    assert found[0]["loss/vgg"] > 0
+    assert "warning: --heldout_reward: is asked with the sample sheets" in capsys.readouterr().out
+
+
 def test_rewards_on_another_scale_are_named(monkeypatch, capsys):
     """-log sigmoid is flat where PickScore and LAION's aesthetic score lie; as alarms they are welcome."""
     monkeypatch.setattr(train_pefl, "open_reward", lambda spec, *rest: spec)

@@ -10,6 +10,7 @@ import torch
 from inprocess import run_ranks, run_script
 from PIL import Image
 
+import checkpoint
 import rewards
 import train_scorer
 
@@ -76,6 +77,15 @@ def test_resume_is_exact(folder, tmp_path):
     assert "began with --preset test" in run(tmp_path / "a", fails=True, **flags | {"preset": "tiny"})
 
 
+def test_a_path_below_the_home_folder_resumes(folder, tmp_path, monkeypatch):
+    """The manifest names no user (common.portable); the very command that began the run goes on with it."""
+    monkeypatch.setenv("HOME", str(folder))
+    flags = {"data": folder / "pairs.jsonl", "batch_size": 4, "eval_pairs": 4}
+    run(tmp_path / "a", **flags, steps=1)
+    assert "resumed" in run(tmp_path / "a", **flags, steps=2)
+    assert (tmp_path / "a/run.lock").is_file()  # as every training script, it claims its folder
+
+
 @pytest.mark.slow
 def test_two_ranks(folder, tmp_path):
     """Each scores its half of the held-out pairs; the report is of all of them."""
@@ -114,6 +124,15 @@ def test_refusals(folder, tmp_path):
     assert "error: --eval_pairs: 1: " in run(tmp_path, fails=True, data=folder / "pairs.jsonl", eval_pairs=1)
     assert "error: --keep_score: 11" in run(tmp_path, fails=True, keep_score=11)
     assert "error: --init: x:y" in run(tmp_path, fails=True, init="x:y")
+
+
+def test_sizes_that_cannot_be_are_refused_before_it_is_built(tmp_path):
+    net = rewards.EditScorer(rewards.REWARD_PRESETS["test"])
+    for key, value in (("vit_heads", 0), ("vit_depth", 10**7)):
+        meta = {"arch": net.arch | {key: value}}
+        checkpoint.write(tmp_path / key, 1, {"model": {"a": torch.zeros(2)}}, meta)
+        with pytest.raises(SystemExit, match=f"manifest.json: arch: {key} '{value}' is no number"):
+            rewards.open_scorer(str(tmp_path / key))
 
 
 def test_loss_has_the_right_mean():
@@ -165,6 +184,10 @@ def test_negatives():
          "image": x + 10, "source": x, "score": torch.tensor([9.0, 8.0, 7.0, np.nan])})
     assert edited[:, 0, 0, 0].tolist() == [10, 1, 12, 13] and captions == ["a", "b", "c", "a"]
     assert scores.tolist() == [9, 0, 7, 0]
+    unknown = {"kind": [2, 2], "caption": list("ab"), "task": ["", ""], "image": x[:2] + 10, "source": x[:2],
+               "score": torch.tensor([9.0, 8.0])}  # sets without tasks have these negatives, too
+    edited, captions, scores = train_scorer.spoil(unknown)
+    assert captions == ["b", "a"] and scores.tolist() == [0, 0] and edited[:, 0, 0, 0].tolist() == [10, 11]
 
 
 def test_every_knob_is_documented():

@@ -236,6 +236,16 @@ def test_precisions(dtype):
             assert error(a, b) < {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
 
 
+def test_autocast_does_not_reach_the_encoder():
+    """A sheet is judged under it, and a tile begins there: their latents are those of training."""
+    vae, image = randomize(VAE(CFG)).float(), picture(32, 32).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        z = vae.encode(image)
+        assert vae.decode(z).dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(z, vae.encode(image))
+
+
 def test_sides_that_do_not_fit():
     with pytest.raises(SystemExit, match="error: .*20x16.*multiples of 8"):
         VAE(CFG).encode(torch.zeros(1, 3, 20, 16))
