@@ -210,7 +210,8 @@ class PreferenceReward(nn.Module):
     def forward(self, image: Tensor, ids: Tensor, attend: Tensor) -> Tensor:
         """image [B, 3, H, W] in [-1, 1], ids and attend [B, L] -> raw score [B] (no normalisation).
 
-        The short side is resized to `image_size` and the centre cropped (ImageReward), differentiably.
+        The short side is resized to `image_size` and the centre cropped (ImageReward), differentiably: of a
+        picture that is not square, what lies beside the centre has no gradient.
         """
         S = self.cfg.image_size
         h, w = image.shape[-2:]

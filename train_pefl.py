@@ -62,7 +62,7 @@ class Config:
     out: str = "out/pefl"  # run folder: checkpoints, metrics.jsonl, sample sheets
     data: str = "scenes"  # "scenes", a folder of pictures, or parquet; instruction editors: PRESET:PATH
     image_size: int | None = None  # side of the training square in pixels; None = the base's
-    aspects: bool = False  # train on buckets from 1:4 to 4:1 instead of squares
+    aspects: bool = False  # train on buckets from 1:4 to 4:1, of which rewards see the centre square (ours)
     tasks: str = "t2i=2,outpaint=7,edit=7,inpaint=3,erase=3"  # relative weights (ours); t2i: all is hole
     p_region: float = 0.3  # instruction editors: share (0 to 1) of the pairs with a mask that see it
     batch_size: int = 16  # pictures per rank and micro-batch (default ours, paper silent)
