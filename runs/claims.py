@@ -254,7 +254,7 @@ def sheet(claim: Claim, folder: Path) -> Image.Image:
             c = edit_cases(task.split("/")[-1], [index], h, w, EditScenes("heldout"))
             left = [c.image]
         pictures.append([x[0] for x in (*left, *made, c.truth)])
-        titles.append(f"{ahead[i]:+.3f} {task}: {c.caption[0]}")
+        titles.append(f"{ahead[i]:+.3f} {task.removeprefix('1x1/')}: {c.caption[0]}")
     heads = ["picture", *(["hole"] if claim.script == FEEDBACK else []), *first, "truth"]
     return contact_sheet(pictures, heads, row_titles=titles)
 
