@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What made pairs are worth to the editor that is trained on them, on scenes, whose truth the judge knows (RESULTS.md):
 # OmniEdit's importance weights (Table 6) and generative data refinement (CosXL-Edit, Fig. 2).
-#   bash runs/pairs.sh                                        all of it: some 12 hours on 2 plain cores
+#   bash runs/pairs.sh                                        all of it: some 9 hours on 2 plain cores
 #   PARTS=weights SEEDS=0 STEPS=400 N=700 bash runs/pairs.sh  a part of it
 #   JUDGE=0 bash runs/pairs.sh                                the sets and trainings without the evaluations
 # weights: EditNets on N requests as the specialists drew them, one try each: all alike (plain), weighed by the truth's scores
