@@ -33,13 +33,17 @@ spawn() {  # COMMAND: in the background, JOBS at a time; a job that fails ends t
     "$@" & pids+=($!)
 }
 finish() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }  # bash remembers how each one ended
-make() { "$PY" -m torch.distributed.run --standalone --nproc_per_node="$JOBS" -- make_edits.py "$@"; }
+make() {  # what draws many pictures, on a rank for each core
+    if [ "$JOBS" = 1 ]; then $PY make_edits.py "$@"
+    else $PY -m torch.distributed.run --standalone --nproc_per_node="$JOBS" -- make_edits.py "$@"; fi
+}
+score() { $PY make_edits.py score --data "$OUT/$1" --out "$OUT/$2.scored" "${@:3}"; }  # SET, its scored form, flags
 # SET, least score, share held out, another name
 pack() { $PY make_edits.py pack --data "$OUT/$1.scored" --min_score "${2:-None}" --dev "${3:-0.05}" --out "$OUT/${4:-$1}.pairs"; }
 train() {  # NAME FLAGS: of the present seed
     local name=$1; shift
     spawn $PY train_omni.py --stage edit --init assets/base --lr 1e-3 --muon_lr 3e-3 --t_shift 4 --text_lr 0.5 --batch_size 32 \
-        --warmup 100 --lr_schedule constant --ema 0.997 --steps "$STEPS" --sample_every "$STEPS" --seed "$seed" --wandb off "$@" \
+        --warmup 100 --lr_schedule constant --ema 0.997 --steps "$STEPS" --sample_every "${SHEETS:-$STEPS}" --seed "$seed" --wandb off "$@" \
         --out "$OUT/$name$seed"
 }
 judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same held-out edits
@@ -55,17 +59,17 @@ mkdir -p "$OUT"
 specialists="--tries 1 --steps 10 --solver dpm --behind False --editor assets/editnet --batch_size 64
     --tasks swap,remove,add,attribute,background,environment,style"
 make specialist --n "$REQUESTS" $specialists --out "$OUT/made"
-make score --data "$OUT/made" --out "$OUT/made.scored"
+score made made
 pack made
 $PY make_pack.py scenes --edits True --limit "$REQUESTS" --out "$OUT/truth.pairs"  # of the same requests
 
 # 2) a scorer, distilled from the scores of other requests, and what it makes of these
 case " $PARTS " in *" weights "*)
     make specialist --n "$JUDGED" --offset "$((REQUESTS / 7))" $specialists --seed 1 --out "$OUT/judged"
-    make score --data "$OUT/judged" --out "$OUT/judged.scored"
+    score judged judged
     pack judged None 0.2
     $PY train_scorer.py --data "omniedit:$OUT/judged.pairs" --aspects False --steps "$READS" --wandb off --out "$OUT/scorer"
-    make score --data "$OUT/made" --judge "scorer:$OUT/scorer" --out "$OUT/guessed.scored"
+    score made guessed --judge "scorer:$OUT/scorer"
     pack guessed ;;
 esac
 
@@ -74,7 +78,7 @@ case " $PARTS " in *" refine "*)
     for kind in refined unpaired; do
         make refine --data "$OUT/made.scored" --logsnr "$LOGSNR" --steps 6,4 --guidance 1 --batch_size 64 \
             --same_noise "$([ $kind = refined ] && echo True || echo False)" --out "$OUT/$kind"
-        make score --data "$OUT/$kind" --out "$OUT/$kind.scored"
+        score $kind $kind
         pack $kind
     done
     pack refined 9 0.05 filtered ;;

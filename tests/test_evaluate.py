@@ -369,7 +369,7 @@ def test_prefs_skip_bad_pictures(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"ckpt": ""}, "--ckpt"), ({"ckpt": "nowhere"}, "nowhere"), ({"ckpt": "PARSER"}, "needs a 'editor'"),
+    ({"ckpt": ""}, "--ckpt"), ({"ckpt": "nowhere"}, "nowhere"), ({"ckpt": "PARSER"}, "an 'editor' is needed"),
     ({"ckpt": "BASE"}, "without mask input"), ({"parser": "nowhere"}, "train the judge"),
     ({"parser": "EDITOR"}, "'editor'"), ({"steps": "many"}, "whole numbers"), ({"steps": "0"}, "at least 1"),
     ({"steps": "1,2,3"}, "--steps"), ({"n": 0}, "--n"), ({"task": "compare"}, "exactly two"),

@@ -418,7 +418,7 @@ def test_controls_of_text_to_image(folders, net, tmp_path):
     ({"ckpt": "saved"}, "pictures of `evaluate.py scenes`"), ({"ckpt": "damaged"}, "judge.json: damaged"),
     ({"aspects": "9"}, "--aspects: '9'"), ({"aspects": "9:1"}, "from 1:4 to 4:1"),
     ({"aspects": "1:0"}, "--aspects"), ({"task": "t2i", "ckpt": ""}, "--ckpt: ''"),
-    ({"task": "t2i", "ckpt": "parser"}, "needs a 'editor'"), ({"task": "t2i", "ckpt": "nowhere"}, "nowhere"),
+    ({"task": "t2i", "ckpt": "parser"}, "an 'editor' is needed"), ({"task": "t2i", "ckpt": "nowhere"}, "nowhere"),
     ({"task": "t2i", "ckpt": "saved"}, "saved"), ({"task": "t2i", "steps": "1,2"}, "one number or one"),
     ({"task": "t2i", "n": 1}, "--n: 1: use 2 to 100000"),
     ({"task": "t2i", "offset": -1}, "--offset: -1: must not be negative"),
