@@ -2,9 +2,9 @@
 # What made pairs are worth to the editor that is trained on them, on scenes, whose truth the judge knows (RESULTS.md):
 # OmniEdit's importance weights (Table 6) and generative data refinement (CosXL-Edit, Fig. 2).
 #   bash runs/pairs.sh                                        all of it: some 9 hours on 2 plain cores
-#   PARTS=weights SEEDS=0 STEPS=400 N=700 bash runs/pairs.sh  a part of it
+#   PARTS=weights SEEDS=0 STEPS=400 REQUESTS=2100 JUDGED=1050 READS=800 N=60 bash runs/pairs.sh     a part of it, smaller
 #   JUDGE=0 bash runs/pairs.sh                                the sets and trainings without the evaluations
-# weights: EditNets on N requests as the specialists drew them, one try each: all alike (plain), weighed by the truth's scores
+# weights: EditNets on the REQUESTS as the specialists drew them, one try each: all alike (plain), weighed by the truth's scores
 #   (truth) and by a distilled scorer's (scorer); and on the exact pairs of the same requests (exact).
 # refine: concat editors, as in the paper, on the same rows (raw), redrawn with one noise for both pictures (refined), with two
 #   (unpaired), redrawn and filtered by the judge (filtered: the paper filters by CLIP), and on exact pairs (exactly).
