@@ -47,11 +47,13 @@ class Dist:
     device: torch.device = torch.device("cpu")
 
 
-def setup(device="auto"):
+def setup(device="auto", group=True):
     """Join torchrun's process group (gloo on CPU, nccl on GPU, 10 minute timeout); alone without torchrun.
 
     device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N"; under torchrun each rank takes its
-    own GPU. From here on SIGTERM and SIGUSR1 only set a flag that Verdict reports on every rank.
+    own GPU. group: False in a script whose ranks share out shards and wait for nobody; one that died then
+    stops no other, not even at the start. From here on SIGTERM and SIGUSR1 only set a flag that Verdict
+    reports on every rank.
     """
     env = os.environ
     rank, world, local_rank = ranks()
@@ -71,7 +73,7 @@ def setup(device="auto"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # one core for data: measured faster on 4. torch's own number leaves hyperthreads out
         torch.set_num_threads(min(torch.get_num_threads(), cores - 1 if cores > 2 else cores))
-    if world > 1:
+    if world > 1 and group:
         gpu = device.type == "cuda"
         try:
             td.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=10),
@@ -141,16 +143,18 @@ PRECISION = {True: "bf16", False: "fp32"}
 
 
 def use_bf16(precision, dist):
-    """Whether to compute in bf16, the same on every rank; prints one line that says why.
+    """Whether to compute in bf16, the same on every rank of a group; prints one line that says why.
 
-    precision: "bf16", "fp32", or "auto": bf16 where every rank's hardware has instructions for it.
+    precision: "bf16", "fp32", or "auto": bf16 where every rank's hardware has instructions for it. Without a
+    group (setup) each rank asks its own hardware, and the plan of the folder refuses one that differs.
     """
     everywhere = torch.tensor(float(dispatch.has_bf16(dist.device)), device=dist.device)
-    if dist.world > 1:
+    several = dist.world > 1 and td.is_initialized()
+    if several:
         td.all_reduce(everywhere, op=td.ReduceOp.MIN)
     has = everywhere.item() > 0
     bf16 = has if precision == "auto" else precision == "bf16"
-    whose = "this" if dist.world == 1 else "every rank's" if has else "some rank's"
+    whose = "this" if not several else "every rank's" if has else "some rank's"
     kind = "GPU" if dist.device.type == "cuda" else "CPU"
     fact = f"{whose} {kind} has {'' if has else 'no '}bf16 instructions"
     why = f" ({fact})" if precision == "auto" else " (as asked)"

@@ -78,7 +78,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    dist = common.setup(cfg.device)
+    dist = common.setup(cfg.device, group=False)
     for s in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(s, signal.SIG_DFL)  # what is on disk is all the state there is: nothing to save
 

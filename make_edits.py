@@ -660,7 +660,7 @@ Command = (Annotated[Instruct, named("instruct")] | Annotated[Specialist, named(
 
 
 def main(cfg: Stage) -> None:
-    dist = common.setup(getattr(cfg, "device", "cpu"))
+    dist = common.setup(getattr(cfg, "device", "cpu"), group=False)
     for s in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(s, signal.SIG_DFL)  # what is on disk is all the state there is: nothing to save
     STAGES[type(cfg)](cfg, dist)

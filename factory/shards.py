@@ -84,15 +84,30 @@ def area(cell, h, w, name="a row"):
 #### 2. files ################################################################################################
 
 
-def put(path, data):
-    """Bytes -> a file that is whole or not there. SystemExit with one line when the disk is full."""
+def put(path, data, first=False):
+    """Bytes -> a file that is whole or not there. first: a file that another process wrote meanwhile stays.
+    SystemExit with one line when the disk is full."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def place():
+        if not first:
+            return tmp.replace(path)
+        try:
+            os.link(tmp, path)  # of several processes one succeeds
+        except FileExistsError:
+            pass
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file system without hard links
+            return tmp.replace(path)
+        tmp.unlink(missing_ok=True)
+
     try:
         for last in (False, False, True):
             try:
                 tmp.write_bytes(data)
                 checkpoint.fsync(tmp)
-                tmp.replace(path)
+                place()
                 break
             except FileNotFoundError:  # another rank has taken it for a dead process's, in `finish`
                 if last:
@@ -126,7 +141,8 @@ def keep_plan(out, plan):
     except FileNotFoundError:
         if (out / "manifest.json").exists():
             raise SystemExit(f"error: --out: {out}: is a folder of something else: give another") from None
-        return put(out / "plan.json", text(plan))
+        put(out / "plan.json", text(plan), first=True)
+        old = json.loads((out / "plan.json").read_bytes())  # perhaps another rank's
     except ValueError:
         raise SystemExit(f"error: {out}/plan.json: not JSON: remove the folder, or repair it") from None
     for key in sorted(plan.keys() | old.keys()):

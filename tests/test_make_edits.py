@@ -115,6 +115,40 @@ def test_a_shard_that_is_written_twice_is_always_there(tmp_path, monkeypatch):
     assert seen == [True] * 6 and files_of(tmp_path) == before
 
 
+def test_a_rank_needs_no_other(base, tmp_path, monkeypatch):
+    """A rank spared by a SIGKILL waited ten minutes for the dead one to join it, at the start of a stage."""
+    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    cfg = make_edits.Specialist(str(tmp_path / "out"), n=2, tries=1, steps=1, shard=1, tasks="swap",
+                                ckpt=base, precision="fp32", device="cpu")
+    make_edits.main(cfg)
+    assert "00001.parquet" in files_of(tmp_path / "out") and not (tmp_path / "out/00000.parquet").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_ranks_that_begin_a_folder_with_other_plans_one_is_refused(tmp_path, monkeypatch, links):
+    """No rank waits for another, and `auto` may choose another precision on other hardware."""
+    def plan(precision):
+        return {"stage": "specialist", "shards": 1, "items": 1, "options": {"precision": precision}}
+
+    def fsync(path):  # the other rank, between this one's look and its writing
+        if not (tmp_path / "plan.json").exists():
+            (tmp_path / "plan.json").write_bytes(shards.text({"version": shards.VERSION, **plan("fp32")}))
+        real(path)
+
+    real = checkpoint.fsync
+    if links:
+        monkeypatch.setattr(checkpoint, "fsync", fsync)
+        with pytest.raises(SystemExit, match="begun with options {'precision': 'fp32'}, not"):
+            shards.keep_plan(tmp_path, plan("bf16"))
+    else:
+        monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError(95, "not supported")))
+    shards.keep_plan(tmp_path, plan("fp32"))
+    shards.keep_plan(tmp_path, plan("fp32"))
+    assert files_of(tmp_path).keys() == {"plan.json"}
+
+
 def test_damage_is_made_anew_and_other_options_are_refused(tmp_path, capsys):
     produce(tmp_path, 2, 1)
     before = files_of(tmp_path)
