@@ -249,7 +249,7 @@ def main(cfg: Config) -> None:
             d_loss = (F.softplus(-real) + F.softplus(fake)).mean()
             (d_loss / cfg.accum).backward()
             g_sum, d_sum = g_sum + g_loss.detach() / cfg.accum, d_sum + d_loss.detach() / cfg.accum
-            watch(metrics, losses, rated, real, fake, given.hole)
+            watch(metrics, losses, rated, batch["has_c"] > 0, real, fake, given.hole)
             perf.add(len(x) * dist.world, flops + (len(ts) - 1) * call_flops)
 
         # 5) one verdict for all ranks, on the device and read a step later: a non-finite step changes nothing
@@ -445,11 +445,16 @@ def recomputed(cfg: Config, fn, *inputs):
     return recompute(fn, *inputs, use_reentrant=False) if cfg.checkpointing else fn(*inputs)
 
 
-def watch(metrics: log.Metrics, losses: dict, rated: dict, real, fake, hole) -> None:
-    """Add a micro-batch's metrics: losses name -> (weight, loss), rewards name -> r, logits of R_gamma."""
-    metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()},
-                **{f"reward/{name}": r for name, r in rated.items() if name != "coherence"},
-                **{"coherence/real": real, "coherence/fake": fake,
+def watch(metrics: log.Metrics, losses: dict, rated: dict, captioned, real, fake, hole) -> None:
+    """Add a micro-batch's metrics: losses name -> (weight, loss), rewards name -> r, logits of R_gamma.
+
+    captioned, bool [B]: whose alignment counts; a picture without a caption has none, in the loss neither."""
+    metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()})
+    for name, r in rated.items():
+        if name != "coherence":
+            counts = captioned if name == "alignment" else torch.ones_like(captioned)
+            metrics.add_where(counts, **{f"reward/{name}": r})
+    metrics.add(**{"coherence/real": real, "coherence/fake": fake,
                    "coherence/accuracy": torch.cat([real > 0, fake <= 0]).float()})
     metrics.add_where(seam(hole), **{"coherence/seam": (real > fake).float()})
 
