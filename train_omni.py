@@ -29,6 +29,9 @@ import pipeline
 from common import Verdict
 from log import Perf
 from readers.cached import Latents
+from readers.edits import open_edits
+from readers.files import heldout_or
+from readers.pictures import open_source
 
 Variant = Literal["editnet", "attend", "controlnet", "textcontrol", "concat"]
 
@@ -146,7 +149,7 @@ def main(cfg: Config) -> None:
     #    times, dropped captions and their bytes are functions of (seed, s, global position of the sample)
     at = dict(seed=cfg.seed, rank=dist.rank, world=dist.world, workers=cfg.workers, aspects=cfg.aspects,
               start_step=step * cfg.accum, stride=stride)
-    source = (data.open_edits if cfg.stage == "edit" else data.open_source)(cfg.data, "train")
+    source = (open_edits if cfg.stage == "edit" else open_source)(cfg.data, "train")
     if cached and cached.made["latents"]:
         source, space = pipeline.latents(cached, source, space, cfg, stride)
     at |= dict(device=device, draw=partial(draws, cfg, space.channels, space.stride, editor.cfg.txt_bytes))
@@ -365,11 +368,11 @@ def sample_inputs(cfg: Config, stride: int, source, device: torch.device) -> dic
     known = isinstance(source, Latents)
     at = dict(stride=stride, aspects=known and cfg.aspects, device=device)
     if cfg.stage == "edit":
-        source = source if known else data.heldout_or(source, data.open_edits, cfg.data)
+        source = source if known else heldout_or(source, open_edits, cfg.data)
         batches = data.make_edit_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
                                               p_region=cfg.p_region, **at)
     else:
-        source = source if known else data.heldout_or(source, data.open_source, cfg.data)
+        source = source if known else heldout_or(source, open_source, cfg.data)
         batches = data.make_eval_batches(source, range(min(8, len(source))), cfg.image_size, 8,
                                          tasks_of(cfg), **at)
     batch = next(batches)

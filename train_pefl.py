@@ -46,6 +46,9 @@ import model
 import pipeline
 from common import Verdict
 from log import Perf
+from readers.edits import open_edits
+from readers.files import heldout_or
+from readers.pictures import open_source
 from rewards import PreferenceReward, feature_l1, open_coherence, open_features, open_reward, score_of
 
 
@@ -174,10 +177,10 @@ def main(cfg: Config) -> None:
               start_step=step * cfg.accum, stride=stride, device=device)
     at["draw"] = partial(draws, cfg, phases, space.channels, space.stride, editor.cfg.txt_bytes)
     if instructed:
-        source = data.open_edits(cfg.data, "train")
+        source = open_edits(cfg.data, "train")
         loader = data.make_edit_loader(source, image_size, cfg.batch_size, p_region=cfg.p_region, **at)
     else:
-        source = data.open_source(cfg.data, "train")
+        source = open_source(cfg.data, "train")
         at["prompt_free"] = PROMPT_FREE
         loader = data.make_loader(source, image_size, cfg.batch_size, cfg.tasks, **at)
     common.print0(loader.summary)
@@ -470,10 +473,10 @@ def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: 
     training part; where it has no held-out part, of itself."""
     at = dict(stride=stride, device=device)
     if instructed:
-        source = data.heldout_or(train, data.open_edits, cfg.data)
+        source = heldout_or(train, open_edits, cfg.data)
         return next(data.make_edit_eval_batches(source, range(min(32, len(source))), image_size, 32,
                                                 p_region=cfg.p_region, **at))
-    source = data.heldout_or(train, data.open_source, cfg.data)
+    source = heldout_or(train, open_source, cfg.data)
     return next(data.make_eval_batches(source, range(min(32, len(source))), image_size, 32, cfg.tasks, **at))
 
 

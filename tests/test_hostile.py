@@ -21,6 +21,7 @@ import common
 import data
 import log
 import make_edits
+from readers.pictures import open_source
 from tests.hostile import faults, inputs, kills
 from tests.hostile.__main__ import campaign, judge
 
@@ -123,7 +124,7 @@ def test_torchrun_killed_and_one_process_beside_its_ranks(tmp_path):
 
 
 def batches(n, workers, kill=()):
-    loader, out = data.make_loader(data.open_source("scenes"), 16, 2, workers=workers), []
+    loader, out = data.make_loader(open_source("scenes"), 16, 2, workers=workers), []
     for i in range(n):
         out.append(next(loader))
         if i in kill:

@@ -477,8 +477,10 @@ def test_rewards_on_another_scale_are_named(monkeypatch, capsys):
 
 def test_alignment_is_logged_of_pictures_with_a_caption(made, tmp_path, monkeypatch):
     """As it weighs in the loss; where no picture has one, there is no number."""
-    monkeypatch.setattr(train_pefl, "mean_score", lambda nets: lambda image, captions: 0 * image.mean((1, 2, 3))
-                        + torch.tensor([1.0 if c else -100.0 for c in captions]))
+    def score(image, captions):
+        return 0 * image.mean((1, 2, 3)) + torch.tensor([1.0 if c else -100.0 for c in captions])
+
+    monkeypatch.setattr(train_pefl, "mean_score", lambda nets: score)
     found = call(made, tmp_path / "some", train_pefl, tasks="erase=1,edit=1")
     assert {row.get("reward/alignment", 1) for row in found} == {1}
     assert any("reward/alignment" in row and row["reward/aesthetic"] < 0 for row in found)  # some of a batch
