@@ -187,7 +187,7 @@ def make_plan(cfg: Config, source, n: int) -> dict:
     if cfg.limit:
         made["limit"] = cfg.limit
     # hashes decide whether a cache fits; the paths only tell where things came from, and name no user
-    return {"format": 1, "made": common.portable(made | {"fingerprint": source.fingerprint(n)})}
+    return {"format": 1, "made": log.portable(made | {"fingerprint": source.fingerprint(n)})}
 
 
 def tokenizers_hash(folder: str) -> str:

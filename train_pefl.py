@@ -275,7 +275,7 @@ def main(cfg: Config) -> None:
         # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
         row = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
         due = cfg.sample_every and (last or step % cfg.sample_every == 0)
-        if due and (cfg.fsdp or common.is_main(dist)):  # shards: all ranks compute the sheet
+        if due and (cfg.fsdp or dist.rank == 0):  # shards: all ranks compute the sheet
             with ema.swapped(), torch.no_grad(), autocast:
                 alarms, sheet = judge(cfg, editor, base, space, scores, grid, flow.timesteps(T, shift), bf16)
             metrics.images(step, {"samples": sheet})

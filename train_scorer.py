@@ -95,7 +95,7 @@ def main(cfg: Config) -> None:
     checkpoint.claim(cfg.out)
     found, weights = checkpoint.latest(cfg.out), None
     if found:
-        now = common.portable(asdict(cfg))  # as a manifest keeps paths
+        now = log.portable(asdict(cfg))  # as a manifest keeps paths
         arch = model.config_from(rewards.RewardConfig, found[1].get("arch", {}), "scorer", cfg.out)
         for key in ("preset", "init", "data"):
             if found[1]["config"][key] != now[key]:

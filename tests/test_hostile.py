@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_paths_without_names_of_users(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
-    found = common.portable({"data": f"jsonl:{tmp_path}/pairs/a.jsonl", "lr": 0.1,
+    found = log.portable({"data": f"jsonl:{tmp_path}/pairs/a.jsonl", "lr": 0.1,
                              "init": "/home/someone/sd3.safetensors", "sd3": "/data/sd3", "out": "out/x"})
     assert found == {"data": "jsonl:pairs/a.jsonl", "init": "~/sd3.safetensors", "lr": 0.1,
                      "sd3": "/data/sd3", "out": "out/x"}
