@@ -476,14 +476,14 @@ def randn(gens, shape, device="cpu"):
     return out.to(device, non_blocking=True)
 
 
-def rand(gens, device="cpu"):
+def rand(gens):
     """Uniform in [0, 1), [len(gens)]."""
-    return torch.tensor([torch.rand((), generator=g).item() for g in gens]).to(device)
+    return torch.tensor([torch.rand((), generator=g).item() for g in gens])
 
 
-def randint(gens, low, high, device="cpu"):
+def randint(gens, low, high):
     """int64 uniform in [low, high), [len(gens)]."""
-    return torch.tensor([torch.randint(low, high, (), generator=g).item() for g in gens]).to(device)
+    return torch.tensor([torch.randint(low, high, (), generator=g).item() for g in gens])
 
 
 ######################################## 4. optimisation #####################################################
