@@ -104,7 +104,7 @@ def bench(cfg: Bench) -> None:
     singles = [name for name in names if name not in measures.SETS]
     pipe = open_for(b, cfg, dist.device) if cfg.ckpt else None
     about = {"measures": measures.describe(names, towers), "step": pipe and pipe.manifest.get("step")}
-    told = common.portable({k: v for k, v in asdict(cfg).items() if k not in UNTOLD})
+    told = log.portable({k: v for k, v in asdict(cfg).items() if k not in UNTOLD})
     benches.keep_plan(open_out(cfg.out), b, told | about, dist)
     client = benches.open_client(b, cfg.judge, cfg.judge_model, cfg.budget, cfg.out, dist.rank)
     folder = Path(cfg.results or f"{cfg.out}/pictures")
@@ -277,7 +277,7 @@ def write_tables(cfg: Bench, b: benches.Benchmark, names: list[str], left_out: d
     overall = benches.imgedit_files(b, done, out, folder) if b.name == "imgedit" else None
     text = benches.table_text(b, columns, tables, left_out, overall)
     write_json(out / "results.json", {
-        **provenance(started), "config": common.portable(asdict(cfg)), "benchmark": b.name, "split": b.split,
+        **provenance(started), "config": log.portable(asdict(cfg)), "benchmark": b.name, "split": b.split,
         "published_rows": b.published, "aggregation": b.aggregation, "notes": b.notes, "left_out": left_out,
         "judge": {"url": cfg.judge, "model": cfg.judge_model} if cfg.judge else None, **about,
         "tables": tables, "overall": overall})

@@ -47,9 +47,9 @@ from common import (
     is_sharded,
     local,
     one_line,
-    portable,
     print0,
 )
+from log import portable
 
 _STEP = re.compile(r"step_(\d+)(\.old)?")  # .old: set aside while its replacement takes its name
 _FILE = re.compile(r"[\w.-]+\.safetensors|dcp/(\.metadata|[\w-]+\.distcp)")  # dcp/: of sharded runs of old

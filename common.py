@@ -1,7 +1,8 @@
 """Machinery that the scripts call and that never calls back.
 
-    1. processes and signals     2. randomness from progress     3. optimisation: schedule, EMA, Muon
-    4. several devices: averaging gradients, FSDP2               5. which steps count
+    1. processes and signals     2. the command line     3. randomness from progress
+    4. optimisation: schedule, EMA                       5. several devices: averaging gradients, FSDP2
+    6. which steps count
 
 Test for every helper here: delete the call, and the script still reads as a training loop.
 """
@@ -108,13 +109,13 @@ def ranks():
     return rank, world, local_rank
 
 
-def agree(dist, found, but=("device", "workers", "wandb")):
+def agree(dist, found):
     """SystemExit on all ranks if one of them has another value under a name of the dict `found` (a script's
-    config; hashes), naming rank, name and values. One all-gather; `but`: names that may differ."""
+    config; hashes), naming rank, name and values. One all-gather; device, workers and wandb may differ."""
     if dist.world == 1:
         return
     every = [None] * dist.world
-    td.all_gather_object(every, {k: v for k, v in found.items() if k not in but})
+    td.all_gather_object(every, {k: v for k, v in found.items() if k not in ("device", "workers", "wandb")})
     for rank, other in enumerate(every):
         differs = [k for k in every[0] | other if other.get(k) != every[0].get(k)]
         if differs:
@@ -130,6 +131,17 @@ def code_hash():
     for file in sorted(f for folder in folders for f in (root / folder).glob("*.py")):
         digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+@functools.cache  # setup() asks first: the checkout may move on while a run goes on
+def git_revision():
+    """Commit of the code that runs, with "+" if the tree differed from it; None outside git."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def bits(net):
@@ -164,6 +176,60 @@ def use_bf16(precision, dist):
     return bf16
 
 
+def _on_signal(number, frame):
+    global _stop_signal
+    _stop_signal = signal.Signals(number).name
+
+
+def cleanup():
+    """The last call of a script: leave the process group, if there is one. A process of several ranks ends
+    here, with code 0: the interpreter's own end destroys threads of torch that still run, and now and then
+    aborts a run that is complete (LOG.md)."""
+    if td.is_initialized():
+        several = td.get_world_size() > 1
+        td.destroy_process_group()
+        if several:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+
+def die_with_parent(number=0):
+    """Called in a child process: SIGKILL when the process that started it is gone, however it went. Linux;
+    elsewhere torch's workers look for their parent every 5 s."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != multiprocessing.parent_process().pid:  # it went before that
+            os._exit(1)
+
+
+def begin_worker(number=0):
+    """What a data worker does first. It is deaf to the signals that Slurm and Ctrl-C send to all of a group:
+    the trainer must save, and then ends its workers (data.Loader)."""
+    torch.set_num_threads(1)
+    for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+    die_with_parent()
+
+
+def print0(*words):
+    """Print one line on rank 0, above a progress bar if there is one."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(" ".join(str(w) for w in words))
+        sys.stdout.flush()
+
+
+def n_params(module, trained=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def one_line(e):
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+
+
+########################################## 2. the command line ###########################################
+
+
 _SIZES = "is gone: rewards.CoherenceConfig, or those of --disc_init, which to resume such a run is its --out"
 _TASKS = "is now {}=WEIGHT in --tasks, whose default is {}"
 OLD_FLAGS = {  # of earlier commands, and what a script says that has no flag of that name
@@ -190,7 +256,7 @@ OLD_FLAGS = {  # of earlier commands, and what a script says that has no flag of
     "grad_clip": "is gone: 1.0, GRAD_CLIP in the script"}
 
 
-def refuse_old_flags(words, names=()):
+def refuse_old_flags(words, names):
     """SystemExit for one of OLD_FLAGS among a command's words. names: of the flags that the script has."""
     for word in words:
         flag = re.match(r"--(?:no[-_]?)?([a-zA-Z][\w-]*)", word)
@@ -256,9 +322,6 @@ def refuse(cfg, flag, text):
         f"a number of {int(math.log10(abs(v))) + 1} digits"
     value = value if value and value.isprintable() else repr(value)
     raise SystemExit(f"error: --{flag}: {value if len(value) <= 80 else value[:80] + '...'}: {text}")
-
-
-########## the command line ##########
 
 
 def parse(what, **settings):
@@ -387,63 +450,7 @@ def ended(e):
     return None
 
 
-def _on_signal(number, frame):
-    global _stop_signal
-    _stop_signal = signal.Signals(number).name
-
-
-def cleanup():
-    """The last call of a script: leave the process group, if there is one. A process of several ranks ends
-    here, with code 0: the interpreter's own end destroys threads of torch that still run, and now and then
-    aborts a run that is complete (LOG.md)."""
-    if td.is_initialized():
-        several = td.get_world_size() > 1
-        td.destroy_process_group()
-        if several:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-
-
-def die_with_parent(number=0):
-    """Called in a child process: SIGKILL when the process that started it is gone, however it went. Linux;
-    elsewhere torch's workers look for their parent every 5 s."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != multiprocessing.parent_process().pid:  # it went before that
-            os._exit(1)
-
-
-def begin_worker(number=0):
-    """What a data worker does first. It is deaf to the signals that Slurm and Ctrl-C send to all of a group:
-    the trainer must save, and then ends its workers (data.Loader)."""
-    torch.set_num_threads(1)
-    for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(s, signal.SIG_IGN)
-    die_with_parent()
-
-
-def is_main(dist):
-    return dist.rank == 0
-
-
-def print0(*words):
-    """Print one line on rank 0, above a progress bar if there is one."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(" ".join(str(w) for w in words))
-        sys.stdout.flush()
-
-
-def stop_asked():
-    """Whether this process got SIGTERM or SIGUSR1; other ranks may get theirs later (see Verdict)."""
-    return _stop_signal is not None
-
-
-def n_params(module, trained=False):
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
-######################################### 2. randomness from progress ########################################
+######################################### 3. randomness from progress ########################################
 
 
 def generators(seed, step, positions, stream=0):
@@ -469,17 +476,17 @@ def randn(gens, shape, device="cpu"):
     return out.to(device, non_blocking=True)
 
 
-def rand(gens, device="cpu"):
+def rand(gens):
     """Uniform in [0, 1), [len(gens)]."""
-    return torch.tensor([torch.rand((), generator=g).item() for g in gens]).to(device)
+    return torch.tensor([torch.rand((), generator=g).item() for g in gens])
 
 
-def randint(gens, low, high, device="cpu"):
+def randint(gens, low, high):
     """int64 uniform in [low, high), [len(gens)]."""
-    return torch.tensor([torch.randint(low, high, (), generator=g).item() for g in gens]).to(device)
+    return torch.tensor([torch.randint(low, high, (), generator=g).item() for g in gens])
 
 
-######################################## 3. optimisation #####################################################
+######################################## 4. optimisation #####################################################
 
 
 def lr_at(step, lr, warmup, total, kind="constant"):
@@ -526,12 +533,12 @@ def check_fit(module, tensors, what):
 class EMA:
     """fp32 moving average of the parameters that train; frozen ones and buffers are the module's own.
 
-    Update n (from 0) uses min(decay, (1 + n) / (10 + n)) with warmup, else decay; papers give the decay only.
+    Update n (from 0) uses min(decay, (1 + n) / (10 + n)), a warm-up; papers give the decay only.
     Of a sharded parameter each rank averages its own shard.
     """
 
-    def __init__(self, module, decay, warmup=True):
-        self.module, self.decay, self.warmup = module, decay, warmup
+    def __init__(self, module, decay):
+        self.module, self.decay = module, decay
         self.names = [k for k, p in module.named_parameters() if p.requires_grad]
         self.average = [local(p).float().clone() for p in self._params()]
         self.n = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
@@ -546,8 +553,7 @@ class EMA:
     def update(self, bad=None):
         """Take in the weights as they are now; not where `bad`, a scalar on the device, is 1 (Verdict)."""
         n = self.n.double()
-        decay = ((1 + n) / (10 + n)).clamp(max=self.decay) if self.warmup else torch.full_like(n, self.decay)
-        share, counts = 1 - decay, 1
+        share, counts = 1 - ((1 + n) / (10 + n)).clamp(max=self.decay), 1
         if bad is not None:
             share, counts = torch.where(bad > 0, 0.0, share), (bad == 0).long()
         share = [share.float()] * len(self.average)
@@ -601,63 +607,7 @@ def _like(param, shard):
                                        shape=param.shape, stride=param.stride())
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW, and Muon (Jordan et al. 2024) for the groups that say muon=True: of a matrix's momentum only the
-    directions are kept, U V^T of its U S V^T, so that rare directions, a word seldom said, learn as fast as
-    common ones. Scaled by 0.2 sqrt(longer side), the size of an AdamW step (Liu et al. 2025), whence learning
-    rates are alike. A small model from scratch needed a sixth fewer pictures for less error (LOG.md).
-
-    params: groups as of AdamW; those with muon hold matrices [out, in] alone, where out = 3 in is q, k and v
-    one below the other, three matrices. torch.optim.Muon computes in bf16, which most CPUs only emulate.
-    found_inf: see Verdict.
-    """
-
-    # quintic of which four rounds bring singular values from 0.01 up to 0.7 ... 1.2 (Jordan et al. 2024)
-    COEFFICIENTS, ROUNDS, MOMENTUM = (3.4445, -4.7750, 2.0315), 4, 0.95
-
-    @torch.no_grad()
-    def step(self):
-        held = []  # from AdamW, which steps over what has no gradient
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None] if group.get("muon") else []
-            held += [(p, p.grad) for p in params]
-            bad = getattr(self, "found_inf", params[0].new_zeros(()) if params else None)
-            alike = {}  # matrices of a shape are one batch
-            for p in params:
-                if p not in self.state:  # AdamW wants to find a step in every state it loads
-                    self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
-                momentum = self.state[p]["momentum"]
-                grad = torch.where(bad > 0, momentum, p.grad)  # towards which a momentum does not move
-                momentum.lerp_(grad, 1 - self.MOMENTUM)
-                update = grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
-                p.mul_(torch.where(bad > 0, 1.0, 1 - group["lr"] * group["weight_decay"]))
-                parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
-                for target, matrix in zip(p.chunk(parts), update.chunk(parts)):
-                    alike.setdefault(target.shape, []).append((target, matrix))
-            for (rows, columns), pairs in alike.items():
-                x = self.orthogonal(torch.stack([matrix for _, matrix in pairs]))
-                for (target, _), direction in zip(pairs, x):
-                    direction = torch.where(bad > 0, 0.0, direction)
-                    target.add_(direction, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
-        for p, _ in held:
-            p.grad = None
-        super().step()
-        for p, grad in held:
-            p.grad = grad
-
-    def orthogonal(self, x):
-        """[N, rows, columns] -> about U V^T of each, by Newton and Schulz's iteration."""
-        tall = x.shape[1] > x.shape[2]
-        x = x.mT if tall else x
-        x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-        a, b, c = self.COEFFICIENTS
-        for _ in range(self.ROUNDS):
-            square = x @ x.mT
-            x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
-        return x.mT if tall else x
-
-
-########################################## 4. several devices ################################################
+########################################## 5. several devices ################################################
 
 
 @torch.no_grad()
@@ -690,37 +640,6 @@ def average_gradients(params, world, bucket_bytes=64 * 2**20):
         td.all_reduce(flat)
         parts = flat.div_(world).split([g.numel() for g in bucket])
         torch._foreach_copy_(bucket, [f.view_as(g) for f, g in zip(parts, bucket)])
-
-
-@functools.cache  # setup() asks first: the checkout may move on while a run goes on
-def git_revision():
-    """Commit of the code that runs, with "+" if the tree differed from it; None outside git."""
-    try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def portable(value):
-    """Texts of a config or a command without the names of this machine and its user: paths below the folder
-    that the script was started in are relative to it, those below the home folder begin with ~."""
-    if isinstance(value, dict):
-        return {k: portable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(v) for v in value]
-    if not isinstance(value, str | os.PathLike):
-        return value
-    text = str(value)
-    for folder, instead in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
-        if folder != "/":
-            text = re.sub(rf"(?<![\w./-]){re.escape(folder)}/+", instead, text)
-    return text
-
-
-def one_line(e):
-    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
 def shard(net, dist, bf16):
@@ -808,7 +727,7 @@ def gathered(tensors):
         yield name, (t.full_tensor() if is_sharded(t) else t).detach()
 
 
-########################################## 5. which steps count #############################################
+########################################## 6. which steps count #############################################
 
 
 class Verdict:
@@ -840,7 +759,7 @@ class Verdict:
         each at its own point of a step: acting on a local flag would let one rank save alone and hang.
         """
         bad = ~torch.isfinite(torch.stack([n.detach().float() for n in numbers])).all()
-        stop = torch.full((), float(stop_asked()), device=bad.device)
+        stop = torch.full((), float(_stop_signal is not None), device=bad.device)
         flags = torch.stack([bad.float(), stop])
         if self.dist.world > 1:
             td.all_reduce(flags, op=td.ReduceOp.MAX)

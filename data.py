@@ -4,17 +4,16 @@
     python data.py check omniedit:DIR    # the same of a set of edit pairs (layouts: readers/edits.py)
 
     1. shapes: aspect buckets       2. order: which sample comes when, a function of (seed, step, rank, world)
-    3. sources, opened by name      4. cropping      5. loaders      6. preferences      7. check
+    3. cropping      4. loaders of pictures, edit pairs and preferences      5. check
 
-Below it: readers/ reads files and masks.py makes masks. Masks are 1 where the picture is to be regenerated.
-Pictures leave this file as float [-1, 1].
+Below it: readers/ opens sources by name and reads files, masks.py makes masks.
+Masks are 1 where the picture is to be regenerated. Pictures leave this file as float [-1, 1].
 """
 
 import atexit
 import errno
 import hashlib
 import math
-import os
 import re
 import resource
 import signal
@@ -32,24 +31,20 @@ import common
 from common import begin_worker
 from log import contact_sheet
 from masks import ERASE_PROMPT, PROMPT_FREE, TASKS, task_mask
-from readers import edits, packed
+from readers.edits import names_edits, open_edits
 from readers.files import (
-    HELDOUT,
     MAX_BAD,
     MAX_CAPTION,
     BadFile,
-    EmptyPart,
     clean_caption,
-    files_of,
     inside,
     mix,
-    part_of,
     printable,
     read_image,
     size_of,
     too_many,
 )
-from readers.pictures import Folder, Parquet
+from readers.pictures import open_source
 
 DRAWN = 1_000_000  # pairs of a procedural source among which tasks or scores are chosen
 
@@ -78,6 +73,7 @@ def bucket(h, w, image_size, stride, aspects):
     return min(shapes(image_size, stride), key=lambda s: (round(abs(math.log(h * s[1] / (w * s[0]))), 9), s))
 
 
+#### 2. order ################################################################################################
 def permute(i, n, key):
     """Keyed bijection of [0, n), applied to integers [k] -> int64 [k]: a shuffle that is never stored.
 
@@ -294,83 +290,7 @@ class Listed:
         return int(slot) % self.n
 
 
-def open_source(spec, split="train"):
-    """"scenes", "scenes:hard", a folder of pictures, a parquet file or a folder of them, or a folder that was
-    packed -> source; SystemExit on all else.
-
-    split "train", "heldout" or "all". A folder's held-out part is its subfolder or parquet files of a name in
-    HELDOUT_NAMES, otherwise 5% of the rows, by a hash of the file name or row number."""
-    if split not in ("train", "heldout", "all"):
-        raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
-    if spec.partition(":")[0] == "scenes":
-        from scenes.dataset import Scenes, parse_spec
-
-        level, wrong = parse_spec(spec)
-        if wrong is not None:
-            raise SystemExit(f"error: {spec}: only edit pairs can be wrong: leave out wrong=")
-        return Scenes("train" if split == "all" else split, level)
-    path, share = Path(spec), HELDOUT
-    if not path.exists() or path.is_file() and path.suffix != ".parquet":
-        problem = "not a data source" if path.exists() else "no such file or folder"
-        raise SystemExit(f"error: {spec}: {problem}: give scenes, a folder of pictures or a .parquet file")
-    if packed.is_packed(path):
-        return packed.Packed(path, False, split)
-    if not (path / "metadata.jsonl").is_file():
-        path, split = part_of(path, split)
-    files = []
-    if not (path / "metadata.jsonl").is_file():
-        files, split = files_of(path, split, ".parquet")
-    source = Parquet(files, str(path), split, share) if files else Folder(path, split, share)
-    if not len(source):
-        raise EmptyPart(f"error: {spec}: no pictures in its {split} part: add some")
-    return source
-
-
-def open_edits(spec, split="train"):
-    """Edit pairs -> source (readers/edits.py); SystemExit with one line on all else.
-
-    spec: "scenes" or "scenes:hard", procedural pairs; "scenes:wrong=0.5" or "scenes:hard,wrong=0.5", half of
-    them wrong, and scored; "omniedit:PATH", "ip2p:PATH", "magicbrush:PATH", "ultraedit:PATH", "jsonl:PATH" or
-    PATH.jsonl, a file or a folder of files; a folder that was packed.
-    split "train", "heldout" or "all" (of scenes: train)."""
-    if split not in ("train", "heldout", "all"):
-        raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
-    kind, colon, rest = spec.partition(":")
-    if kind == "scenes":
-        from scenes.dataset import EditScenes, parse_spec
-
-        level, wrong = parse_spec(spec)
-        return EditScenes("train" if split == "all" else split, wrong or 0.0, level)
-    if packed.is_packed(spec):
-        return packed.Packed(spec, True, split)
-    if not colon and spec.endswith(".jsonl"):
-        kind, rest = "jsonl", spec
-    if kind not in edits.PRESETS or not rest:
-        raise SystemExit(f"error: {spec}: not a set of edit pairs: give scenes, PATH.jsonl, a packed "
-                         f"folder, or one of {', '.join(edits.PRESETS)} with :PATH")
-    return edits.open_preset(kind, rest, split)
-
-
-def names_edits(spec):
-    """Whether a spec means edit pairs and nothing else."""
-    if packed.is_packed(spec):
-        return packed.manifest(spec)["plan"]["edits"]
-    marked = "wrong=" in spec if spec.partition(":")[0] == "scenes" else ":" in spec
-    return marked and not Path(spec).exists() or spec.endswith(".jsonl")
-
-
-def heldout_or(train, open_part, spec):
-    """The held-out part of a set, or `train` with a note where the set is too small to have one."""
-    try:
-        return open_part(spec, "heldout")
-    except EmptyPart:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"note: {spec}: nothing is held out: sample sheets show what is trained on",
-                  file=sys.stderr)
-        return train
-
-
-#### 2. cropping #############################################################################################
+#### 3. cropping #############################################################################################
 def _crop(a, size, h, w, y, x, how, gap=None):
     """The part of `a`, taken as stretched to a picture of `size`, that `fit` cuts out, resized to (h, w)."""
     (ih, iw), im = size, Image.fromarray(a)
@@ -414,7 +334,7 @@ def fit_pair(source, image, mask, h, w, y=0.5, x=0.5):
     return *(fit(im, h, w, y, x)[0] for im in (source, image)), mask
 
 
-#### 3. loaders ##############################################################################################
+#### 4. loaders ##############################################################################################
 def task_weights(tasks, known=None):
     """--tasks, such as "remove=2,add=1", or a dict -> task -> weight, in that order, which draws depend on.
 
@@ -558,7 +478,7 @@ class Loader:
     The workers end with `close`, or with the process, whatever ends that: they are deaf to SIGTERM, so torch
     and multiprocessing would wait for them without end."""
 
-    def __init__(self, source, order, make, seed, workers, steps, max_bad, device="cpu", draw=None):
+    def __init__(self, source, order, make, seed, workers, steps, max_bad=MAX_BAD, device="cpu", draw=None):
         self.device, self.workers = torch.device(device), workers
         self.source, self.max_bad, self.summary = source, max_bad, f"{source.name}: {order.summary()}"
         self.steps_per_epoch, self._steps = len(order), steps or range(len(order))
@@ -665,7 +585,7 @@ class Loader:
 
 
 def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1, workers=2, start_step=0,
-                aspects=False, stride=8, prompt_free=PROMPT_FREE, max_bad=MAX_BAD, **to):
+                aspects=False, stride=8, prompt_free=PROMPT_FREE, **to):
     """Endless training batches from `start_step`. batch_size is per rank; the batch at step s depends on
     (seed, s, rank, world) alone, and the ranks' batches joined on world * batch_size alone. Random crops.
 
@@ -673,26 +593,27 @@ def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, wor
     index int64 [B]; segments int32 [B, H, W] or None; step, epoch; position, places in the global batch.
     tasks: task -> weight, or its text (`task_weights`). prompt_free: chance that a caption becomes "", one
     number or per task; erasing says ERASE_PROMPT. A bad file is named, counted and replaced by the next of
-    its bucket; SystemExit beyond `max_bad` or a tenth of what was read.
+    its bucket; SystemExit beyond MAX_BAD or a tenth of what was read.
     A source of latents (make_cache.py): image [B, C, h, w], mask of its size, centre crops, the task t2i.
-    to: device and draw of `Loader`, for all loaders."""
+    to: device, draw and max_bad of `Loader`, for all loaders."""
     if getattr(source, "latents", False) and list(mixture(tasks)) != ["t2i"]:
         raise SystemExit(f"error: --tasks: {', '.join(mixture(tasks))}: latents cannot be masked: use t2i "
                          "alone, or pictures and the cache's text only")
     order = Sampler(source, image_size, batch_size, seed, rank, world, aspects, stride)
     make = partial(make_sample, source, mixture(tasks), prompt_free, True)
-    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad, **to)
+    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), **to)
 
 
-def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1,
-                      workers=0, aspects=False, stride=8, prompt_free=0.0, max_bad=MAX_BAD, **to):
-    """The given pictures once, in order, as `make_loader` batches; centre crops, masks from (seed, index).
+def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, rank=0, world=1, workers=0,
+                      aspects=False, stride=8, **to):
+    """The given pictures once, in order, as `make_loader` batches: centre crops, masks from the index, every
+    caption there.
 
     step is 0 and position the place in `indices`, so noise from (seed, step, position) knows no batch size or
     world. Rank r takes the r-th share; a batch ends early at the end and where the shape changes."""
     order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
-    make = partial(make_sample, source, mixture(tasks), prompt_free, False)
-    return Loader(source, order, make, seed, workers, None, max_bad, **to)
+    make = partial(make_sample, source, mixture(tasks), 0.0, False)
+    return Loader(source, order, make, 0, workers, None, **to)
 
 
 def edit_weights(source, balance):
@@ -703,8 +624,7 @@ def edit_weights(source, balance):
 
 
 def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0,
-                     aspects=False, stride=8, p_region=0.3, balance=True, min_score=None, max_bad=MAX_BAD,
-                     **to):
+                     aspects=False, stride=8, p_region=0.3, balance=True, min_score=None, **to):
     """Endless batches of edit pairs, functions of the same as `make_loader`'s. Source, target and mask are
     cropped and flipped together; the crop holds the region of the edit where there is a mask.
 
@@ -726,16 +646,16 @@ def make_edit_loader(source, image_size, batch_size, seed=0, rank=0, world=1, wo
     weights = edit_weights(source, balance)
     order = Sampler(*args) if as_drawn else EditSampler(*args, weights=weights, min_score=min_score)
     make = partial(make_edit_sample, source, p_region, True)
-    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), max_bad, **to)
+    return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), **to)
 
 
-def make_edit_eval_batches(source, indices, image_size, batch_size, seed=0, rank=0, world=1, workers=0,
-                           aspects=False, stride=8, p_region=0.0, max_bad=MAX_BAD, **to):
+def make_edit_eval_batches(source, indices, image_size, batch_size, rank=0, world=1, workers=0,
+                           aspects=False, stride=8, p_region=0.0, **to):
     """The given pairs once, in order, as `make_edit_loader` batches: centre crops, no flips, first wordings.
     Ranks, steps and positions as in `make_eval_batches`."""
     order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
     make = partial(make_edit_sample, source, p_region, False)
-    return Loader(source, order, make, seed, workers, None, max_bad, **to)
+    return Loader(source, order, make, 0, workers, None, **to)
 
 
 def make_pair(pairs, index, h, w, rng, notes):
@@ -751,7 +671,7 @@ def make_pair(pairs, index, h, w, rng, notes):
 
 
 def pair_loader(pairs, image_size, batch_size, seed=0, rank=0, world=1, workers=2, start_step=0, stride=8,
-                max_bad=MAX_BAD, once=False, **to):
+                once=False, **to):
     """Endless batches, a function of the same as `make_loader`'s: better, worse [B, 3, H, W] in [-1, 1],
     caption_better, caption_worse, index, position, step. `once`: each pair once, in order."""
     if once:
@@ -759,10 +679,10 @@ def pair_loader(pairs, image_size, batch_size, seed=0, rank=0, world=1, workers=
     else:
         order = Sampler(pairs, image_size, batch_size, seed, rank, world, False, stride)
     steps = None if once else range(start_step, sys.maxsize)
-    return Loader(pairs, order, partial(make_pair, pairs), seed, workers, steps, max_bad, **to)
+    return Loader(pairs, order, partial(make_pair, pairs), seed, workers, steps, **to)
 
 
-#### python data.py check SPEC ###############################################################################
+#### 5. python data.py check SPEC ############################################################################
 def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = False, limit: int = 500,
           out: str = "out/check.png"):
     """Open a data source and report counts, bad files, shapes, captions and mask areas; draw a sheet.
@@ -829,8 +749,7 @@ def tinted(picture, mask):
 
 
 def save_sheet(out, *rows):
-    """Contact sheet (common.contact_sheet) written to `out`; SystemExit if that is no place for a picture."""
-
+    """Contact sheet (log.contact_sheet) written to `out`; SystemExit if that is no place for a picture."""
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(*rows).save(out)

@@ -25,7 +25,7 @@ import torch.distributed as td
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
-from common import Dist, git_revision, one_line, portable, print0
+from common import Dist, git_revision, one_line, print0
 
 ########################################## 1. progress and memory ############################################
 
@@ -462,6 +462,22 @@ class Perf:
 def open_out(folder: str) -> Path:
     Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
+
+
+def portable(value):
+    """Texts of a config or a command without the names of this machine and its user: paths below the folder
+    that the script was started in are relative to it, those below the home folder begin with ~."""
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(v) for v in value]
+    if not isinstance(value, str | os.PathLike):
+        return value
+    text = str(value)
+    for folder, instead in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
+        if folder != "/":
+            text = re.sub(rf"(?<![\w./-]){re.escape(folder)}/+", instead, text)
+    return text
 
 
 def provenance(started: float) -> dict:

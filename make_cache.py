@@ -40,13 +40,15 @@ import checkpoint
 import common
 import log
 import masks
-from data import bucket, fit, fit_pair, open_edits, open_source, shapes
+from data import bucket, fit, fit_pair, shapes
 from kernels import dispatch
 from pretrained import text as text_encoders
 from pretrained.files import header_hash
 from pretrained.vae import load_vae
 from readers.cached import CLIP_TOKENS, differences, key_of, latent_crc, text_crc
+from readers.edits import open_edits
 from readers.files import MAX_BAD, MAX_CAPTION, BadFile, clean_caption, printable, size_of, too_many
+from readers.pictures import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -185,7 +187,7 @@ def make_plan(cfg: Config, source, n: int) -> dict:
     if cfg.limit:
         made["limit"] = cfg.limit
     # hashes decide whether a cache fits; the paths only tell where things came from, and name no user
-    return {"format": 1, "made": common.portable(made | {"fingerprint": source.fingerprint(n)})}
+    return {"format": 1, "made": log.portable(made | {"fingerprint": source.fingerprint(n)})}
 
 
 def tokenizers_hash(folder: str) -> str:

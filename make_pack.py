@@ -22,8 +22,10 @@ import common
 import data
 from common import die_with_parent
 from data import bucket
-from readers.files import BadFile, printable, size_of, too_many
+from readers.edits import names_edits, open_edits
+from readers.files import BadFile, heldout_or, printable, size_of, too_many
 from readers.packed import INDEX, LABELS, PARTS, read_index
+from readers.pictures import open_source
 
 
 def pack(spec: str, /, out: str, limit: int = 0, image_size: int = 64, aspects: bool = False,
@@ -50,15 +52,15 @@ def pack(spec: str, /, out: str, limit: int = 0, image_size: int = 64, aspects: 
         most = {"limit": 10**9, "image_size": 2**14, "stride": 1024, "workers": 512}.get(flag, 10**7)
         if not low <= value <= most:
             raise SystemExit(f"error: --{flag}: {str(value)[:40]}: must be at least {low}, at most {most:,}")
-    edits, out = edits or data.names_edits(spec), Path(out)
-    open_part = data.open_edits if edits else data.open_source
+    edits, out = edits or names_edits(spec), Path(out)
+    open_part = open_edits if edits else open_source
 
     # 1) what there is to do
     sources = {"train": open_part(spec, "train")}
     if size_of(sources["train"], 0) is None and (aspects or not limit):
         why = "square: leave out --aspects" if limit else "as often as is asked: say how many with --limit"
         raise SystemExit(f"error: {spec}: is drawn {why}")
-    if heldout and (held := data.heldout_or(None, open_part, spec)) is not None:
+    if heldout and (held := heldout_or(None, open_part, spec)) is not None:
         sources["heldout"] = held
     counts = {part: min(len(s), heldout if part == "heldout" else limit or len(s))
               for part, s in sources.items()}

@@ -38,6 +38,7 @@ from factory.instruct import words
 from log import open_out, provenance, write_json
 from readers import prompts, served, study
 from readers.files import BadFile, clean_caption, too_many
+from readers.pictures import open_source
 from scenes import dataset
 from scenes import text as scene_text
 from scenes.draw import Scene, pick, rng_for
@@ -168,7 +169,7 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
     picture and its degraded copy) and OUT/alignment.jsonl ({image, better, worse, kind}: true and false
     caption).
 
-    source: data.open_source(cfg.data). pipe: the base, which fills the holes. -> counts for results.json.
+    source: open_source(cfg.data). pipe: the base, which fills the holes. -> counts for results.json.
     BadFile when too many pictures cannot be read.
     """
     size, seed, steps = pipe.size, cfg.seed, common.numbers(cfg.steps, "steps", 1)
@@ -496,7 +497,7 @@ def main(cfg: Config) -> None:
         counts = from_texts(cfg, out, dist.device)
         write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **counts})
         return
-    source = data.open_source(cfg.data, "train")
+    source = open_source(cfg.data, "train")
     if cfg.captions and (cfg.recaption or not isinstance(source, dataset.Scenes)):
         common.refuse(cfg, "captions", "further pictures have captions that are false in a known fact, as "
                                        "scenes alone have: leave it out, or raise --n")

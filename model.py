@@ -795,7 +795,7 @@ def half_linears(net: nn.Module) -> None:
 
 def param_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """AdamW groups of what trains: matrices decay; biases, norms, embeddings, positions do not. muon: the
-    matrices of attention and MLPs are a third group, which says muon=True, for common.Muon."""
+    matrices of attention and MLPs are a third group, which says muon=True, for train_omni.Muon."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     tables = ("pos", "pos_embed", "cls_token", "embed.weight", "embeddings.weight")
     inside = re.compile(r"(^|\.)(joint_blocks|branch|blocks)\.\d+\..*(attn2?|mlp)\..*weight$")

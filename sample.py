@@ -219,7 +219,7 @@ def main(cfg: Config) -> None:
     skipped += bad_lines
     if not written:
         raise SystemExit(f"error: {cfg.jsonl or cfg.image}: all {skipped} inputs skipped: see above")
-    if common.is_main(dist):
+    if dist.rank == 0:
         row_titles, rows = [title for title, _ in sheet], [row for _, row in sheet]
         titles = [] if cfg.task == "t2i" else ["picture", "mask"]
         if cfg.task == "edit" and not any(overlay for _, overlay, *_ in rows):
@@ -359,7 +359,7 @@ def result_file(item: dict, name: str, k: int, num_samples: int) -> str:
 def prepare_out(cfg: Config, items: list[dict], dist: common.Dist) -> Path:
     """Make --out and start samples.jsonl anew; refuses to write over an input."""
     out = Path(cfg.out)
-    if common.is_main(dist):
+    if dist.rank == 0:
         files = {result_file(item, name, k, cfg.num_samples) for item in items for name in item["files"]
                  for k in range(cfg.num_samples)} | {"samples.jsonl", "sheet.png"}
         files |= {item["shown"] for item in items if "shown" in item}
@@ -696,7 +696,7 @@ def save(out: Path, job: Job, k: int, result: np.ndarray, cfg: Config, more: dic
            **{key: getattr(cfg, key) for key in keys}, **more}
     if "shown" in job.item and job.turn == 0:
         write(out, job.item["shown"], Image.fromarray(job.canvas if job.own is None else job.own))
-    write(out, file, Image.fromarray(result), json.dumps(common.portable(row)) + "\n")
+    write(out, file, Image.fromarray(result), json.dumps(log.portable(row)) + "\n")
 
 
 def write(out: Path, file: str, picture: Image.Image, row: str = "") -> None:

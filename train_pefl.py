@@ -46,6 +46,9 @@ import model
 import pipeline
 from common import Verdict
 from log import Perf
+from readers.edits import open_edits
+from readers.files import heldout_or
+from readers.pictures import open_source
 from rewards import PreferenceReward, feature_l1, open_coherence, open_features, open_reward, score_of
 
 
@@ -174,10 +177,10 @@ def main(cfg: Config) -> None:
               start_step=step * cfg.accum, stride=stride, device=device)
     at["draw"] = partial(draws, cfg, phases, space.channels, space.stride, editor.cfg.txt_bytes)
     if instructed:
-        source = data.open_edits(cfg.data, "train")
+        source = open_edits(cfg.data, "train")
         loader = data.make_edit_loader(source, image_size, cfg.batch_size, p_region=cfg.p_region, **at)
     else:
-        source = data.open_source(cfg.data, "train")
+        source = open_source(cfg.data, "train")
         at["prompt_free"] = PROMPT_FREE
         loader = data.make_loader(source, image_size, cfg.batch_size, cfg.tasks, **at)
     common.print0(loader.summary)
@@ -249,7 +252,7 @@ def main(cfg: Config) -> None:
             d_loss = (F.softplus(-real) + F.softplus(fake)).mean()
             (d_loss / cfg.accum).backward()
             g_sum, d_sum = g_sum + g_loss.detach() / cfg.accum, d_sum + d_loss.detach() / cfg.accum
-            watch(metrics, losses, rated, real, fake, given.hole)
+            watch(metrics, losses, rated, batch["has_c"] > 0, real, fake, given.hole)
             perf.add(len(x) * dist.world, flops + (len(ts) - 1) * call_flops)
 
         # 5) one verdict for all ranks, on the device and read a step later: a non-finite step changes nothing
@@ -272,7 +275,7 @@ def main(cfg: Config) -> None:
         # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
         row = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
         due = cfg.sample_every and (last or step % cfg.sample_every == 0)
-        if due and (cfg.fsdp or common.is_main(dist)):  # shards: all ranks compute the sheet
+        if due and (cfg.fsdp or dist.rank == 0):  # shards: all ranks compute the sheet
             with ema.swapped(), torch.no_grad(), autocast:
                 alarms, sheet = judge(cfg, editor, base, space, scores, grid, flow.timesteps(T, shift), bf16)
             metrics.images(step, {"samples": sheet})
@@ -445,11 +448,16 @@ def recomputed(cfg: Config, fn, *inputs):
     return recompute(fn, *inputs, use_reentrant=False) if cfg.checkpointing else fn(*inputs)
 
 
-def watch(metrics: log.Metrics, losses: dict, rated: dict, real, fake, hole) -> None:
-    """Add a micro-batch's metrics: losses name -> (weight, loss), rewards name -> r, logits of R_gamma."""
-    metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()},
-                **{f"reward/{name}": r for name, r in rated.items() if name != "coherence"},
-                **{"coherence/real": real, "coherence/fake": fake,
+def watch(metrics: log.Metrics, losses: dict, rated: dict, captioned, real, fake, hole) -> None:
+    """Add a micro-batch's metrics: losses name -> (weight, loss), rewards name -> r, logits of R_gamma.
+
+    captioned, bool [B]: whose alignment counts; a picture without a caption has none, in the loss neither."""
+    metrics.add(**{f"loss/{name}": loss.detach() for name, (_, loss) in losses.items()})
+    for name, r in rated.items():
+        if name != "coherence":
+            counts = captioned if name == "alignment" else torch.ones_like(captioned)
+            metrics.add_where(counts, **{f"reward/{name}": r})
+    metrics.add(**{"coherence/real": real, "coherence/fake": fake,
                    "coherence/accuracy": torch.cat([real > 0, fake <= 0]).float()})
     metrics.add_where(seam(hole), **{"coherence/seam": (real > fake).float()})
 
@@ -465,10 +473,10 @@ def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: 
     training part; where it has no held-out part, of itself."""
     at = dict(stride=stride, device=device)
     if instructed:
-        source = data.heldout_or(train, data.open_edits, cfg.data)
+        source = heldout_or(train, open_edits, cfg.data)
         return next(data.make_edit_eval_batches(source, range(min(32, len(source))), image_size, 32,
                                                 p_region=cfg.p_region, **at))
-    source = data.heldout_or(train, data.open_source, cfg.data)
+    source = heldout_or(train, open_source, cfg.data)
     return next(data.make_eval_batches(source, range(min(32, len(source))), image_size, 32, cfg.tasks, **at))
 
 

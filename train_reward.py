@@ -248,7 +248,7 @@ def check(cfg: Config) -> None:
 
 def same_run(cfg: Config, manifest: dict, bf16: bool) -> None:
     """Refuse to continue a run of another model; say what else differs from the command that began it."""
-    before, now = manifest["config"], common.portable(asdict(cfg))
+    before, now = manifest["config"], log.portable(asdict(cfg))
     for key in ("preset", "init", "freeze", "original_init"):
         if before.get(key) != now[key]:
             raise SystemExit(f"error: {cfg.out}: began with --{key} {before.get(key)}, not {now[key]}: "

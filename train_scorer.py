@@ -28,6 +28,7 @@ import model
 import rewards
 from common import Verdict
 from log import Perf
+from readers.edits import open_edits
 from readers.files import BadFile, clean_caption
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive forking workers
@@ -76,8 +77,8 @@ def main(cfg: Config) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     # 1) scored pairs, and those held out: no source picture is on both sides
-    source = data.open_edits(cfg.data, "train")
-    held = data.open_edits(cfg.val_data or cfg.data, "all" if cfg.val_data else "heldout")
+    source = open_edits(cfg.data, "train")
+    held = open_edits(cfg.val_data or cfg.data, "all" if cfg.val_data else "heldout")
     if hasattr(held, "wrong") and not cfg.val_data:
         held.wrong = source.wrong  # of scenes, where held-out pairs are else all right
     picks = list(range(min(cfg.eval_pairs, len(held))))
@@ -94,7 +95,7 @@ def main(cfg: Config) -> None:
     checkpoint.claim(cfg.out)
     found, weights = checkpoint.latest(cfg.out), None
     if found:
-        now = common.portable(asdict(cfg))  # as a manifest keeps paths
+        now = log.portable(asdict(cfg))  # as a manifest keeps paths
         arch = model.config_from(rewards.RewardConfig, found[1].get("arch", {}), "scorer", cfg.out)
         for key in ("preset", "init", "data"):
             if found[1]["config"][key] != now[key]:

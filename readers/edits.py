@@ -1,4 +1,4 @@
-"""Sets of edit pairs in the layouts they are published in, one preset each (data.open_edits opens them).
+"""Sets of edit pairs in the layouts they are published in, one preset each (`open_edits` opens them).
 
     omniedit    TIGER-Lab/OmniEdit-Filtered-1.2M                                       parquet
     ip2p        InstructPix2Pix: seeds.json and folders; timbrooks/instructpix2pix-clip-filtered and
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from readers import packed
 from readers.files import (
     ASPECT,
     HELDOUT,
@@ -375,3 +376,36 @@ def open_preset(preset, path, split):
         raise EmptyPart(f"error: {spec}: no usable pairs in its {split} part: add some, or see the lines "
                         "above")
     return source
+
+
+def open_edits(spec, split="train"):
+    """Edit pairs -> source; SystemExit with one line on all else.
+
+    spec: "scenes" or "scenes:hard", procedural pairs; "scenes:wrong=0.5" or "scenes:hard,wrong=0.5", half of
+    them wrong, and scored; "omniedit:PATH", "ip2p:PATH", "magicbrush:PATH", "ultraedit:PATH", "jsonl:PATH" or
+    PATH.jsonl, a file or a folder of files; a folder that was packed.
+    split "train", "heldout" or "all" (of scenes: train)."""
+    if split not in ("train", "heldout", "all"):
+        raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
+    kind, colon, rest = spec.partition(":")
+    if kind == "scenes":
+        from scenes.dataset import EditScenes, parse_spec
+
+        level, wrong = parse_spec(spec)
+        return EditScenes("train" if split == "all" else split, wrong or 0.0, level)
+    if packed.is_packed(spec):
+        return packed.Packed(spec, True, split)
+    if not colon and spec.endswith(".jsonl"):
+        kind, rest = "jsonl", spec
+    if kind not in PRESETS or not rest:
+        raise SystemExit(f"error: {spec}: not a set of edit pairs: give scenes, PATH.jsonl, a packed "
+                         f"folder, or one of {', '.join(PRESETS)} with :PATH")
+    return open_preset(kind, rest, split)
+
+
+def names_edits(spec):
+    """Whether a spec means edit pairs and nothing else."""
+    if packed.is_packed(spec):
+        return packed.manifest(spec)["plan"]["edits"]
+    marked = "wrong=" in spec if spec.partition(":")[0] == "scenes" else ":" in spec
+    return marked and not Path(spec).exists() or spec.endswith(".jsonl")

@@ -500,6 +500,17 @@ def files_of(path, split, suffix):
     return held if split == "heldout" else [f for f in files if f not in held], "all"
 
 
+def heldout_or(train, open_part, spec):
+    """The held-out part of a set, or `train` with a note where the set is too small to have one."""
+    try:
+        return open_part(spec, "heldout")
+    except EmptyPart:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"note: {spec}: nothing is held out: sample sheets show what is trained on",
+                  file=sys.stderr)
+        return train
+
+
 def _one_each(file, names, wanted):
     """BadFile if a wanted column's name is that of two."""
     if twice := next((c for c in wanted if c and names.count(c) > 1), None):
@@ -628,7 +639,7 @@ def picture_cell(value, file, name):
     return inside(os.path.dirname(file) or ".", value) if isinstance(value, str) else value
 
 
-#### 2. order ################################################################################################
+#### 3. order ################################################################################################
 def mix(z):
     """Bits of uint64 [n] scrambled (splitmix64); arithmetic wraps."""
     z = (z + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)

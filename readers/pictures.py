@@ -14,19 +14,24 @@ from pathlib import Path
 
 import numpy as np
 
+from readers import packed
 from readers.files import (
+    HELDOUT,
     MAX_CAPTION,
     BadFile,
+    EmptyPart,
     RowGroups,
     bytes_of,
     checked,
     facts,
+    files_of,
     hashed,
     held_out,
     image_size,
     inside,
     json_lines,
     mix,
+    part_of,
     photo_of,
     picture_cell,
     pictures_of,
@@ -188,3 +193,35 @@ class Parquet:
 
     def fingerprint(self, n):
         return hashed([("Parquet", n), *group_facts(self.groups, self.rows)])
+
+
+def open_source(spec, split="train"):
+    """"scenes", "scenes:hard", a folder of pictures, a parquet file or a folder of them, or a folder that was
+    packed -> source; SystemExit on all else.
+
+    split "train", "heldout" or "all". A folder's held-out part is its subfolder or parquet files of a name in
+    HELDOUT_NAMES, otherwise 5% of the rows, by a hash of the file name or row number."""
+    if split not in ("train", "heldout", "all"):
+        raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
+    if spec.partition(":")[0] == "scenes":
+        from scenes.dataset import Scenes, parse_spec
+
+        level, wrong = parse_spec(spec)
+        if wrong is not None:
+            raise SystemExit(f"error: {spec}: only edit pairs can be wrong: leave out wrong=")
+        return Scenes("train" if split == "all" else split, level)
+    path, share = Path(spec), HELDOUT
+    if not path.exists() or path.is_file() and path.suffix != ".parquet":
+        problem = "not a data source" if path.exists() else "no such file or folder"
+        raise SystemExit(f"error: {spec}: {problem}: give scenes, a folder of pictures or a .parquet file")
+    if packed.is_packed(path):
+        return packed.Packed(path, False, split)
+    if not (path / "metadata.jsonl").is_file():
+        path, split = part_of(path, split)
+    files = []
+    if not (path / "metadata.jsonl").is_file():
+        files, split = files_of(path, split, ".parquet")
+    source = Parquet(files, str(path), split, share) if files else Folder(path, split, share)
+    if not len(source):
+        raise EmptyPart(f"error: {spec}: no pictures in its {split} part: add some")
+    return source

@@ -33,7 +33,7 @@ from typing import Literal
 import numpy as np
 
 import common
-from log import open_out, progress, provenance, sign_test, table, write_json
+from log import open_out, portable, progress, provenance, sign_test, table, write_json
 from readers import benchmarks, tally
 from readers import study as page
 from readers.files import (
@@ -310,7 +310,7 @@ def systems_of(folders):
     out = {}
     for f in folders:
         name = Path(f).resolve().name
-        name = printable(name if names[name] == 1 else common.portable(str(f)).rstrip("/"))
+        name = printable(name if names[name] == 1 else portable(str(f)).rstrip("/"))
         if name in out:
             raise wrong("folders", str(f), "twice: give each system once")
         out[name] = f
@@ -500,7 +500,7 @@ def make(cfg):
     else:
         print(f"each rater gets all {of_block} items"
               + "; number them from 1: even ones see the sides exchanged" * pair)
-    print(f"then: python evaluate.py study --answers FILE ... --out {common.portable(cfg.out)}")
+    print(f"then: python evaluate.py study --answers FILE ... --out {portable(cfg.out)}")
 
 
 #### 4. votes and raters #####################################################################################
@@ -610,7 +610,7 @@ def report(cfg, started):
               f"{a['items']:,} items, {a['fleiss_raters']} raters each)"
               + (f"; Cohen's {a['cohen']:.3f}" if "cohen" in a else ""))
     write_json(Path(cfg.out) / "results.json", {
-        **provenance(started), "config": common.portable(asdict(cfg)), "form": key["form"],
+        **provenance(started), "config": portable(asdict(cfg)), "form": key["form"],
         "study": key["sha256"], "answers": len(every), "votes": len(votes), "raters": known, **found,
         "agreement": told})
     print(f"wrote {Path(cfg.out) / 'results.json'} and {Path(cfg.out) / 'votes.jsonl'}")

@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import log  # noqa: E402
 import sample  # noqa: E402
-from data import open_source  # noqa: E402
+from readers.pictures import open_source  # noqa: E402
 
 CROPS = {"before": "none", "after": "auto"}
 

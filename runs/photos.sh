@@ -22,6 +22,6 @@ if [ -s "$OUT/prefs/alignment.jsonl" ]; then  # pictures without captions have n
     pefl="$pefl --alignment $OUT/alignment"
 fi
 $PY train_pefl.py $pefl --data "$DATA" --phases "$PEFL" --batch_size 32 --lr 2e-5 --warmup 20 --ema 0.98 \
-    --disc_init "$OUT/aesthetic" --disc_first 80 --disc_lr 3e-4 --reward_noise 0.2 \
+    --start noise --hold known --disc_init "$OUT/aesthetic" --disc_first 80 --disc_lr 3e-4 --reward_noise 0.2 \
     --eta 0.05 --w_aesthetic 0.001 --w_alignment 0.001 --w_coherence 0.1 --adversarial_from 1 --sample_every 50 --save_every 50 --wandb off --out "$OUT/pefl"
 echo "sheets: $OUT/inpaint/images and $OUT/pefl/images"

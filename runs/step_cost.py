@@ -32,6 +32,7 @@ import pipeline  # noqa: E402
 import train_omni  # noqa: E402
 from data import Sampler  # noqa: E402
 from make_pack import pack  # noqa: E402
+from readers.pictures import open_source  # noqa: E402
 
 
 @dataclass
@@ -77,7 +78,7 @@ def main(cfg: Config) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         pack("scenes", folder, limit=2 * cfg.batch_size, image_size=cfg.image_size, heldout=0, workers=1)
-        drawn, ahead = batches(data.open_source("scenes")), batches(data.open_source(folder))
+        drawn, ahead = batches(open_source("scenes")), batches(open_source(folder))
         rows = {name: [] for name in (
             "worker: scenes drawn, collated", "worker: packed scenes, collated", "worker: draws",
             "host: draws in the host", "host: draws in the workers", "host: forward and backward, a step")}

@@ -24,12 +24,11 @@ from test_served import Judge
 
 import benchmark
 import checkpoint
-import data
 import evaluate
 import model
 import sample
 from readers import bench, benchmarks
-from readers.edits import TASK_NAMES, TASKS
+from readers.edits import TASK_NAMES, TASKS, open_edits
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
@@ -455,9 +454,9 @@ def test_instruct_pix2pix_split_by_position(tmp_path):
         if folder != "0000001":
             (tmp_path / folder).mkdir()
             (tmp_path / folder / "prompt.json").write_text(json.dumps({"edit": folder, "output": "b"}))
-    held, train = (data.open_edits(f"ip2p:{tmp_path}", split) for split in ("heldout", "train"))
+    held, train = (open_edits(f"ip2p:{tmp_path}", split) for split in ("heldout", "train"))
     assert [held._row(i)[3] for i in range(len(held))] == [["0000038"], ["0000039"]]
-    assert len(train) == 37 and len(data.open_edits(f"ip2p:{tmp_path}", "all")) == 39
+    assert len(train) == 37 and len(open_edits(f"ip2p:{tmp_path}", "all")) == 39
 
 
 # ---- sample.py's side ----------------------------------------------------------------------------

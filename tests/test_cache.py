@@ -37,7 +37,9 @@ from pretrained.files import PARTS, read_weights
 from pretrained.text import ClipText, ClipTextConfig, T5Config, T5Encoder
 from pretrained.vae import VAE, VAEConfig, load_vae
 from readers.cached import open_cache
+from readers.edits import open_edits
 from readers.files import BadFile
+from readers.pictures import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(image_size=64, text_shard=7, shard=5, batch_size=1, text_batch=4, workers=0, device="cpu")
@@ -169,7 +171,7 @@ def test_text_is_bit_for_bit_what_the_encoders_give(base, tmp_path, dtype):
     (tmp_path / "x").mkdir()
     spec = test_data.folder(tmp_path / "x", 9)
     path = make(base, tmp_path / "c", spec, split="all", latents=False, dtype=dtype)
-    source = data.open_source(str(spec), "all")
+    source = open_source(str(spec), "all")
     cached = open_cache(path, source, base[0], dtype=dtype, latents=False)
     text = text_encoders.load_text(*base, computed_in(dtype))
     captions = make_cache.all_captions(source, len(source), False)
@@ -192,7 +194,7 @@ def test_without_t5_its_tokens_are_zeros_and_never_silently(base, tmp_path):
     (tmp_path / "x").mkdir()
     spec = test_data.folder(tmp_path / "x", 3)
     path = make(base, tmp_path / "c", spec, split="all", latents=False, t5=False, t5_length=20, text_batch=9)
-    captions = make_cache.all_captions(data.open_source(str(spec), "all"), 3, False)
+    captions = make_cache.all_captions(open_source(str(spec), "all"), 3, False)
     right = text_encoders.load_text(*base, computed_in("bf16"), t5=False, t5_length=20).encode_text(captions)
     got = open_cache(path).text(captions)
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(got, right)) and (got[0][:, 77:] == 0).all()
@@ -250,7 +252,7 @@ def edit_batches(source, steps, **flags):
                                    dict(min_score=4.0)])
 def test_edit_loaders_give_latents_in_the_order_of_pictures(base, edits, flags, capsys):
     path, spec = edits
-    source, vae = data.open_edits(spec, "all"), load_vae(base[0])
+    source, vae = open_edits(spec, "all"), load_vae(base[0])
     cached = open_cache(path, source, base[0], edits=True, image_size=64, aspects=True, stride=16)
     pixels, was = edit_batches(source, 9, **flags)
     said = capsys.readouterr().err
@@ -283,7 +285,7 @@ def test_edit_loaders_give_latents_in_the_order_of_pictures(base, edits, flags, 
 
 def test_latents_are_the_vaes_but_for_fp16(base, edits):
     path, spec = edits
-    source, vae = data.open_edits(spec, "all"), load_vae(base[0])
+    source, vae = open_edits(spec, "all"), load_vae(base[0])
     items = open_cache(path).source(source)
     h, w = data.bucket(*source.size(5), 64, 16, True)
     got, right = (s.load(5, h, w) for s in (items, source))
@@ -304,7 +306,7 @@ def test_pictures_and_the_tasks_that_latents_allow(base, tmp_path):
     (tmp_path / "x").mkdir()
     spec = test_data.folder(tmp_path / "x", 14, ((70, 90), (64, 200)))
     path = make(base, tmp_path / "c", spec, split="all", aspects=True, batch_size=3)
-    source = data.open_source(str(spec), "all")
+    source = open_source(str(spec), "all")
     items = open_cache(path, source).source(source)
     at = dict(image_size=64, batch_size=3, seed=1, workers=0, aspects=True, stride=16, tasks={"t2i": 1.0})
     loaders = [data.make_loader(s, **at) for s in (source, items)]
@@ -345,7 +347,7 @@ def test_other_sources(base, tmp_path, kind):
     else:
         spec, flags["split"], flags["limit"] = "scenes", "train", 11
         at = {} if flags["edits"] else dict(tasks={"t2i": 1.0})
-    opened = data.open_edits if flags["edits"] else data.open_source
+    opened = open_edits if flags["edits"] else open_source
     source = opened(str(spec), flags["split"])
     cached = open_cache(make(base, tmp_path / "c", spec, **flags), source)
     load = data.make_edit_loader if flags["edits"] else data.make_loader
@@ -404,7 +406,7 @@ def test_two_ranks_make_the_same_files(base, edits, tmp_path):
 
 def test_a_cache_of_something_else_is_refused_by_name(base, edits, tmp_path):
     path, spec = edits
-    source = data.open_edits(spec, "all")
+    source = open_edits(spec, "all")
     for asked, what in ((dict(image_size=128), "image_size 64, not 128"),
                         (dict(t5_length=256), "t5_length 77, not"), (dict(edits=False), "edits True, not"),
                         (dict(aspects=False, dtype="fp32"), "aspects True, not False; dtype bf16, not fp32")):
@@ -421,10 +423,10 @@ def test_a_cache_of_something_else_is_refused_by_name(base, edits, tmp_path):
     assert f"base {base[0]}, not {other}" in one_line(error)
     folder = tmp_path / "data"
     shutil.copytree(Path(spec).parent, folder, ignore=shutil.ignore_patterns("cache"))
-    open_cache(path, data.open_edits(str(folder / "pairs.jsonl"), "all"))
+    open_cache(path, open_edits(str(folder / "pairs.jsonl"), "all"))
     test_edits.add_line(folder / "pairs.jsonl", instruction="one more")
     with pytest.raises(SystemExit) as error:
-        open_cache(path, data.open_edits(str(folder / "pairs.jsonl"), "all"))
+        open_cache(path, open_edits(str(folder / "pairs.jsonl"), "all"))
     assert "source" in one_line(error)
     with pytest.raises(SystemExit) as error:
         make(base, path, spec, edits=True, split="all", aspects=True, image_size=128)
@@ -438,7 +440,7 @@ def test_a_picture_of_another_size_in_bytes_is_another_data_set(base, edits, tmp
     with open(folder / "7t.png", "ab") as f:
         f.write(b"\0")
     with pytest.raises(SystemExit, match="source"):
-        open_cache(path, data.open_edits(str(folder / "pairs.jsonl"), "all"))
+        open_cache(path, open_edits(str(folder / "pairs.jsonl"), "all"))
 
 
 @pytest.fixture
@@ -466,7 +468,7 @@ def test_truncated_and_missing_files(base, edits, copied, name):
 def test_a_turned_bit_in_text_is_noticed_and_repaired(base, edits, copied, tensor, capsys):
     file = copied / "text_00000.safetensors"
     flip(file, 30 if tensor is None else offset(file, tensor) + 5 * (tensor != "crc"))
-    captions = make_cache.all_captions(data.open_edits(edits[1], "all"), 12, True)
+    captions = make_cache.all_captions(open_edits(edits[1], "all"), 12, True)
     with pytest.raises(SystemExit) as error:
         open_cache(copied).text(captions[:1])
     assert "text_00000.safetensors: damaged" in one_line(error)
@@ -479,7 +481,7 @@ def test_a_turned_bit_in_text_is_noticed_and_repaired(base, edits, copied, tenso
                                     "size"])
 def test_a_turned_bit_in_latents_is_noticed(edits, copied, tensor):
     file = copied / "latents_00000.safetensors"
-    source = data.open_edits(edits[1], "all")
+    source = open_edits(edits[1], "all")
     open_cache(copied).source(source).load(0, 64, 64)
     flip(file, offset(file, tensor) + (tensor == "record"))
     with pytest.raises(BadFile, match="latents_00000.safetensors: damaged .*item 0"):

@@ -15,10 +15,11 @@ from PIL import Image
 
 import data
 import masks
-from data import Sampler, bucket, make_eval_batches, make_loader, open_source, pair_loader, permute, shuffled
+from data import Sampler, bucket, make_eval_batches, make_loader, pair_loader, permute, shuffled
 from masks import make_mask
 from readers import files
 from readers.files import BadFile
+from readers.pictures import open_source
 from readers.preferences import open_pairs
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -65,10 +66,10 @@ def same(a, b):
 def test_a_folder_without_a_caption_says_so(tmp_path, capsys):
     for i in range(3):
         Image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
-    data.open_source(str(tmp_path), "all")
+    open_source(str(tmp_path), "all")
     assert "no picture has a caption" in capsys.readouterr().err
     (tmp_path / "1.txt").write_text("one")
-    data.open_source(str(tmp_path), "all")
+    open_source(str(tmp_path), "all")
     assert capsys.readouterr().err == ""
 
 

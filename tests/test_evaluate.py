@@ -22,6 +22,7 @@ import make_prefs
 import masks
 import model
 from readers import preferences
+from readers.pictures import open_source
 from scenes import dataset, draw, judge, judge_holes, results
 
 torch.set_num_threads(1)
@@ -359,7 +360,7 @@ def test_prefs_skip_bad_pictures(folders, tmp_path, capsys):
         Image.fromarray(np.full((40, 50, 3), 40 * i, np.uint8)).save(tmp_path / f"in/{i}.png")
         (tmp_path / f"in/{i}.txt").write_text(f"grey number {i}")
     (tmp_path / "in/2.png").write_bytes((tmp_path / "in/2.png").read_bytes()[:60])
-    n = len(data.open_source(str(tmp_path / "in")))
+    n = len(open_source(str(tmp_path / "in")))
     make_prefs.main(make_prefs.Config(str(folders / "editor"), str(tmp_path / "p"), str(tmp_path / "in"), n=n,
                                       k=2, steps="1", device="cpu"))
     said = capsys.readouterr().out

@@ -21,6 +21,7 @@ import common
 import data
 import log
 import make_edits
+from readers.pictures import open_source
 from tests.hostile import faults, inputs, kills
 from tests.hostile.__main__ import campaign, judge
 
@@ -123,7 +124,7 @@ def test_torchrun_killed_and_one_process_beside_its_ranks(tmp_path):
 
 
 def batches(n, workers, kill=()):
-    loader, out = data.make_loader(data.open_source("scenes"), 16, 2, workers=workers), []
+    loader, out = data.make_loader(open_source("scenes"), 16, 2, workers=workers), []
     for i in range(n):
         out.append(next(loader))
         if i in kill:
@@ -242,7 +243,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_paths_without_names_of_users(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
-    found = common.portable({"data": f"jsonl:{tmp_path}/pairs/a.jsonl", "lr": 0.1,
+    found = log.portable({"data": f"jsonl:{tmp_path}/pairs/a.jsonl", "lr": 0.1,
                              "init": "/home/someone/sd3.safetensors", "sd3": "/data/sd3", "out": "out/x"})
     assert found == {"data": "jsonl:pairs/a.jsonl", "init": "~/sd3.safetensors", "lr": 0.1,
                      "sd3": "/data/sd3", "out": "out/x"}

@@ -16,12 +16,12 @@ from test_served import Judge
 
 import checkpoint
 import common
-import data
 import flow
 import make_edits
 import pipeline
 from factory import chat, instruct, pack, refine, regions, requests, score, shards, specialists
 from readers import served
+from readers.edits import open_edits
 from readers.served import Reply, Verdict
 from scenes import draw
 from scenes.dataset import EditScenes
@@ -641,7 +641,7 @@ def test_score_and_pack_make_a_data_set(specialist, tmp_path):
     said = stage("pack", data=tmp_path / "s", out=tmp_path / "p", min_score=0, dev=0.4, shard=3, group=2)
     names = sorted(p.name for p in (tmp_path / "p").glob("*.parquet"))
     assert names[0].startswith("dev-00000-of-") and names[-1].startswith("train-") and "a better try" in said
-    parts = {split: data.open_edits(f"omniedit:{tmp_path / 'p'}", split)
+    parts = {split: open_edits(f"omniedit:{tmp_path / 'p'}", split)
              for split in ("train", "heldout", "all")}
     assert len(parts["train"]) + len(parts["heldout"]) == len(parts["all"]) > 5
     rows = rows_of(tmp_path / "p")

@@ -9,7 +9,9 @@ from PIL import Image
 
 import data
 from make_pack import pack
+from readers.edits import open_edits
 from readers.files import BadFile, EmptyPart, size_of
+from readers.pictures import open_source
 
 
 def same(a, b):
@@ -53,17 +55,17 @@ def photos(at):
 
 def test_pictures_are_what_the_source_gives(scenes):
     for split, n in (("train", 21), ("heldout", 5)):
-        source, plain = data.open_source(str(scenes), split), data.open_source("scenes", split)
+        source, plain = open_source(str(scenes), split), open_source("scenes", split)
         assert len(source) == n and source.size(0) == (32, 32)
         for i in range(n):
             same(source.load(i, 32, 32), plain.load(i, 32, 32))
-    both = data.open_source(str(scenes), "all")
+    both = open_source(str(scenes), "all")
     assert len(both) == 26 and len(both.files) == 4
     same(both.load(21, 32, 32), source.load(0, 32, 32))
 
 
 def test_pairs_are_what_the_source_gives(pairs):
-    source, plain = data.open_edits(str(pairs)), data.open_edits("scenes:wrong=0.5")
+    source, plain = open_edits(str(pairs)), open_edits("scenes:wrong=0.5")
     for i in range(21):
         same(source.load(i, 32, 32), plain.load(i, 32, 32))
         assert source.task(i) == plain.task(i) and source.score(i) == pytest.approx(plain.score(i))
@@ -75,15 +77,15 @@ def test_pairs_are_what_the_source_gives(pairs):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loaders_read_it(scenes, pairs, workers):
     at = dict(image_size=32, batch_size=4, stride=4, workers=workers, seed=3)
-    loader = data.make_loader(data.open_source(str(scenes)), tasks={"edit": 1.0}, **at)
+    loader = data.make_loader(open_source(str(scenes)), tasks={"edit": 1.0}, **at)
     a = next(loader)
-    plain = data.open_source("scenes")
+    plain = open_source("scenes")
     for image, i, segments in zip(a["image"], a["index"].tolist(), a["segments"]):
         item = plain.load(i, 32, 32)
         assert torch.equal(image, data.as_floats(torch.tensor(item["image"])[None])[0])
         assert np.array_equal(segments, item["segments"])
     loader.close()
-    loader = data.make_edit_loader(data.open_edits(str(pairs)), min_score=9.0, balance={"remove": 1.0}, **at)
+    loader = data.make_edit_loader(open_edits(str(pairs)), min_score=9.0, balance={"remove": 1.0}, **at)
     b = next(loader)
     assert b["task"] == ["remove"] * 4 and (b["score"] >= 9).all() and b["source"].shape == (4, 3, 32, 32)
     loader.close()
@@ -94,7 +96,7 @@ def test_files_are_shrunk_no_further_than_to_cover(tmp_path, capsys):
     pack(str(root), str(out), image_size=32, aspects=True, stride=8, heldout=0, shard=4, workers=1)
     text = capsys.readouterr()
     assert "1 left out as bad" in text.out and "skipped: " in text.err and "broken.png" in text.err
-    source, plain = data.open_source(str(out)), data.open_source(str(root), "train")
+    source, plain = open_source(str(out)), open_source(str(root), "train")
     by_caption = {s["caption"]: s for s in (plain.load(i, 999, 999) for i in range(len(plain))
                                             if size_of(plain, i) != (1, 1))}
     assert len(source) == len(by_caption) and {(40, 40), (100, 50)} <= {x["image"].shape[:2] for x in
@@ -109,7 +111,7 @@ def test_files_are_shrunk_no_further_than_to_cover(tmp_path, capsys):
         if whole["segments"] is not None:
             assert set(np.unique(item["segments"])) == set(np.unique(whole["segments"]))
     with pytest.raises(EmptyPart, match="heldout part: pack it with --heldout"):
-        data.open_source(str(out), "heldout")
+        open_source(str(out), "heldout")
 
 
 def test_goes_on_and_mends(tmp_path, capsys):
@@ -128,7 +130,7 @@ def test_goes_on_and_mends(tmp_path, capsys):
     (out / "train_00001.bin").write_bytes(written["train_00001.bin"][:999])
     (out / "train_00001.npy").unlink()
     with pytest.raises(BadFile, match="packing was not finished: give the same `make_pack.py` command again"):
-        data.open_source(str(out))
+        open_source(str(out))
     assert "1 of 3 files to make" in again()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == written
 
@@ -136,7 +138,7 @@ def test_goes_on_and_mends(tmp_path, capsys):
     raw = bytearray(written["train_00002.bin"])
     raw[5] ^= 1
     (out / "train_00002.bin").write_bytes(raw)
-    source = data.open_source(str(out))
+    source = open_source(str(out))
     with pytest.raises(BadFile, match=r"train_00002.bin item 16: damaged .*make_pack.py"):
         source.load(16, 16, 16)
     batches = list(data.make_eval_batches(source, range(20), 16, 4, stride=4))
@@ -158,7 +160,7 @@ def test_damage_is_named(tmp_path, harm, text):
     pack("scenes", str(out), limit=3, image_size=16, heldout=0, shard=2, workers=1)
     harm(out)
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{re.escape(text)}[^\n]*make_pack.py"):
-        data.open_source(str(out))
+        open_source(str(out))
 
 
 def test_refusals(tmp_path, scenes, pairs):
@@ -167,8 +169,8 @@ def test_refusals(tmp_path, scenes, pairs):
             (lambda: pack("scenes", str(tmp_path / "a"), limit=9, aspects=True), "leave out --aspects"),
             (lambda: pack("scenes", str(tmp_path / "a"), limit=9, shard=0), "--shard: 0: must be at least 1"),
             (lambda: pack(str(tmp_path / "none"), str(tmp_path / "a")), "no such file or folder"),
-            (lambda: data.open_edits(str(scenes)), "holds pictures, and edit pairs are asked for"),
-            (lambda: data.open_source(str(pairs)), "holds edit pairs, and pictures are asked for")):
+            (lambda: open_edits(str(scenes)), "holds pictures, and edit pairs are asked for"),
+            (lambda: open_source(str(pairs)), "holds edit pairs, and pictures are asked for")):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{re.escape(text)}[^\n]*$"):
             call()
 
@@ -185,8 +187,8 @@ def test_check_and_cache_know_it(tmp_path, scenes, pairs, capsys):
         with pytest.raises(SystemExit) as done:
             data.check(str(spec), image_size=32, limit=5, out=str(tmp_path / "sheet.png"))
         assert not done.value.code and text in capsys.readouterr().out
-    source = data.open_edits(str(pairs))
+    source = open_edits(str(pairs))
     assert len(list(source.texts(21))) == 21
-    plain = data.open_edits("scenes:wrong=0.5")
+    plain = open_edits("scenes:wrong=0.5")
     assert next(source.texts(21)) == [plain.load(0, 32, 32)["caption"]]
-    assert source.fingerprint(21) != data.open_source(str(scenes)).fingerprint(21)
+    assert source.fingerprint(21) != open_source(str(scenes)).fingerprint(21)

@@ -15,9 +15,10 @@ import pytest
 from inprocess import run_script
 from PIL import Image, features
 
-from data import open_edits, open_source
 from readers import files
+from readers.edits import open_edits
 from readers.files import BadFile, image_size, read_image, read_mask
+from readers.pictures import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 ODD = ROOT.parent / "shared" / "data" / "odd"

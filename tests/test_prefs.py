@@ -135,7 +135,7 @@ def writer(n, question):
 def test_new_captions_for_those_that_fit_least(made, tmp_path, capsys):
     """Which pairs are kept follows from the reward alone; again, and nothing is asked."""
     server, data = Judge(writer), str(captioned(tmp_path / "in"))
-    source = make_prefs.data.open_source(data, "train")
+    source = make_prefs.open_source(data, "train")
     N = len(source)
     flags = dict(data=data, recaption=f"http://127.0.0.1:{server.server_port}/v1",
                  model="judge", judge=str(made / "reward"), n=N, lowest=0.8, margin=0.0, device="cpu",

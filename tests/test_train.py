@@ -475,6 +475,19 @@ def test_rewards_on_another_scale_are_named(monkeypatch, capsys):
     assert not capsys.readouterr().out
 
 
+def test_alignment_is_logged_of_pictures_with_a_caption(made, tmp_path, monkeypatch):
+    """As it weighs in the loss; where no picture has one, there is no number."""
+    def score(image, captions):
+        return 0 * image.mean((1, 2, 3)) + torch.tensor([1.0 if c else -100.0 for c in captions])
+
+    monkeypatch.setattr(train_pefl, "mean_score", lambda nets: score)
+    found = call(made, tmp_path / "some", train_pefl, tasks="erase=1,edit=1")
+    assert {row.get("reward/alignment", 1) for row in found} == {1}
+    assert any("reward/alignment" in row and row["reward/aesthetic"] < 0 for row in found)  # some of a batch
+    found = call(made, tmp_path / "none", train_pefl, tasks="erase=1")
+    assert all("reward/alignment" not in row and row["reward/aesthetic"] == -100 for row in found)
+
+
 def test_reward_rises(made, tmp_path):
     """Feedback through one frozen reward: its score on what the editor predicts goes up, step by step."""
     found = call(made, tmp_path, train_pefl, phases="4/3/2x30", w_aesthetic=1.0, w_alignment=0.0,

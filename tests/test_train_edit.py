@@ -32,6 +32,7 @@ import pipeline
 import rewards
 import train_omni
 import train_pefl
+from readers.edits import open_edits
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_own_signals")
 
@@ -179,7 +180,7 @@ def test_importance():
 def test_pairs_without_weight_are_not_loaded(flags, least):
     """Eq. 6: what would weigh nothing is left out and counted, and costs nothing."""
     cfg = train_omni.Config(stage="edit", **flags)
-    source = data.open_edits("scenes:wrong=0.9", "train")
+    source = open_edits("scenes:wrong=0.9", "train")
     loader = data.make_edit_loader(source, 16, 32, workers=0, min_score=train_omni.least_score(cfg))
     scores = torch.cat([next(loader)["score"] for _ in range(3)])
     assert scores.min() >= least and (scores.min() < 9) == (least == 0)
@@ -214,7 +215,7 @@ def test_a_set_too_small_to_hold_pairs_out(made, tmp_path, capsys, script):
 def test_task_weights(made, tmp_path):
     """--tasks reaches the order of the pairs: only what has weight is drawn."""
     for tasks, allowed in (("style=1", {"style"}), ("remove=2, add=1", {"remove", "add"}), ("as_is", None)):
-        loader = data.make_edit_loader(data.open_edits("scenes"), 32, 16, workers=0, stride=4,
+        loader = data.make_edit_loader(open_edits("scenes"), 32, 16, workers=0, stride=4,
                                        balance=train_omni.edit_tasks(tasks))
         drawn = {t for _ in range(3) for t in next(loader)["task"]}
         assert drawn == allowed if allowed else len(drawn) == 7

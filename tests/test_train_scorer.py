@@ -78,7 +78,7 @@ def test_resume_is_exact(folder, tmp_path):
 
 
 def test_a_path_below_the_home_folder_resumes(folder, tmp_path, monkeypatch):
-    """The manifest names no user (common.portable); the very command that began the run goes on with it."""
+    """The manifest names no user (log.portable); the very command that began the run goes on with it."""
     monkeypatch.setenv("HOME", str(folder))
     flags = {"data": folder / "pairs.jsonl", "batch_size": 4, "eval_pairs": 4}
     run(tmp_path / "a", **flags, steps=1)
