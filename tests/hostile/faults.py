@@ -43,6 +43,7 @@ import train_omni
 import train_pefl
 import train_reward
 from scenes import dataset  # noqa: F401
+from tests.held import at_call
 
 ########################################## 1. victims ########################################################
 
@@ -185,18 +186,6 @@ def run(victim, out, prepare=(), patience=30, flags=(), kill=None):
         except AssertionError as e:
             codes.append(str(e))
     return codes, [file.read_text() for file in said]
-
-
-def at_call(owner, name, n, act):
-    """Replace owner.name so that its n-th call (from 1) is preceded by act()."""
-    real, calls = getattr(owner, name), itertools.count(1)
-
-    def instead(*args, **kwargs):
-        if next(calls) == n:
-            act()
-        return real(*args, **kwargs)
-
-    setattr(owner, name, instead)
 
 
 def die():
