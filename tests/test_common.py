@@ -9,7 +9,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from inprocess import a_port
 from PIL import Image
 
 import checkpoint
@@ -582,12 +582,10 @@ raise SystemExit("a process of two ranks has ended")
 
 
 def test_two_ranks(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [python(TWO_RANKS, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
-    out = [p.communicate(timeout=120)[0] for p in ranks]
+    with a_port() as port:
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [python(TWO_RANKS, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
+        out = [p.communicate(timeout=600)[0] for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], "\n".join(out)
     assert out[0].count("only once") == 1 and "only once" not in out[1] and "step" not in out[1]
     a, b = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))

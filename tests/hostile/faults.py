@@ -16,7 +16,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -44,6 +43,7 @@ import train_pefl
 import train_reward
 from scenes import dataset  # noqa: F401
 from tests.held import at_call
+from tests.inprocess import a_port
 
 ########################################## 1. victims ########################################################
 
@@ -159,9 +159,6 @@ def run(victim, out, prepare=(), patience=30, flags=(), kill=None):
     a run takes half a minute.
     """
     script, own, world, _ = VICTIMS[victim]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
 
     def one(rank):
         if world > 1:
@@ -173,18 +170,18 @@ def run(victim, out, prepare=(), patience=30, flags=(), kill=None):
         at = {k: v.format(folder=out.parent) if isinstance(v, str) else v for k, v in own.items()}
         script.main(script.Config(**at | {"out": str(out)} | dict(flags).get(rank, {})))
 
-    said = [Path(f"{out}.{rank}.txt") for rank in range(world)]
-    children = [forked(partial(one, rank), said[rank]) for rank in range(world)]
-    if kill:
-        time.sleep(kill[0])
-        for rank in kill[1]:
-            os.kill(children[rank][0], signal.SIGKILL)
-    codes = []
-    for child in children:
-        try:
-            codes.append(ended(child))
-        except AssertionError as e:
-            codes.append(str(e))
+    said, codes = [Path(f"{out}.{rank}.txt") for rank in range(world)], []
+    with a_port() as port:
+        children = [forked(partial(one, rank), said[rank]) for rank in range(world)]
+        if kill:
+            time.sleep(kill[0])
+            for rank in kill[1]:
+                os.kill(children[rank][0], signal.SIGKILL)
+        for child in children:
+            try:
+                codes.append(ended(child))
+            except AssertionError as e:
+                codes.append(str(e))
     return codes, [file.read_text() for file in said]
 
 
