@@ -350,7 +350,7 @@ def slow_is_healthy(folder):
 
     out = folder / "slow"
     codes, said = run("two FSDP2 ranks", out, {0: partial(slow, checkpoint, "_signed"),
-                                               1: partial(slow, common.Verdict, "give")}, patience=15)
+                                               1: partial(slow, common.Verdict, "give")}, patience=60)
     assert codes == [0, 0], (codes, said)
     assert not any(word in said[0].replace("warning: --data", "") for word in ("error", "warning")), said[0]
     same(out, undisturbed(folder, "two FSDP2 ranks")[0])

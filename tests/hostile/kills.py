@@ -151,7 +151,7 @@ def killed(folder, reference, seed):
     before = len(contents(out))
     said = whole(ckpt, out, 3 - ranks)
     for pid, _ in left:  # beside which all this was made
-        ended((pid, time.monotonic() + 60))
+        ended((pid, time.monotonic() + 300))
     found = contents(out)
     differs = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
     assert not differs, f"killed after {moment:.2f} s with {before} files: not the same: {differs}"
