@@ -34,8 +34,12 @@ def held(owner, name, n, gate, argv):
     return [__file__, owner, name, str(n), str(gate), *map(str, argv)]
 
 
-def wait(gate):
+def wait(gate, seconds=1800):
+    """Who is waited for may have failed: then not for ever."""
+    until = time.monotonic() + seconds
     while not gate.exists():
+        if time.monotonic() > until:
+            raise SystemExit(f"error: {gate}: nobody came in {seconds} s")
         time.sleep(0.02)
 
 
