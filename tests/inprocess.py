@@ -47,16 +47,24 @@ def run_script(path, *args):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+@contextlib.contextmanager
+def a_port():
+    """The number of a free port that nobody else is given as long as this lasts. Who binds it by its number
+    and with SO_REUSEADDR, as servers do (torch's store, uvicorn), has it; else nobody listens there."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("127.0.0.1", 0))
+        yield s.getsockname()[1]
+
+
 def run_ranks(ranks, argv):
     """`torchrun --nproc_per_node=RANKS ARGV` without the process that is torchrun -> as `run_script`.
 
     Its environment, and the others end when one fails; no restarts. The output is that of all ranks in turn.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(ranks)}
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONFAULTHANDLER": "1"}
-    with contextlib.ExitStack() as files:
+    with a_port() as port, contextlib.ExitStack() as files:
+        at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         logs = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(ranks)]
         started = [subprocess.Popen([sys.executable, *map(str, argv)], stdout=out, stderr=err,
                                     env={**os.environ, **quiet, **at, "RANK": str(r), "LOCAL_RANK": str(r)})

@@ -510,7 +510,7 @@ def test_threads_that_ask_together_wait_for_one_self_test(hopper, capsys):
     def check(*_):
         calls.append(1)
         started.set()
-        assert asked.wait(30)
+        assert asked.wait(300)
         return small_check()
 
     def ask():
@@ -518,13 +518,13 @@ def test_threads_that_ask_together_wait_for_one_self_test(hopper, capsys):
 
     with ThreadPoolExecutor(3) as threads:
         answers = [threads.submit(ask) for _ in range(3)]
-        assert started.wait(30)
-        asked.set()
-        meanwhile = []
+        assert started.wait(300)
+        meanwhile = [dispatch.use_triton("attention", torch.ones(1))]
+        asked.set()  # the self-test may be over before this thread's next turn
         while not all(a.done() for a in answers):
             meanwhile.append(dispatch.use_triton("attention", torch.ones(1)))
         assert all(a.result() for a in answers)
-    assert len(calls) == 1 and meanwhile and not any(meanwhile)
+    assert len(calls) == 1 and not any(meanwhile)
     assert capsys.readouterr().err.count("\n") == 1
 
 

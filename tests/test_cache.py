@@ -19,6 +19,7 @@ import test_data
 import test_edits
 import torch
 import torch.nn.functional as F
+from held import held
 from inprocess import run_ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -378,8 +379,11 @@ def environment():
 def test_kill_and_resume(base, edits, tmp_path, stage, capsys):
     path, spec = edits
     flags = dict(edits=True, split="all", aspects=True)
-    run = subprocess.Popen([sys.executable, *argv(base, tmp_path / "c", spec, **flags)], env=environment(),
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = len(list(Path(path).glob("text_*.json"))) if stage == "latents" else 0
+    command = held("safetensors.torch", "save_file", before + 2, tmp_path / "gate",
+                   argv(base, tmp_path / "c", spec, **flags))  # before the second shard of its kind
+    run = subprocess.Popen([sys.executable, *command], env=environment(), stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
     while not (tmp_path / "c" / f"{stage}_00000.json").exists():
         assert run.poll() is None
         time.sleep(0.002)

@@ -468,7 +468,7 @@ def test_in_a_browser(tmp_path):
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
          "--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path}/test.html"], capture_output=True,
-        text=True, timeout=120)
+        text=True, timeout=600)
     found = re.search(r"<body[^>]*>RESULT(.*)END\s*</body>", done.stdout, re.S)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     out = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))

@@ -345,7 +345,7 @@ def test_two_ranks(at, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                ROOT / "sample.py", "erase", "--ckpt", at / "run", "--image", at / "many", "--out", tmp_path,
                "--steps", "1", "--device", "cpu"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "2 result(s)" in done.stdout and "1 input(s) skipped" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -428,7 +428,7 @@ def test_exit_code(tmp_path):
     """Of a process, too."""
     args = "inpaint", "--ckpt", "gone", "--image", "gone.png", "--prompt", "", "--out", tmp_path
     command = [sys.executable, ROOT / "sample.py", *args]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: --image: gone.png: no such file")
     wrong = run("inpaint", "--ckpt", "gone", "--imgae", "a.png", "--out", tmp_path)

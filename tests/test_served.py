@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+from inprocess import a_port
 from PIL import Image
 
 from readers import bench, served
@@ -50,7 +51,7 @@ class Judge(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def client(self, **settings):
-        settings = {"backoff": 0.0, "timeout": 5.0, "in_flight": 4, "attempts": 3} | settings
+        settings = {"backoff": 0.0, "timeout": 60.0, "in_flight": 4, "attempts": 3} | settings
         return served.Served(f"http://127.0.0.1:{self.server_port}/v1", "judge", **settings)
 
     def handle_error(self, request, client_address):
@@ -316,7 +317,7 @@ def test_an_instruction_is_data(server):
 
 def test_swapped_answers(server):
     """Two questions in flight, each given the other's answer: both are lost, and neither is believed."""
-    held, both = {}, threading.Barrier(2, timeout=5)
+    held, both = {}, threading.Barrier(2, timeout=60)
 
     def swap(n, q):
         if n >= 2:
@@ -420,11 +421,9 @@ def test_a_dead_server_is_not_asked_for_ever(server):
 
 
 def test_nobody_there():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    client = served.Served(f"http://127.0.0.1:{port}/v1", "m", attempts=2, backoff=0.0)
-    assert served.judge_one(client, RED, BLUE, ASK).judge_status == "sc: transport (ConnectError)"
+    with a_port() as port:
+        client = served.Served(f"http://127.0.0.1:{port}/v1", "m", attempts=2, backoff=0.0)
+        assert served.judge_one(client, RED, BLUE, ASK).judge_status == "sc: transport (ConnectError)"
     with pytest.raises(SystemExit, match="--judge: ftp://x"):
         served.Served("ftp://x", "m")
 
@@ -462,27 +461,24 @@ LACKS = [n for n in ("transformers", "fastapi", "uvicorn", "openai", "accelerate
 @pytest.fixture
 def real(tmp_path):
     """The address and the model of a server that has started; its log is at tmp_path / "log"."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    model, url = str(tmp_path / "tiny"), f"http://127.0.0.1:{port}"
-    with open(tmp_path / "log", "w") as log:
+    with a_port() as port, open(tmp_path / "log", "w") as log:
+        model, url = str(tmp_path / "tiny"), f"http://127.0.0.1:{port}"
         script = Path(__file__).with_name("vision_server.py")
         process = subprocess.Popen([sys.executable, script, model, str(port)], stdout=log, stderr=log,
                                    env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    until = time.monotonic() + 600
-    try:
-        while True:
-            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
-            try:
-                httpx.get(f"{url}/health").raise_for_status()
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield f"{url}/v1", model
-    finally:
-        process.kill()
-        process.wait()
+        until = time.monotonic() + 600
+        try:
+            while True:
+                assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+                try:
+                    httpx.get(f"{url}/health").raise_for_status()
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+            yield f"{url}/v1", model
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def in_browser(folder, do):
         page.replace("</body>", f"<script>{DRIVER.replace('DO', do)}</script></body>"))
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile",
-         "--dump-dom", f"file://{folder}/page/test.html"], capture_output=True, text=True, timeout=120)
+         "--dump-dom", f"file://{folder}/page/test.html"], capture_output=True, text=True, timeout=600)
     found = re.search(r"<body>RESULT(.*)END\s*</body>", done.stdout, re.S)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))

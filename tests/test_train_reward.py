@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from held import held
 from inprocess import run_ranks, run_script
 from PIL import Image
 from safetensors.torch import load_file
@@ -168,8 +169,9 @@ def test_kill_and_resume(folder, tmp_path):
     flags = dict(steps=40, save_every=7, accum=2, batch_size=4, augment=2, noise=0.2, workers=1)
     run(command(folder / "captions.jsonl", tmp_path / "whole", **flags))
     argv = command(folder / "captions.jsonl", tmp_path / "killed", **flags)
-    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *held("common:Verdict", "give", 39, tmp_path / "gate", argv)],
+                               cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     target = 7 * int(np.random.default_rng().integers(1, 5))
     while not (tmp_path / f"killed/step_{target:08d}").exists():
         assert process.poll() is None
@@ -212,7 +214,7 @@ def test_sigterm_saves(folder, tmp_path):
     while "step " not in process.stdout.readline():
         pass
     process.terminate()
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "the same command resumes" in text
     assert len(list(tmp_path.glob("step_*/manifest.json"))) == 1
 

@@ -16,7 +16,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -43,6 +42,8 @@ import train_omni
 import train_pefl
 import train_reward
 from scenes import dataset  # noqa: F401
+from tests.held import at_call
+from tests.inprocess import a_port
 
 ########################################## 1. victims ########################################################
 
@@ -158,9 +159,6 @@ def run(victim, out, prepare=(), patience=30, flags=(), kill=None):
     a run takes half a minute.
     """
     script, own, world, _ = VICTIMS[victim]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
 
     def one(rank):
         if world > 1:
@@ -172,31 +170,19 @@ def run(victim, out, prepare=(), patience=30, flags=(), kill=None):
         at = {k: v.format(folder=out.parent) if isinstance(v, str) else v for k, v in own.items()}
         script.main(script.Config(**at | {"out": str(out)} | dict(flags).get(rank, {})))
 
-    said = [Path(f"{out}.{rank}.txt") for rank in range(world)]
-    children = [forked(partial(one, rank), said[rank]) for rank in range(world)]
-    if kill:
-        time.sleep(kill[0])
-        for rank in kill[1]:
-            os.kill(children[rank][0], signal.SIGKILL)
-    codes = []
-    for child in children:
-        try:
-            codes.append(ended(child))
-        except AssertionError as e:
-            codes.append(str(e))
+    said, codes = [Path(f"{out}.{rank}.txt") for rank in range(world)], []
+    with a_port() as port:
+        children = [forked(partial(one, rank), said[rank]) for rank in range(world)]
+        if kill:
+            time.sleep(kill[0])
+            for rank in kill[1]:
+                os.kill(children[rank][0], signal.SIGKILL)
+        for child in children:
+            try:
+                codes.append(ended(child))
+            except AssertionError as e:
+                codes.append(str(e))
     return codes, [file.read_text() for file in said]
-
-
-def at_call(owner, name, n, act):
-    """Replace owner.name so that its n-th call (from 1) is preceded by act()."""
-    real, calls = getattr(owner, name), itertools.count(1)
-
-    def instead(*args, **kwargs):
-        if next(calls) == n:
-            act()
-        return real(*args, **kwargs)
-
-    setattr(owner, name, instead)
 
 
 def die():
@@ -364,7 +350,7 @@ def slow_is_healthy(folder):
 
     out = folder / "slow"
     codes, said = run("two FSDP2 ranks", out, {0: partial(slow, checkpoint, "_signed"),
-                                               1: partial(slow, common.Verdict, "give")}, patience=15)
+                                               1: partial(slow, common.Verdict, "give")}, patience=60)
     assert codes == [0, 0], (codes, said)
     assert not any(word in said[0].replace("warning: --data", "") for word in ("error", "warning")), said[0]
     same(out, undisturbed(folder, "two FSDP2 ranks")[0])
