@@ -72,11 +72,11 @@ CLAIMS = {
                 EDITS, {"PARTS": "variants"}, "judge_variants", "success", True,
                 "editnet@10", ("textcontrol@10", "controlnet@10"), 7, 10),
     "C6": Claim("importance weights beat none at equal size", "OmniEdit Table 6",
-                EDITS, {"PARTS": "weights"}, "judge_weights", "edit", True,
-                "weighted@10", ("unweighted@10",), 4, 4),
+                PAIRS, {"PARTS": "weights", "ARMS": "plain scorer"}, "judge_weights", "success", True,
+                "scorer@10", ("plain@10",), 5, 12),
     "C7": Claim("refined pairs train a better editor", "CosXL-Edit Fig. 2",
-                PAIRS, {"PARTS": "refine", "SCALES": "1.5"}, "judge_refine_1.5", "success", True,
-                "refined@10", ("raw@10",), 5, 8),
+                PAIRS, {"PARTS": "refine", "SCALES": "1.5", "ARMS": "raw refined unpaired"},
+                "judge_refine_1.5", "success", True, "refined@10", ("raw@10", "unpaired@10"), 4, 6),
     "C8": Claim("region data help free-form edits", "UltraEdit: L1 .0614 against .0689",
                 EDITS, {"PARTS": "region"}, "judge_region", "edit", True,
                 "editnet@10", ("freeform@10",), 4, 4),
@@ -147,7 +147,8 @@ def command(cfg: Config, claim: Claim, folder: Path) -> None:
     if claim.script == FEEDBACK:
         env |= {"JUDGE": claim.scores, "PROBE": "0", "QUICK": str(int(cfg.quick))}
     elif cfg.quick:
-        few = {"STEPS": "60", "N": "20"} | ({"REQUESTS": "350"} if claim.script == PAIRS else {})
+        few = {"STEPS": "60", "N": "20"} | (
+            {"REQUESTS": "350", "JUDGED": "175", "READS": "100"} if claim.script == PAIRS else {})
         env |= {k: os.environ.get(k, v) for k, v in few.items()}
     env |= claim.env
     known, asked = folder / f"{claim.scores}.asked", repr(sorted(env.items()))

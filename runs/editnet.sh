@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The claims about instruction editors (RESULTS.md), on scenes: which architecture, whether wrong pairs should weigh less, whether
-# regions help, whether aspect ratios have to be trained, and what feedback adds.
+# The claims about instruction editors (RESULTS.md), on scenes: which architecture, whether regions help, whether aspect ratios
+# have to be trained, and what feedback adds. What made pairs are worth, and how to weigh them, is runs/pairs.sh.
 #   bash runs/editnet.sh                                       all of it: hours on 4 cores, less than one on a GPU
 #   PARTS=variants SEEDS=0 STEPS=600 bash runs/editnet.sh      a part of it
 #   JUDGE=0 bash runs/editnet.sh                               the trainings without the evaluations
@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=${OUT:-out/editnet}
-PARTS=${PARTS:-variants wiring frozen_text weights region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} MORE=${MORE:-900} N=${N:-300}
+PARTS=${PARTS:-variants wiring frozen_text region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} MORE=${MORE:-900} N=${N:-300}
 PEFL_REWARDS=${PEFL_REWARDS:-out/pefl_scenes}  # aesthetic and alignment rewards of runs/pefl_scenes.sh
 SAMPLER="--steps 10 --solver dpm --guidance 3 --image_guidance 1.5"  # of the judge: guided, as editors are used
 JOBS=${JOBS:-$(nproc)}  # trainings side by side
@@ -55,8 +55,8 @@ mkdir -p "$OUT"
 pids=() begun=""
 for part in $PARTS; do
     case $part in
-        variants | wiring | frozen_text | weights | region | aspects | pefl) ;;
-        *) echo "error: PARTS: $part: use variants, wiring, frozen_text, weights, region, aspects, pefl" >&2; exit 2 ;;
+        variants | wiring | frozen_text | region | aspects | pefl) ;;
+        *) echo "error: PARTS: $part: use variants, wiring, frozen_text, region, aspects, pefl" >&2; exit 2 ;;
     esac
 done
 for seed in $SEEDS; do
@@ -71,8 +71,6 @@ for seed in $SEEDS; do
             frozen_text)  # the text encoder as it is, as in the paper: only the branch can change what the base reads
                 train ft_editnet --text_lr 0; train ft_controlnet --variant controlnet --text_lr 0
                 train ft_textcontrol --variant textcontrol --text_lr 0 ;;
-            weights)  # paper Table 6: half of the pairs are wrong, and scored
-                train weighted --data scenes:wrong=0.5; train unweighted --data scenes:wrong=0.5 --weighting none ;;
             region) train editnet; train freeform --p_region 0 ;;  # UltraEdit: region data helps free-form editing
             aspects) train editnet; train aspects --aspects True ;;  # paper Sec. 5.1
             pefl) train editnet ;;
@@ -98,7 +96,6 @@ for part in $PARTS; do
                 --n "$N" --out "$OUT/judge_t2i" | tee "$OUT/judge_t2i.txt" ;;
         wiring) judge wiring -- editnet attend masked attend_masked ;;
         frozen_text) judge frozen_text -- ft_editnet ft_controlnet ft_textcontrol ;;
-        weights) judge weights -- weighted unweighted ;;
         region) judge region -- editnet freeform ;;
         aspects) judge aspects --aspects 9:16,2:3,1:1,3:2,16:9 -- editnet aspects ;;
         pefl) judge pefl -- editnet pefl ;;

@@ -4,6 +4,7 @@
 #   bash runs/pairs.sh                                        all of it: some 9 hours on 2 plain cores
 #   PARTS=weights SEEDS=0 STEPS=400 REQUESTS=2100 JUDGED=1050 READS=800 N=60 bash runs/pairs.sh     a part of it, smaller
 #   JUDGE=0 bash runs/pairs.sh                                the sets and trainings without the evaluations
+#   ARMS="plain scorer raw refined unpaired" bash runs/pairs.sh          these editors alone
 # weights: EditNets on the REQUESTS as the specialists drew them, one try each: all alike (plain), weighed by the truth's scores
 #   (truth) and by a distilled scorer's (scorer); and on the exact pairs of the same requests (exact).
 # refine: concat editors, as in the paper, on the same rows (raw), redrawn with one noise for both pictures (refined), with two
@@ -19,6 +20,8 @@ JUDGED=${JUDGED:-2100} READS=${READS:-1500}  # other requests, which teach the s
 LOGSNR=${LOGSNR:-0}  # -4.649, the paper's for 128 x 128 latents, draws 64 pixels anew (RESULTS.md)
 N=${N:-300} SCALES=${SCALES:-1 1.5 2.5}  # held-out pairs of each task; image guidance of the curves
 JOBS=${JOBS:-$(nproc)}  # processes side by side
+EVERY="plain truth scorer exact raw refined unpaired filtered exactly"
+ARMS=${ARMS:-$EVERY}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for part in $PARTS; do
     case $part in
@@ -26,6 +29,13 @@ for part in $PARTS; do
         *) echo "error: PARTS: $part: use weights, refine" >&2; exit 2 ;;
     esac
 done
+for arm in $ARMS; do
+    case " $EVERY " in
+        *" $arm "*) ;;
+        *) echo "error: ARMS: $arm: use $EVERY" >&2; exit 2 ;;
+    esac
+done
+wanted() { case " $ARMS " in *" $1 "*) ;; *) return 1 ;; esac; }
 
 pids=()
 spawn() {  # COMMAND: in the background, JOBS at a time; a job that fails ends the script, at the latest in finish
@@ -42,14 +52,17 @@ score() { $PY make_edits.py score --data "$OUT/$1" --out "$OUT/$2.scored" "${@:3
 pack() { $PY make_edits.py pack --data "$OUT/$1.scored" --min_score "${2:-None}" --dev "${3:-0.05}" --out "$OUT/${4:-$1}.pairs"; }
 train() {  # NAME FLAGS: of the present seed
     local name=$1; shift
+    wanted "$name" || return 0
     spawn $PY train_omni.py --stage edit --init assets/base --lr 1e-3 --muon_lr 3e-3 --t_shift 4 --text_lr 0.5 --batch_size 32 \
         --warmup 100 --lr_schedule constant --ema 0.997 --steps "$STEPS" --sample_every "${SHEETS:-$STEPS}" --seed "$seed" --wandb off "$@" \
         --out "$OUT/$name$seed"
 }
-judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same held-out edits
+judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of those of them that are wanted, on the same held-out edits
     local name=$1 flags=() ckpts=""; shift
     while [ "$1" != -- ]; do flags+=("$1"); shift; done; shift
-    for run in "$@"; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$run$seed"; done; done
+    for run in "$@"; do
+        if wanted "$run"; then for seed in $SEEDS; do ckpts="$ckpts,$OUT/$run$seed"; done; fi
+    done
     OMP_NUM_THREADS=$JOBS $PY evaluate.py edits --ckpt "${ckpts#,}" --steps 10 --solver dpm --guidance 3 --n "$N" "${flags[@]}" \
         --out "$OUT/judge_$name" | tee "$OUT/judge_$name.txt"
 }
@@ -81,7 +94,7 @@ case " $PARTS " in *" refine "*)
         score $kind $kind
         pack $kind
     done
-    pack refined 9 0.05 filtered ;;
+    if wanted filtered; then pack refined 9 0.05 filtered; fi ;;
 esac
 
 # 4) editors

@@ -106,24 +106,26 @@ def test_an_unknown_arm_costs_no_time(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
-@pytest.mark.parametrize("name, line", [("C4", "| pefl@8 - base@20 |"),
-                                        ("C6", "| weighted@10 - unweighted@10 |"),
-                                        ("C7", "| refined@10 - raw@10 |")])
-def test_a_claim_end_to_end(tmp_path, monkeypatch, capfd, name, line):
+@pytest.mark.parametrize("lines", [{"C4": "| pefl@8 - base@20 |"}, {"C8": "| editnet@10 - freeform@10 |"},
+                                   {"C6": "| scorer@10 - plain@10 |", "C7": "| refined@10 - unpaired@10 |"}])
+def test_claims_end_to_end(tmp_path, monkeypatch, capfd, lines):
     """Each script, with steps that can be counted on one hand; again, and nothing is repeated."""
-    for k, v in {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "1" if name == "C7" else "2",
-                 "WANDB_MODE": "disabled", "REQUESTS": "28"}.items():
+    few = {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled"}
+    if "C6" in lines:
+        few |= {"STEPS": "1", "JOBS": "1", "REQUESTS": "14", "JUDGED": "42", "READS": "2"}
+    for k, v in few.items():
         monkeypatch.setenv(k, v)
-    cfg = CLAIMS["Config"]((name,), out=str(tmp_path / "o"), quick=True)
+    cfg = CLAIMS["Config"](tuple(lines), out=str(tmp_path / "o"), quick=True)
     CLAIMS["main"](cfg)
-    page = (tmp_path / f"o/{name}.md").read_text()
-    assert line in page and "1 seed, few steps" in page
-    assert Image.open(tmp_path / f"o/{name}.png").height > 300
+    for name, line in lines.items():
+        page = (tmp_path / f"o/{name}.md").read_text()
+        assert line in page and "1 seed, few steps" in page
+        assert Image.open(tmp_path / f"o/{name}.png").height > 300
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
     CLAIMS["main"](cfg)
     assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
-    if name == "C6":
+    if "C8" in lines:
         capfd.readouterr()
         table = runpy.run_path(str(ROOT / "runs/table.py"))["main"]
-        table(str(tmp_path / "o/editnet_quick/judge_weights"), ["edit", "over"])
-        assert "| unweighted@10 - weighted@10 |" in capfd.readouterr().out
+        table(str(tmp_path / "o/editnet_quick/judge_region"), ["edit", "over"])
+        assert "| freeform@10 - editnet@10 |" in capfd.readouterr().out
