@@ -1,7 +1,6 @@
 """Hostile inputs and faults: the campaign of tests/hostile, its fast part whole, of its kills a few (slow).
 And what a run does to its machine: workers, streams, locks."""
 
-import dataclasses
 import io
 import os
 import shutil
@@ -20,11 +19,10 @@ import checkpoint
 import common
 import data
 import log
-import make_edits
 from readers.pictures import open_source
 from tests.held import held
 from tests.hostile import faults, inputs, kills
-from tests.hostile.__main__ import campaign, judge
+from tests.hostile.__main__ import campaign
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {"flags": 500, "commands": 10, "texts": 20, "environment": 30, "manifests": 400, "resumes": 10,
@@ -53,6 +51,24 @@ def test_the_campaign_sees_what_is_wrong(capsys):
 
 
 FEW = ("diverges", "two runs in one --out", "the disk of train_reward fills", "a slow rank", "another --lr")
+FRESH = """
+import sys
+from pathlib import Path
+from tests.hostile import faults, kills
+from tests.hostile.__main__ import judge
+folder, words = Path(sys.argv[1]), sys.argv[2:]
+def survives(act, limit, name):
+    told = judge(act, limit)
+    assert told == "survived", f"{name}: {told}"
+"""
+
+
+def forks(code, folder, *words):
+    """Code that forks its victims, in a process of its own: a fork of one in which other tests have left a pool
+    of threads may wait for these for ever."""
+    done = subprocess.run([sys.executable, "-c", FRESH + code, folder, *words], cwd=ROOT, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -64,43 +80,59 @@ def victims(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_faults(name, victims):
-    found = {n: act for _, n, act in faults.cases(victims, 30)}
-    assert judge(found[name], faults.LIMIT) == "survived"
+    forks("""
+found = {n: act for _, n, act in faults.cases(folder, 30)}
+survives(found[words[0]], faults.LIMIT, words[0])
+""", victims, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", faults.VICTIMS)
 def test_kills(victim, victims):
     """The second: of two ranks the other one is killed, in a collective."""
-    _, (_, name, act) = faults.kills(victims, victim, 2)
-    assert judge(act, faults.LIMIT) == "survived", name
+    forks("""
+_, (_, name, act) = faults.kills(folder, words[0], 2)
+survives(act, faults.LIMIT, name)
+""", victims, victim)
 
 
 @pytest.mark.slow
 def test_another_seed_is_another_result(victims):
-    codes, _ = faults.run("train_omni", victims / "seed", flags={0: {"seed": 1}})
-    with pytest.raises(AssertionError, match="is another one"):
-        faults.same(victims / "seed", faults.undisturbed(victims, "train_omni")[0])
-    assert codes == [0]
+    forks("""
+codes, _ = faults.run("train_omni", folder / "seed", flags={0: {"seed": 1}})
+assert codes == [0]
+try:
+    faults.same(folder / "seed", faults.undisturbed(folder, "train_omni")[0])
+except AssertionError as e:
+    assert "is another one" in str(e)
+else:
+    raise AssertionError("another seed gave the same")
+""", victims)
 
 
 @pytest.mark.slow
 def test_the_factory_killed_and_resumed_by_another_world(tmp_path):
     """Two of the twenty: one rank, then two; and one of two, beside the other of which one then works."""
-    found = [act for _, _, act in kills.cases(tmp_path, 8)]
-    for seed in (4, 7):
-        assert judge(found[seed], 600) == "survived"
+    forks("""
+found = [act for _, _, act in kills.cases(folder, 8)]
+for seed in (4, 7):
+    survives(found[seed], 600, seed)
+""", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_torchrun_killed_and_one_process_beside_its_ranks(tmp_path):
     """SIGKILL to torchrun leaves its ranks, which are sessions of their own, at work in the folder."""
-    cfg = make_edits.Specialist(str(tmp_path / "out"), n=24, tries=2, steps=2, shard=2, precision="fp32",
-                                ckpt=kills.base(tmp_path / "base"), device="cpu")
-    names = ("out", "n", "tries", "steps", "shard", "precision", "ckpt")
-    argv = held("factory.shards", "write", 2, tmp_path / "gate",  # of 6, in each rank
-                ["make_edits.py", "specialist", *(f"--{k}={getattr(cfg, k)}" for k in names)])
+    def command(out):
+        flags = dict(out=tmp_path / out, n=24, tries=2, steps=2, shard=2, precision="fp32", ckpt=base)
+        return ["make_edits.py", "specialist", *(f"--{k}={v}" for k, v in flags.items())]
+
+    def alone(out):
+        subprocess.run([sys.executable, *command(out)], cwd=ROOT, check=True, capture_output=True)
+
+    base = kills.base(tmp_path / "base")
+    argv = held("factory.shards", "write", 2, tmp_path / "gate", command("out"))  # of 6, in each rank
     with open(tmp_path / "said", "w") as said:
         run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
                                 "--nproc_per_node=2", "--", *argv], cwd=ROOT, stdout=said,
@@ -113,12 +145,12 @@ def test_torchrun_killed_and_one_process_beside_its_ranks(tmp_path):
     run.wait()
     assert len(ranks) == 2 and all(map(alive, ranks)) and not (tmp_path / "out/manifest.json").exists()
     (tmp_path / "gate").touch()
-    kills.stage(cfg, tmp_path / "beside", 1)
+    alone("out")
     until = time.monotonic() + 300
     while any(map(alive, ranks)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not any(map(alive, ranks))
-    kills.stage(dataclasses.replace(cfg, out=str(tmp_path / "whole")), tmp_path / "alone", 1)
+    alone("whole")
     assert kills.contents(tmp_path / "out") == kills.contents(tmp_path / "whole")
 
 
