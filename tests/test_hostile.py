@@ -64,8 +64,8 @@ def survives(act, limit, name):
 
 
 def forks(code, folder, *words):
-    """Code that forks its victims, in a process of its own: a fork of one in which other tests have left a pool
-    of threads may wait for these for ever."""
+    """Code that forks its victims, in a process of its own: a fork of one in which other tests have left a
+    pool of threads may wait for these for ever."""
     done = subprocess.run([sys.executable, "-c", FRESH + code, folder, *words], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
