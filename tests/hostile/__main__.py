@@ -56,7 +56,8 @@ def judge(act, limit=inputs.LIMIT):
     except TooLong:
         return f"still at it after {time.monotonic() - started:.0f} s"
     except BaseException as e:
-        return f"{type(e).__name__}: {e}"[:300]
+        text = f"{type(e).__name__}: {e}"
+        return text if len(text) < 4000 else f"{text[:500]} ... {text[-3500:]}"  # where it hung is at the end
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
