@@ -116,7 +116,7 @@ def test_a_shard_that_is_written_twice_is_always_there(tmp_path, monkeypatch):
 
 
 def test_a_rank_needs_no_other(base, tmp_path, monkeypatch):
-    """A rank spared by a SIGKILL waited ten minutes for the dead one to join it, at the start of a stage."""
+    """A rank spared by a SIGKILL waited for the dead one to join it, at the start of a stage."""
     for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
                             MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
