@@ -4,29 +4,33 @@
 #   bash runs/editnet.sh                                       all of it: hours on 4 cores, less than one on a GPU
 #   PARTS=variants SEEDS=0 STEPS=600 bash runs/editnet.sh      a part of it
 #   JUDGE=0 bash runs/editnet.sh                               the trainings without the evaluations
-#   STEPS=1400 MORE=900 bash runs/editnet.sh ship              trains assets/editnet anew: half an hour on 2 cores with bf16
+#   STEPS="1400 900 4500" bash runs/editnet.sh ship            trains assets/editnet (or SHIP) anew: two hours on 2 cores with bf16
 # What is done already is not done again; a run that was cut resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 OUT=${OUT:-out/editnet}
-PARTS=${PARTS:-variants wiring frozen_text region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} MORE=${MORE:-900} N=${N:-300}
+PARTS=${PARTS:-variants wiring frozen_text region aspects pefl} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} N=${N:-300}
 PEFL_REWARDS=${PEFL_REWARDS:-out/pefl_scenes}  # aesthetic and alignment rewards of runs/pefl_scenes.sh
 SAMPLER="--steps 10 --solver dpm --guidance 3 --image_guidance 1.5"  # of the judge: guided, as editors are used
 JOBS=${JOBS:-$(nproc)}  # trainings side by side
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-RECIPE="--stage edit --init assets/base --lr 1e-3 --muon_lr 3e-3 --t_shift 4 --text_lr 0.5 --wandb off"
+RECIPE="--stage edit --lr 1e-3 --muon_lr 3e-3 --t_shift 4 --text_lr 0.5 --wandb off"
 # constant rate, averaged weights: a run can go on to more steps
-SHORT="$RECIPE --batch_size 32 --warmup 100 --lr_schedule constant --ema 0.997"
+SHORT="$RECIPE --init assets/base --batch_size 32 --warmup 100 --lr_schedule constant --ema 0.997"
 
-if [ "${1:-}" = ship ]; then  # two stages, each with a rate that goes to zero: the second one only goes on
+if [ "${1:-}" = ship ]; then  # as many stages as STEPS has numbers: in each the rate goes to zero, and the next one goes on
     export OMP_NUM_THREADS=1
     RANKS=${RANKS:-$(nproc)}  # of one thread each
-    TRAIN="$PY -m torch.distributed.run --standalone --nproc_per_node=$RANKS train_omni.py $RECIPE --data scenes
-        --batch_size $((64 / RANKS)) --ema 0.997 --compile ${COMPILE:-False} --sample_every 500 --save_every 500"
-    $TRAIN --warmup 50 --steps "$STEPS" --out "$OUT/ship"
-    $TRAIN --warmup 20 --steps "$MORE" --init "$OUT/ship" --seed 1 --out "$OUT/ship2"
-    exec $PY runs/ship.py assets/editnet "STEPS=$STEPS MORE=$MORE bash runs/editnet.sh ship" "$OUT/ship" "$OUT/ship2"
+    runs=() init=assets/base
+    for steps in $STEPS; do
+        seed=${#runs[@]} run=$OUT/ship$((${#runs[@]} + 1))
+        $PY -m torch.distributed.run --standalone --nproc_per_node="$RANKS" train_omni.py $RECIPE --data scenes \
+            --batch_size $((64 / RANKS)) --warmup $((seed ? 20 : 50)) --ema 0.997 --compile "${COMPILE:-False}" \
+            --sample_every 500 --save_every 500 --steps "$steps" --init "$init" --seed "$seed" --out "$run"
+        runs+=("$run") init=$run
+    done
+    exec $PY runs/ship.py "${SHIP:-assets/editnet}" "STEPS=\"$STEPS\" bash runs/editnet.sh ship" "${runs[@]}"
 elif [ -n "${1:-}" ]; then
     echo "error: $1: the only word is ship" >&2; exit 2
 fi

@@ -163,13 +163,14 @@ def test_photos(checkout):
     assert list((checkout / "out/photos/pefl/images").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_ship_editnet(checkout):
     """A shipped EditNet, trained in two stages, leaves its base's weights in assets/base, and loads whole."""
-    for init, out in (("assets/base", "out/e"), ("out/e", "out/e2")):
-        run([sys.executable, "train_omni.py", "--stage", "edit", "--init", init, "--out", out,
-             "--log_every", "1", *SMALL["train_omni.py"].split()], checkout)
-    run([sys.executable, "runs/ship.py", "out/edit", "bash x.sh", "out/e", "out/e2"], checkout)
+    run(["bash", "runs/editnet.sh", "ship"], checkout, STEPS="1 2", OUT="out/e", SHIP="out/edit", RANKS="1")
     tensors, manifest = checkpoint.load(checkout / "out/edit")
+    stages = manifest["meta"]["provenance"]["stages"]
+    assert [(s["steps"], s["seed"], s["warmup"]) for s in stages] == [(1, 0, 50), (2, 1, 20)]
+    assert manifest["samples"] == 3 * 64
     stored = checkpoint.load_file(checkout / "out/edit/model.safetensors")
     assert not any(k.startswith("base.") for k in stored)
     net = model.build_editnet(manifest["arch"])
