@@ -482,8 +482,9 @@ def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: 
 
 def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[float], bf16: bool):
     """Held-out samples without guidance -> metrics, and a sheet of the samples. Metrics: scores of all
-    rewards; the samples' statistics over the real pictures' (log.image_stats), 1 = alike; mean change outside
-    the mask; distance to the frozen base, in velocity at t = 0.5 and in weights, over the base's norm."""
+    rewards, of alignment those of captioned pictures; the samples' statistics over the real pictures'
+    (log.image_stats), 1 = alike; mean change outside the mask; distance to the frozen base, in velocity at
+    t = 0.5 and in weights, over the base's norm."""
     x, captions, c, given = batch["image"], batch["caption"], reward_captions(batch), \
         read_batch(batch, editor, space)
     gens = common.generators(cfg.seed, 0, range(len(x)), stream=9)
@@ -495,7 +496,9 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
                                     bf16=bf16).clamp(-1, 1)
         v[name] = net(x_t, half, *net.encode_text(captions), *given.condition).float()
     each = {f"{name}_{who}": score(image, c) for name, score in scores.items() for who, image in out.items()}
-    row = {f"judge/{k}": r.mean().item() for k, r in each.items()}
+    asked = torch.tensor([text != "" for text in c], device=x.device)
+    each |= {k: r.where(asked, torch.nan) for k, r in each.items() if k.startswith("alignment_")}
+    row = {f"judge/{k}": r.nanmean().item() for k, r in each.items()}
     real = log.image_stats(x)
     row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in log.image_stats(out["tuned"]).items()}
     keep = (1 - given.hole).expand_as(x)

@@ -480,16 +480,20 @@ def test_rewards_on_another_scale_are_named(monkeypatch, capsys):
 
 
 def test_alignment_is_logged_of_pictures_with_a_caption(made, tmp_path, monkeypatch):
-    """As it weighs in the loss; where no picture has one, there is no number."""
+    """As it weighs in the loss, the judge's too; where no picture has one, there is no number."""
     def score(image, captions):
         return 0 * image.mean((1, 2, 3)) + torch.tensor([1.0 if c else -100.0 for c in captions])
 
     monkeypatch.setattr(train_pefl, "mean_score", lambda nets: score)
-    found = call(made, tmp_path / "some", train_pefl, tasks="erase=1,edit=1")
+    found = call(made, tmp_path / "some", train_pefl, tasks="erase=1,edit=1", sample_every=4)
     assert {row.get("reward/alignment", 1) for row in found} == {1}
     assert any("reward/alignment" in row and row["reward/aesthetic"] < 0 for row in found)  # some of a batch
-    found = call(made, tmp_path / "none", train_pefl, tasks="erase=1")
+    last = found[-1]
+    assert last["judge/alignment_tuned"] == last["judge/alignment_base"] == 1
+    assert -100 < last["judge/aesthetic_tuned"] < 1
+    found = call(made, tmp_path / "none", train_pefl, tasks="erase=1", sample_every=4)
     assert all("reward/alignment" not in row and row["reward/aesthetic"] == -100 for row in found)
+    assert found[-1]["judge/alignment_tuned"] is None and found[-1]["judge/aesthetic_tuned"] == -100
 
 
 def test_reward_rises(made, tmp_path):
