@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+import checkpoint
 import common
 import flow
 import log
@@ -103,7 +104,8 @@ def bench(cfg: Bench) -> None:
     names, left_out = choose_measures(b, cfg, towers)
     singles = [name for name in names if name not in measures.SETS]
     pipe = open_for(b, cfg, dist.device) if cfg.ckpt else None
-    about = {"measures": measures.describe(names, towers), "step": pipe and pipe.manifest.get("step")}
+    about = {"measures": measures.describe(names, towers),
+             "weights": pipe and checkpoint.identity(pipeline.method_of(cfg.ckpt)[1])}
     told = log.portable({k: v for k, v in asdict(cfg).items() if k not in UNTOLD})
     benches.keep_plan(open_out(cfg.out), b, told | about, dist)
     client = benches.open_client(b, cfg.judge, cfg.judge_model, cfg.budget, cfg.out, dist.rank)

@@ -392,6 +392,32 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def identity(path):
+    """"NAME@12 hex digits": the last name of `path` and what weights are read there, of a step or shipped
+    folder, a run's newest step, a public file or folder. Retrained weights in an old place are others.
+    SystemExit if there is nothing."""
+    path = Path(os.path.normpath(path))
+    if not path.exists():
+        raise SystemExit(f"error: {path}: no such folder or file: give a run folder, a step_* folder in one, "
+                         "a folder of assets/, or public weights")
+    try:
+        if (path / "manifest.json").exists() or _STEP.fullmatch(path.name):
+            manifest = read_manifest(path)
+        else:
+            found = path.is_dir() and _newest(path, read=lambda folder, _: (read_manifest(folder),))
+            manifest = found[1] if found else None
+    except _Flaw as e:
+        raise SystemExit(f"error: {path}/{e}: use another checkpoint or copy this one again") from None
+    if manifest:
+        sums = {name: file["sha256"] for name, file in manifest["files"].items()
+                if not name.startswith("optimizer")}
+        sums["shared"] = manifest.get("shared", {}).get("sha256")
+    else:
+        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        sums = {str(file.relative_to(path)): sha256(file) for file in files}
+    return f"{path.name}@{hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
 def _manifest_hash(manifest):
     rest = {k: v for k, v in manifest.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import tyro
 
+import checkpoint
 import common
 import pipeline
 from data import bucket
@@ -197,17 +198,29 @@ Stage = Instruct | Specialist | Region | Score | Refine | Pack | Chat
 
 
 def options(cfg: Stage) -> dict:
-    """For the plan: all that decides bytes. No path of this machine; what does not matter is left out."""
+    """For the plan: all that decides bytes, of weights what they are. No path of this machine; what does not
+    matter is left out."""
     told = {k: v for k, v in asdict(cfg).items() if k not in ("out", "data", "device", "tokenizers")}
+    if told.get("judge", "truth") != "truth":
+        told["parser"] = None  # is not asked
     for key in ("ckpt", "editor", "second", "parser"):
         if told.get(key):
-            told[key] = requests.relative(told[key])
+            told[key] = weights_of(told[key], f"--{key}")
     told.pop("budget", None)
-    if ":" in told.get("judge", ""):
-        told["judge"] = requests.relative(told["judge"])
+    kind, _, path = told.get("judge", "").partition(":")
+    if path:  # a URL's last part is no secret
+        told["judge"] = weights_of(path, "--judge") if kind == "scorer" else requests.relative(path)
     if told.get("clip"):
-        told["clip"] = [requests.relative(part) for part in told["clip"].split(",")]
+        first, *rest = told["clip"].split(",")
+        told["clip"] = [weights_of(first, "--clip"), *map(requests.relative, rest)]
     return told
+
+
+def weights_of(path: str, flag: str) -> str:
+    try:
+        return checkpoint.identity(path)
+    except SystemExit as e:
+        raise SystemExit(str(e).replace("error: ", f"error: {flag}: ", 1)) from None
 
 
 def settled(cfg, dist) -> tuple:
@@ -279,7 +292,6 @@ def follow_up(cfg, stages: tuple[str, ...], stage: str) -> tuple[Path, dict]:
             "from": {"stage": before["stage"], "plan": shards.fingerprint(folder)}}
     if folder.resolve() == Path(cfg.out).resolve():
         raise SystemExit(f"error: --out: {cfg.out}: is what is read: give another folder")
-    shards.keep_plan(cfg.out, plan)
     return folder, plan
 
 
@@ -351,9 +363,9 @@ def specialist(cfg: Specialist, dist) -> None:
     n, (cfg, bf16) = len(source), settled(cfg, dist)
     plan = {"stage": "specialist", "options": options(cfg), "data": source.about, "items": n,
             "shards": -(-n // cfg.shard)}
-    shards.keep_plan(cfg.out, plan)
     pipe = open_pipe(cfg.ckpt, dist, ("fill",), "--ckpt", cfg.tokenizers)
     editor = open_pipe(cfg.editor, dist, ("follow",), "--editor", cfg.tokenizers) if cfg.editor else None
+    shards.keep_plan(cfg.out, plan)  # last: a command that cannot be binds no folder
     size, stride = cfg.image_size or pipe.size, pipe.space.stride * pipe.net.cfg.patch
 
     def make(s):
@@ -401,9 +413,9 @@ def region(cfg: Region, dist) -> None:
     n, (cfg, bf16) = len(source), settled(cfg, dist)
     plan = {"stage": "region", "options": options(cfg), "data": source.about, "items": n,
             "shards": -(-n // cfg.shard)}
-    shards.keep_plan(cfg.out, plan)
     pipe = open_pipe(cfg.ckpt, dist, ("fill", "draw"), "--ckpt", cfg.tokenizers)
     clip = refining.open_clip(cfg.clip, dist.device) if cfg.clip else None
+    shards.keep_plan(cfg.out, plan)
     size, stride = cfg.image_size or pipe.size, pipe.space.stride * pipe.net.cfg.patch
 
     def draw(task, part):
@@ -416,10 +428,11 @@ def region(cfg: Region, dist) -> None:
         masks, rings = [], []
         for key, r in zip(keys, rows):
             fine = specialists.hole(task, r["object"], cfg.grow)
+            fine = ~fine if task == "background" else fine  # its ring lies around the object, too, not in it
             rng = np.random.default_rng(int(specialists.noise_for(  # a function of the same four
                 cfg.seed, [key], f"ring {task}", (1,)).view(torch.int32)) & 0x7FFFFFFF)
             mask, ring = regions.soft_mask(fine, regions.pieces(fine), rng, cfg.p_soft)
-            masks.append(mask)
+            masks.append(1 - mask if task == "background" else mask)
             rings.append(ring)
         mask = torch.from_numpy(np.stack(masks))[:, None]
         if cfg.anchor == "none":  # the source is drawn after its caption, and then edited
@@ -481,6 +494,7 @@ def score_stage(cfg: Score, dist) -> None:
     folder, plan = follow_up(cfg, ("specialist", "region", "refine"), "score")
     judge = score.open_judge(cfg.judge, cfg.parser, dist.device, cfg.judge_model,
                              Path(cfg.out) / "replies.jsonl", cfg.budget)
+    shards.keep_plan(cfg.out, plan)
     name = cfg.judge_model or requests.relative(cfg.judge)
 
     def make(s):
@@ -519,6 +533,7 @@ def refine(cfg: Refine, dist) -> None:
                          "models of one autoencoder")
     parts = refining.times(cfg.logsnr, steps, cfg.schedule, shift, cfg.sigma_min)
     clip = refining.open_clip(cfg.clip, dist.device) if cfg.clip else None
+    shards.keep_plan(cfg.out, plan)
     if not clip:
         common.print0("note: --clip: none given: nothing is filtered")
     stride = space.stride * pipes[0].net.cfg.patch

@@ -145,6 +145,7 @@ def keep_plan(out, plan):
         old = json.loads((out / "plan.json").read_bytes())  # perhaps another rank's
     except ValueError:
         raise SystemExit(f"error: {out}/plan.json: not JSON: remove the folder, or repair it") from None
+    old, plan = (p | p.pop("options", {}) for p in (old, plan))
     for key in sorted(plan.keys() | old.keys()):
         if plan.get(key) != old.get(key):
             raise SystemExit(f"error: --out: {out}: was begun with {key} {old.get(key)!r}, not "
