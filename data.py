@@ -737,9 +737,13 @@ def check(spec: str, /, image_size: int = 256, stride: int = 8, aspects: bool = 
     print(f"  captions: {sum(map(bool, lengths)):,}, median {int(np.median(lengths))} bytes, longest "
           f"{max(lengths)}, {notes['captions cut'] // len(TASKS)} cut at {MAX_CAPTION}")
     for t, a in areas.items():
-        low, mid, high = np.quantile(a, (0.05, 0.5, 0.95)) if a else (0, 0, 0)
+        if not a:
+            print(f"  mask area, {t}: none: it takes segments or a mask, and is drawn as inpaint")
+            continue
+        low, mid, high = np.quantile(a, (0.05, 0.5, 0.95))
         print(f"  mask area, {t}: median {mid:.2f}, 5% to 95% {low:.2f} to {high:.2f} ({len(a):,} pictures)")
-    save_sheet(out, rows, ["picture", *TASKS])
+    shown = [0, *(k for k, t in enumerate(TASKS, 1) if areas[t])]
+    save_sheet(out, [[row[k] for k in shown] for row in rows], [["picture", *TASKS][k] for k in shown])
     raise SystemExit(1 if bad else 0)
 
 

@@ -512,6 +512,9 @@ def score_stage(cfg: Score, dist) -> None:
     if light and (finished or dist.rank == 0):  # the whole table is told by whoever is last
         print(f"{len(there)} of {plan['shards']} shards, min_score {cfg.min_score:g}:\n"
               + score.yield_table(score.yields(light, cfg.min_score), cfg.min_score), flush=True)
+    if finished and cfg.judge == "truth" and all(row["o_score"] is None for row in light):
+        raise SystemExit(f"error: --judge: truth: is known of scenes alone, of none of these {len(light)} "
+                         "rows: give --judge scorer:DIR or http://HOST/v1, and another --out")
 
 
 ########################################## 6. refine #########################################################
@@ -625,7 +628,7 @@ def pack(cfg: Pack, dist) -> None:
     files = packing.split(rows, kept, cfg.dev, cfg.shard)
     if not files:
         raise SystemExit(f"error: --data: {cfg.data}: no row is kept of {len(rows)}: lower --min_score, or "
-                         "score first")
+                         "score first; --min_score None keeps rows without a score, too")
     names = list(files)
     shards.keep_plan(cfg.out, plan | {"shards": len(names), "items": len(rows)})
 

@@ -260,8 +260,8 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
             (out / name).write_text(text)
             print(f"wrote {out / name}: {len(rows):,} items")
     if items:
-        print(f"best and worst differ by {100 * cfg.margin:.0f}% for {100 * wins / (read - bad):.0f}% of "
-              f"{read - bad} prompts; {bad} picture(s) skipped")
+        print(f"best against worst is a pair for {100 * wins / (read - bad):.0f}% of {read - bad} prompts: "
+              f"those whose worst errs {100 * cfg.margin:.0f}% more (--margin); {bad} picture(s) skipped")
     return {"items": len(items), "captions": len(captions), "skipped": bad, "clear": wins}
 
 

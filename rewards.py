@@ -669,6 +669,9 @@ def _trained(path: str, what: str) -> PreferenceReward:
     else:
         common.print0(f"warning: {what}: its scores of held-out pairs were not measured and are taken as "
                       "they are: what a weight of its loss means depends on their scale")
+    if found.get("val/low", 1.0) <= 0.5:
+        common.print0(f"warning: {what}: is right in {found['val/acc']:.0%} of {found['val/pairs']} held-out "
+                      f"pairs, {found['val/low']:.0%} to {found['val/high']:.0%}: no better than chance")
     return net.eval().requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """Perceptual Feedback Learning (ByteEdit, Sec. 3): tune an editor by back-propagating rewards.
 
     python train_pefl.py --aesthetic out/aesthetic --alignment out/alignment --out out/pefl
+    python train_pefl.py ... --start noise --hold known --w_alignment 0.001   # not the paper's; better here
     torchrun --nproc_per_node=8 -- train_pefl.py --base out/inpaint --aesthetic ... --alignment ... --data ...
     python train_pefl.py --base out/editnet --aesthetic ...       # an instruction editor, on pairs (Sec. 5)
     python train_pefl.py --base sd3_medium_folder --alignment imagereward:ImageReward.pt,vocab.txt --vgg ...
@@ -17,8 +18,10 @@ Where a flag's help names a section or an equation, and not "ours", its default 
 
 Where this differs from the equations: the terms of L_reward have weights (Sec. 4.1; Eq. 7 sums them); scores
 of our own rewards are in deviations of held-out scores, since -log sigmoid of a large one has no gradient
-left; || . ||_1 is the mean over elements; and t' is drawn once for a micro-batch on all ranks, so that they
-do equal work.
+left; R_gamma sees the picture alone, not c as in Eq. 7, since coherence is no matter of words; || . ||_1 is
+the mean over elements; and t' is drawn once for a micro-batch on all ranks, so that they do equal work. The
+"50" of noise in Sec. 4.1, where its text is cut, we read as stage 1: T1 lies below T. runs/memory.py counts a
+step's memory by the same calls: who adds a network to the loop adds it there.
 
 An instruction editor (ours: the paper names it as future work) starts from its noised source picture instead
 of the masked input, has targets as real pictures, and L_reg holds it to the source where nothing changes.
@@ -147,7 +150,7 @@ def main(cfg: Config) -> None:
     trained, judging = [p for p in editor.parameters() if p.requires_grad], list(disc.parameters())
     n = common.n_params
     common.print0(f"editor {n(editor) / 1e6:.1f} M ({n(editor, True) / 1e6:.2f} M trained), coherence "
-                  f"{n(disc) / 1e6:.2f} M, rewards {', '.join(rewards) or 'none'}, L_vgg from "
+                  f"{n(disc) / 1e6:.2f} M, rewards {', '.join(scores) or 'none'}, L_vgg from "
                   f"{source_of_features}, {device}")
 
     # 3) optimisers, averaged weights, resume
@@ -208,8 +211,8 @@ def main(cfg: Config) -> None:
             x, c, t_prime = batch["image"], batch["c"], batch["t_prime"]
             given = read_batch(batch, editor, space, cfg.hold)
 
-            # Stage 1: diffuse x (1 - m) to step T1. The noisier steps, T ... T1 + 1, are skipped (with
-            # --start noise none is, and at T all of x is gone)
+            # 5) Stage 1: diffuse x (1 - m) to step T1. The noisier steps, T ... T1 + 1, are skipped (with
+            #    --start noise none is, and at T all of x is gone)
             ts = flow.timesteps(T, shift, start=T if cfg.start == "noise" else T1, stop=t_prime)
             t_start, t = (torch.full((len(x),), time, device=device) for time in (ts[0], ts[-1]))
             x_t = flow.interpolate(given.start, batch["noise"], t_start)
@@ -235,17 +238,17 @@ def main(cfg: Config) -> None:
                     losses[name] = weight, -(asked * F.logsigmoid(r)).mean()
                     rated[name] = r.detach()
 
-                # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels (given.hold is x) and features
-                losses["reg"] = cfg.eta, ((given.hold - x0).abs() * given.held).mean()
+                # L_reg and L_vgg, Eq. 3: stay with the real picture, in pixels (the anchor is x) and features
+                losses["reg"] = cfg.eta, ((given.anchor - x0).abs() * given.kept).mean()
                 # --hold known: where V looks at the hole it sees the real one, which has no gradient
                 compared = given.hole * x + (1 - given.hole) * x0 if cfg.hold == "known" else x0
                 losses["vgg"] = cfg.eta, feature_l1(features, x, compared)
 
-            # L^G, Eq. 4 and 8: L_reward + eta (L_reg + L_vgg), for the editor
+            # 6) L^G, Eq. 4 and 8: L_reward + eta (L_reg + L_vgg), for the editor
             g_loss = sum(weight * loss for weight, loss in losses.values())
             if moving:
                 (g_loss / cfg.accum).backward()
-            # L^D, Eq. 6 and 8, for R_gamma: every pixel z of x is real, every pixel z' of x0' generated
+            # 7) L^D, Eq. 6 and 8, for R_gamma: every pixel z of x is real, every pixel z' of x0' generated
             disc.requires_grad_(True)
             with autocast:
                 real, fake = disc(x + reward_noise), disc(seen.detach())                             # logits
@@ -255,7 +258,7 @@ def main(cfg: Config) -> None:
             watch(metrics, losses, rated, batch["has_c"] > 0, real, fake, given.hole)
             perf.add(len(x) * dist.world, flops + (len(ts) - 1) * call_flops)
 
-        # 5) one verdict for all ranks, on the device and read a step later: a non-finite step changes nothing
+        # 8) one verdict for all ranks, on the device and read a step later: a non-finite step changes nothing
         common.average_gradients(trained + judging, dist.world)
         g_norm, d_norm = (common.clip_grad_norm(params, GRAD_CLIP) for params in (trained, judging))
         opt.found_inf = disc_opt.found_inf = bad = verdict.give(step, g_norm, d_norm, g_sum, d_sum)
@@ -272,7 +275,7 @@ def main(cfg: Config) -> None:
         last = step == total
         stop = verdict.read(last=last or step % cfg.save_every == 0)
 
-        # 6) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
+        # 9) logs; held-out samples of the averaged weights in T steps, with the hacking alarms; checkpoints
         row = {"phase": phase, "T": T, "t_prime": t_prime, "lr": opt.param_groups[0]["lr"]}
         due = cfg.sample_every and (last or step % cfg.sample_every == 0)
         if due and (cfg.fsdp or dist.rank == 0):  # shards: all ranks compute the sheet
@@ -303,8 +306,11 @@ def check(cfg: Config) -> None:
         not_negative=("lr", "disc_lr", "disc_first", "reward_noise", "warmup", "sample_every", "keep",
                       "workers", "lora", "checkpointing", "eta", "w_aesthetic", "w_alignment", "w_coherence"),
         below_1=("ema",), share=("p_region",))
-    parse_phases(cfg.phases)
     data.mixture(cfg.tasks)
+    total = sum(phase[-1] for phase in parse_phases(cfg.phases))
+    if (total - cfg.disc_first) // cfg.disc_updates < 1:
+        common.print0(f"warning: --disc_first: {cfg.disc_first}, with --disc_updates {cfg.disc_updates}: of "
+                      f"the {total} steps of --phases the editor gets none, only R_gamma learns")
     if cfg.heldout_reward and not cfg.sample_every:
         common.print0("warning: --heldout_reward: is asked with the sample sheets, and --sample_every 0 "
                       "makes none: it is never logged")
@@ -333,10 +339,11 @@ def phase_at(phases: list[tuple[int, int, int, int]], step: int) -> tuple[int, t
 
 
 def weights_at(cfg: Config, R: dict, adversarial: bool) -> dict[str, float]:
-    """The terms of L_reward (Eq. 7) in a phase: name of R_theta -> weight. Those of weight 0 are left out."""
-    weights = {"aesthetic": cfg.w_aesthetic, "alignment": cfg.w_alignment,
-               "coherence": cfg.w_coherence * adversarial}
-    return {name: weight for name, weight in weights.items() if name in R and weight}
+    """The terms of L_reward (Eq. 7) in a phase: name of R_theta -> weight, the flag w_NAME. Those of weight 0
+    are left out."""
+    weights = {name: getattr(cfg, f"w_{name}") for name in R}
+    weights["coherence"] *= adversarial
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def open_rewards(cfg: Config, device: torch.device | str = "cpu") -> dict[str, list]:
@@ -423,8 +430,8 @@ class Given(NamedTuple):
     start: torch.Tensor  # what stage 1 diffuses, [B, C, h, w]: x (1 - m); of an edit the source
     condition: tuple  # what the editor is given beside the text: m and x (1 - m); the source and its region
     hole: torch.Tensor  # what is new, [B, 1, H, W]: m; of an edit where target and source differ
-    hold: torch.Tensor  # what L_reg holds x0' to, [B, 3, H, W]: x; of an edit the source
-    held: torch.Tensor  # where, [B, 1, H, W]: everywhere (--hold known: outside m); of an edit outside `hole`
+    anchor: torch.Tensor  # what L_reg holds x0' to, [B, 3, H, W]: x; of an edit the source
+    kept: torch.Tensor  # where, [B, 1, H, W]: everywhere (--hold known: outside m); of an edit outside `hole`
 
 
 def read_batch(batch: dict, editor, space, hold: str = "all") -> Given:
@@ -497,12 +504,15 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
         v[name] = net(x_t, half, *net.encode_text(captions), *given.condition).float()
     each = {f"{name}_{who}": score(image, c) for name, score in scores.items() for who, image in out.items()}
     asked = torch.tensor([text != "" for text in c], device=x.device)
-    each |= {k: r.where(asked, torch.nan) for k, r in each.items() if k.startswith("alignment_")}
+    for key in [k for k in each if k.startswith("alignment_")]:  # as in R_beta: without a c there is none
+        each[key] = each[key].where(asked, torch.nan)
+        if not asked.any():
+            del each[key]
     row = {f"judge/{k}": r.nanmean().item() for k, r in each.items()}
     real = log.image_stats(x)
     row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in log.image_stats(out["tuned"]).items()}
     keep = (1 - given.hole).expand_as(x)
-    change = ((out["tuned"] - given.hold).abs() * keep).sum() / keep.sum().clamp(min=1)
+    change = ((out["tuned"] - given.anchor).abs() * keep).sum() / keep.sum().clamp(min=1)
     row["alarm/change_outside_mask"] = change.item()
     row["alarm/velocity_drift"] = ((v["tuned"] - v["base"]).norm() / v["base"].norm()).item()
     before = base.state_dict()

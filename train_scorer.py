@@ -148,16 +148,15 @@ def main(cfg: Config) -> None:
             group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup, cfg.steps, "cosine")
         with perf.wait():
             batch = next(batches)
-        edited, captions, scores = spoil(batch)
+        edited, captions, scores, free = spoil(batch)
 
-        # 6) cross-entropy to the judge's score; a pair without one weighs nothing
+        # 6) cross-entropy to the judge's score; a pair without one weighs 0
         with autocast:
             logits = net(batch["source"], edited, *net.tokenize(captions, device))
         known = ~scores.isnan()
         losses = rewards.scorer_loss(logits, scores.nan_to_num())
-        loss = (losses * known).sum() / known.sum().clamp(min=1)
+        loss = (losses * known).mean()
         loss.backward()
-        free = torch.tensor(batch["kind"], device=device) > 0
         off = (net.score(logits.detach()) - scores).abs()
         metrics.add(**{"loss/scorer": loss})
         metrics.add_where(known & ~free, **{"train/off": off})
@@ -233,11 +232,11 @@ def draws(cfg: Config, batch: dict) -> dict:
     return {"kind": [(1 + (u < cfg.negatives / 2)) * (u < cfg.negatives) for u in common.rand(gens).tolist()]}
 
 
-def spoil(batch: dict) -> tuple[Tensor, list[str], Tensor]:
-    """Edited pictures, instructions and scores of a batch, with its free negatives, whose score is 0: nothing
-    was done, or something else was asked for: what the next pair asks, if it is of another task, or no task
-    is known; within one task it may be true. Without them a scorer learns how good pictures look, and no more
-    (sets that are kept at 9 and more have no low scores at all)."""
+def spoil(batch: dict) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    """Edited pictures, instructions and scores of a batch, and which are its free negatives, of score 0:
+    nothing was done, or something else was asked for: what the next pair asks, if it is of another task, or
+    no task is known; within one task it may be true. Without them a scorer learns how good pictures look, and
+    no more (sets that are kept at 9 and more have no low scores at all)."""
     kind, captions = batch["kind"], list(batch["caption"])
     same = torch.tensor([k == 1 for k in kind], device=batch["image"].device)
     edited = torch.where(same[:, None, None, None], batch["source"], batch["image"])
@@ -247,7 +246,7 @@ def spoil(batch: dict) -> tuple[Tensor, list[str], Tensor]:
         apart = not task or task != batch["task"][(i + 1) % len(kind)]
         if k == 2 and other != captions[i] and apart:
             captions[i], wrong[i] = other, True
-    return edited, captions, torch.where(wrong, 0.0, batch["score"])
+    return edited, captions, torch.where(wrong, 0.0, batch["score"]), wrong
 
 
 #### the report ##############################################################################################

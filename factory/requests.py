@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+from common import print0
 from masks import dilate
 from readers.edits import TASK_NAMES, TASKS
 from readers.files import (
@@ -127,6 +128,10 @@ class Lines:
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         self.about = {"source": Path(path).name, "sha256": digest, "offset": offset}
         rows, _ = checked(json_lines(path), self._row)
+        if others := sorted({row["task"] for row in rows} - set(tasks)):
+            n_others = sum(row["task"] in others for row in rows)
+            print0(f"note: {path}: {n_others} of {len(rows)} requests are left out: --tasks does not name "
+                   f"{', '.join(others)}")
         rows = [row for row in rows if row["task"] in tasks]
         self.rows = rows[offset:offset + n] if n else rows[offset:]
         if not self.rows:

@@ -111,7 +111,8 @@ def ask_scorer(net: rewards.EditScorer, device: torch.device) -> Judge:
         out, groups = [None] * len(rows), {}
         for k, row in enumerate(rows):
             groups.setdefault((row["height"], row["width"]), []).append(k)
-        for places in groups.values():
+        chunks = [places[at:at + 32] for places in groups.values() for at in range(0, len(places), 32)]
+        for places in chunks:  # a shard of large pictures is gigabytes
             source, edited = (torch.stack([to_float(shards.pixels(rows[k][cell])) for k in places]).to(device)
                               for cell in ("src_img", "edited_img"))
             said = [rows[k]["edited_prompt_list"][0] for k in places]

@@ -337,7 +337,7 @@ def read_mask(source, h=None, w=None, name=None, invert=False, log=None, alpha=N
         log(f"{printable(str(name))}: {frames}") if log else say_once("animation", f"{name}: {frames}")
     if alpha == "hole" and not im.has_transparency_data:
         raise BadFile(name, "a mask without an alpha channel, where transparent = edit is the rule",
-                      "save the hole in alpha, or read white = edit with the preset jsonl")
+                      "save the hole in alpha, or the pairs as JSON lines, whose masks are white = edit")
     rgba = np.asarray(im.convert("RGBA")) if im.has_transparency_data else np.zeros((1, 1, 4), np.uint8)
     if alpha == "hole" or rgba[..., 3].min() < rgba[..., 3].max():
         seen, m = rgba[..., :3][rgba[..., 3] > 127], rgba[..., 3].astype(np.float32) / 255

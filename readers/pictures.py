@@ -166,6 +166,10 @@ class Parquet:
         if not found:
             raise BadFile(file, f"no picture column among {', '.join(kinds) or 'its none'}",
                           "name it image: a struct {bytes, path}, bytes or a path")
+        if len(found) > 1 and found == structs:
+            raise BadFile(file, f"several picture columns ({', '.join(structs[:3])}), none is named image",
+                          "name one image; edit pairs are read as omniedit:PATH, ip2p:PATH, magicbrush:PATH "
+                          "or ultraedit:PATH")
         return found[0], captions[0] if captions else None
 
     def __len__(self):

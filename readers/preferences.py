@@ -46,8 +46,8 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
     {caption, better, worse} with two pictures, {image, better, worse} with two captions, told by the keys.
 
     Pictures are relative to `images`, else to the file's folder. split "train" / "heldout" goes by a hash of
-    the prompt (the picture, where captions are compared or there is none), so that none is on both sides;
-    `fraction` is held out. Bad rows are named and skipped up to a limit, then SystemExit."""
+    the prompt (see `families`), so that neither a prompt nor a picture is on both sides; `fraction` is held
+    out. Bad rows are named and skipped up to a limit, then SystemExit."""
     path = Path(path)
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
@@ -63,9 +63,28 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
     found, bad_rows = checked(rows, _pairs_of)
     pairs = Pairs(p for row in found for p in row)
     if split != "all":
-        keys = [p.image_better != p.image_worse and p.caption_better or p.image_better for p in pairs]
-        pairs = Pairs(p for p, k in zip(pairs, keys) if held_out(k, fraction) == (split == "heldout"))
+        pairs = Pairs(p for p, key in zip(pairs, families(pairs))
+                      if held_out(key, fraction) == (split == "heldout"))
     if not pairs:
         raise SystemExit(f"error: {path}: no pairs in its {split} part: check its keys, or the fraction")
     pairs.name, pairs.root, pairs.bad_rows = str(path), str(images or path.parent), bad_rows
     return pairs
+
+
+def families(pairs):
+    """What the split goes by, for each pair: the prompt; of two captions the picture; without a prompt the
+    first of all pictures that pairs join, since the four of a prompt make several pairs."""
+    first = {}
+
+    def find(picture):
+        while (before := first.setdefault(picture, picture)) != picture:
+            first[picture] = first[before]
+            picture = before
+        return picture
+
+    for p in pairs:
+        a, b = sorted((find(p.image_better), find(p.image_worse)))
+        if not p.caption_better:
+            first[b] = a
+    return [p.caption_better if p.caption_better and p.image_better != p.image_worse else find(p.image_better)
+            for p in pairs]

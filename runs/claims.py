@@ -173,7 +173,7 @@ def columns(names: list[str], arm: str) -> list[int]:
 
 
 def judged(claim: Claim, scores: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Names of the columns, and TASK or ASPECT/TASK -> the metric that decides, [columns, scenes]."""
+    """Names of the columns, and TASK -> the metric that decides, [columns, scenes]."""
     try:
         found = dict(np.load(scores / "scores.npz"))
         names = found.pop("names").tolist()
@@ -181,8 +181,11 @@ def judged(claim: Claim, scores: Path) -> tuple[list[str], dict[str, np.ndarray]
         raise SystemExit(f"error: {scores / 'scores.npz'}: missing or damaged: remove {scores}.asked and run "
                          "the same command again") from None
     tasks = {key.rsplit("/", 1)[0]: rows for key, rows in found.items() if key.endswith(f"/{claim.metric}")}
-    return names, {task: rows for task, rows in tasks.items()
-                   if not (claim.off_square and task.startswith("1x1/"))}
+    if claim.off_square:  # the same pairs at every aspect: their mean is one measurement
+        names_of = {key.rpartition("/")[2] for key in tasks}
+        tasks = {task: np.nanmean([rows for key, rows in tasks.items() if key.endswith(f"/{task}")
+                                   and not key.startswith("1x1/")], axis=0) for task in sorted(names_of)}
+    return names, tasks
 
 
 def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
@@ -210,7 +213,7 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
         lines.append(f"| {claim.better} - {arm} | {text} |")
         told.append(f"{text} against {arm}")
         gain = (mean if claim.higher else -mean) + claim.margin
-        signs.append(0 if abs(gain) <= half else 1 if gain > 0 else -1)
+        signs.append((1 if gain > 0 else -1) if abs(gain) > half else 0)  # of NaN nothing is decided
     verdict = "does not hold" if -1 in signs else "holds" if set(signs) == {1} else "not decided"
     n = len(seeds_of(cfg).split())
     seeds = f"{n} seed{'s' * (n > 1)}{', few steps' * cfg.quick}"

@@ -81,18 +81,20 @@ for seed in $SEEDS; do
             --eta 0.05 --w_aesthetic "$WEIGHT" --w_alignment "$WEIGHT" --w_coherence 0.1 $(flags "$arm") \
             --seed "$seed" --sample_every "$SHEETS" --save_every $(((ONE + 1) / 2)) --keep 4 --wandb off --out "$OUT/$arm$seed"
     done
+    # ... and a control: the base trained on with flow matching, on as many pictures and masks
+    spawn $PY train_omni.py --init assets/base --stage inpaint --t_shift 3 $RECIPE --lr_schedule constant \
+        --steps $((ONE + TWO - ALONE)) --seed "$seed" --sample_every 0 --wandb off --out "$OUT/control$seed"
 done
-# ... and a control: the base trained on with flow matching, on as many pictures and masks
-spawn $PY train_omni.py --init assets/base --stage inpaint --t_shift 3 $RECIPE --lr_schedule constant \
-    --steps $((ONE + TWO - ALONE)) --sample_every 0 --wandb off --out "$OUT/control"
 finish
 
 # 3) the judge: all on the same scenes, masks and noise; and paired counts against the base at 20 steps
 export OMP_NUM_THREADS=$(nproc)
 first=$(printf "step_%08d" "$ONE") last=$(printf "step_%08d" $((ONE + TWO)))
-ckpts="assets/base,$OUT/control" steps="20,20"
+ckpts="assets/base" steps="20"
+for seed in $SEEDS; do ckpts="$ckpts,$OUT/control$seed" steps="$steps,20"; done
 for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$first" steps="$steps,20"; done; done
-ckpts="$ckpts,assets/base,$OUT/control" steps="$steps,8,8"
+ckpts="$ckpts,assets/base" steps="$steps,8"
+for seed in $SEEDS; do ckpts="$ckpts,$OUT/control$seed" steps="$steps,8"; done
 for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$last" steps="$steps,8"; done; done
 $PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n "$N" --save "$OUT/pictures" --out "$OUT/$JUDGE" |
     tee "$OUT/$JUDGE.txt"

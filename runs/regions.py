@@ -3,7 +3,8 @@
     python runs/regions.py --out out/regions
 
 The same requests of held-out scenes, the same noise, for each of six settings and three seeds; what was drawn
-is judged as it is, nothing is pasted back. Controls: the source as it was, and the truth.
+is judged as it is, nothing is pasted back. Controls: the source as it was, and the truth. What the rim
+and the blend add is told as differences, request by request (runs/table.py).
 """
 
 import json
@@ -22,6 +23,7 @@ import make_edits  # noqa: E402
 from factory import score, shards  # noqa: E402
 from log import open_out, provenance, write_json  # noqa: E402
 from readers.edits import TASK_NAMES  # noqa: E402
+from runs.table import estimate  # noqa: E402
 from scenes.dataset import EditScenes  # noqa: E402
 from scenes.judge import load_parser, to_float  # noqa: E402
 from scenes.judge_edits import edit_cases  # noqa: E402
@@ -106,6 +108,15 @@ def main(cfg: Config) -> None:
         digits = [1 if "%" in told else 4 for told in COLUMNS.values()]
         print(f"| {name} | " + " | ".join(f"{c.mean():.{d}f} [{c.min():.{d}f}, {c.max():.{d}f}]"
                                           for c, d in zip(cells, digits)) + " |", flush=True)
+    print("\n| difference, 95 % | " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * (len(COLUMNS) + 1))
+    for one, other in (("soft alternate", "hard alternate"), ("hard alternate", "hard none"),
+                       ("hard alternate", "hard every")):
+        pairs_of = list(zip(found[one], found[other]))
+        gaps = {k: estimate([np.stack([a[k] - b[k] for a, b in pairs_of])], True) for k in COLUMNS}
+        table[f"{one} - {other}"] = gaps
+        cells = [f"{100 * mean:+.1f} ± {100 * half:.1f}" if "%" in told else f"{mean:+.4f} ± {half:.4f}"
+                 for (mean, half), told in zip(gaps.values(), COLUMNS.values())]
+        print(f"| {one} - {other} | {' | '.join(cells)} |")
     write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), "table": table})
 
 

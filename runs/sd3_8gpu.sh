@@ -32,6 +32,7 @@ case ${1:-} in
             --lr 1e-5 --warmup 500 --lr_schedule constant --steps 20000 --ema 0.9999 --t_density logit_normal --t_shift 3 --t_weight 0 \
             --sample_every 1000 --save_every 500 --out "$OUT/editnet" ;;
     pefl)
+        [ -z "${DRY:-}" ] || { echo "error: DRY: counts EditNet alone: leave it out, or run runs/memory.py pefl" >&2; exit 2; }
         : "${PICTURES:?give PICTURES=FOLDER or .parquet}" "${REWARD:?give REWARD=imagereward:PATH,PATH}" "${VGG:?give VGG=FILE}"
         # without latents: PeFL masks pictures anew in every epoch
         $LAUNCH make_cache.py --base "$SD3" --data "$PICTURES" --split all --latents False ${TOKENS:-} --out "$OUT/picture_cache"
@@ -39,10 +40,11 @@ case ${1:-} in
         $LAUNCH train_omni.py --stage inpaint --init "$SD3" --data "$PICTURES" --cache "$OUT/picture_cache" ${TOKENS:-} \
             --image_size 512 --fsdp True --checkpointing 1 --batch_size 16 --lr 1e-5 --warmup 500 --lr_schedule constant \
             --steps 10000 --ema 0.9999 --t_density logit_normal --t_shift 3 --t_weight 0 --save_every 500 --out "$OUT/inpaint"
-        # the paper's settings (Sec. 4.1) but for the number of steps, on which it is silent. The coherence model is the small
+        # the paper's settings (Sec. 4.1) but for the number of steps, on which it is silent, and for --start, --hold and the
+        # weight, with which PeFL helped the small model and without which it did not (RESULTS.md, C1). The coherence model is the small
         # default (rewards.CoherenceConfig); --disc_init FOLDER of a trained reward gives it that one's image tower
         $LAUNCH train_pefl.py --base "$OUT/inpaint" --data "$PICTURES" --cache "$OUT/picture_cache" ${TOKENS:-} \
             --alignment "$REWARD" --vgg "$VGG" --image_size 512 --fsdp True --checkpointing 1 --batch_size 4 --accum 2 \
-            --phases 20/15/10x2000,8/6/3x2000 --save_every 200 --out "$OUT/pefl" ;;
+            --start noise --hold known --w_alignment 0.001 --phases 20/15/10x2000,8/6/3x2000 --save_every 200 --out "$OUT/pefl" ;;
     *) echo "error: ${1:-nothing}: say editnet or pefl" >&2; exit 2 ;;
 esac

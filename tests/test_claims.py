@@ -55,6 +55,28 @@ def test_as_good_is_not_worse_by_more_than_a_margin(tmp_path, gap, margin, verdi
     assert f"\n{verdict}: " in page and f"(2 seeds; {margin:g} worse is as good)" in page
 
 
+def test_aspects_of_a_pair_are_one_measurement(tmp_path):
+    """Four times the same pairs are no more pairs: the interval is their mean's; squares are left out."""
+    claim, rng = CLAIMS["CLAIMS"]["C10"], np.random.default_rng(0)
+    names, tasks, half = ["out/aspects0@10", "out/editnet0@10"], ("swap", "add"), {}
+    rows = {t: rng.normal(0.05, 0.02, (2, 40)) for t in tasks}
+    for folder, aspects in (("one", ["16x9"]), ("four", ["1x1", "16x9", "9x16", "4x3"])):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "scores.npz", names=names, **{
+            f"{a}/{t}/over": rows[t] * (9 if a == "1x1" else 1) for a in aspects for t in tasks})
+        page = CLAIMS["report"]("C10", claim, tmp_path / folder, CLAIMS["Config"](seeds="0"))
+        half[folder] = [line for line in page.splitlines() if line.startswith("| aspects@10 - editnet@10 |")]
+    assert half["one"] == half["four"] and half["one"]
+
+
+def test_of_no_numbers_nothing_is_decided(tmp_path):
+    (tmp_path / "s").mkdir()
+    np.savez(tmp_path / "s/scores.npz", names=["out/editnet0@10", "out/freeform0@10"],
+             **{"swap/edit": np.full((2, 5), np.nan)})
+    page = CLAIMS["report"]("C8", CLAIMS["CLAIMS"]["C8"], tmp_path / "s", CLAIMS["Config"](seeds="0"))
+    assert "\nnot decided: " in page
+
+
 def test_another_arm_stands_for_pefl():
     claim = CLAIMS["with_arm"](CLAIMS["CLAIMS"]["C1"], "noise+known")
     assert claim.env["ARMS"] == "noise+known noise+known+rewardless" and claim.better == "noise+known@20"

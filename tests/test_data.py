@@ -642,6 +642,13 @@ def test_pairs_split_by_prompt_and_by_picture(prefs):
     (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     parts = [open_pairs(prefs / "p.jsonl", s, fraction=0.3) for s in ("train", "heldout")]
     assert not {p.image_better for p in parts[0]} & {p.image_better for p in parts[1]}
+    # without a prompt: as make_prefs.py writes them, several pairs of the pictures of a prompt
+    rows = [{"caption": "", "better": f"{i}_{a}.png", "worse": f"{i}_{b}.png"} for i in range(100)
+            for a, b in (("truth", "best"), ("truth", "worst"), ("best", "worst"), ("best", "bad"))]
+    (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    parts = [open_pairs(prefs / "p.jsonl", s, fraction=0.3) for s in ("train", "heldout")]
+    shown = [{x for p in part for x in (p.image_better, p.image_worse)} for part in parts]
+    assert sum(map(len, parts)) == 400 and not shown[0] & shown[1] and 60 < len(parts[1]) < 180
     with pytest.raises(SystemExit, match="no such file"):
         open_pairs(prefs / "none.jsonl")
 

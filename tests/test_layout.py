@@ -42,13 +42,18 @@ def house():
     return {name: imported(path, set(modules)) - {name} for name, path in modules.items()}
 
 
+def floor(name):
+    """A script that somebody adds, as a copy of one of ours, is a script."""
+    return FLOOR.get(name.partition(".")[0], FLOOR["sample"])
+
+
 def broken(arrows):
     """Arrows that climb, and those from script to script."""
     out = []
     for name, targets in arrows.items():
-        here = FLOOR[name.partition(".")[0]]
+        here = floor(name)
         for target in targets:
-            there = FLOOR[target.partition(".")[0]]
+            there = floor(target)
             scripts = here == there == FLOOR["sample"]
             if there > here or scripts:
                 out.append(f"{name} -> {target}" + " (a script)" * scripts)
@@ -74,10 +79,6 @@ def circle(arrows):
     return next((found for name in sorted(arrows) if (found := visit(name))), [])
 
 
-def test_every_file_has_a_floor():
-    assert {name.partition(".")[0] for name in house()} <= FLOOR.keys()
-
-
 def test_imports_point_downwards():
     assert not broken(house())
 
@@ -87,6 +88,8 @@ def test_no_circle():
 
 
 def test_the_test_sees_a_broken_house():
-    arrows = {"common": {"data"}, "data": {"common"}, "sample": {"evaluate"}, "evaluate": set()}
-    assert broken(arrows) == ["common -> data", "sample -> evaluate (a script)"]
+    arrows = {"common": {"data"}, "data": {"common"}, "sample": {"evaluate"}, "evaluate": set(),
+              "train_mine": {"data", "sample"}}
+    assert broken(arrows) == ["common -> data", "sample -> evaluate (a script)",
+                              "train_mine -> sample (a script)"]
     assert circle(arrows) == ["common", "data", "common"]

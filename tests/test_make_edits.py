@@ -842,7 +842,8 @@ def test_regions_compares_masks_and_blends(tmp_path, capsys):
     comparison.main(comparison.Config(str(tmp_path), n=6, steps=2, seeds=1))
     table = json.loads((tmp_path / "results.json").read_text())["table"]
     assert table["truth"]["done"] == [1] and table["source"]["done"] == [0] == table["source"]["outside"]
-    assert table["truth"]["seam"] == [0] and len(table) == 8
+    assert table["truth"]["seam"] == [0] and len(table) == 11
+    assert table["hard alternate - hard none"]["outside"][0] < 0
     for mask in ("hard", "soft"):  # after a blend what the mask keeps is the source's
         assert table[f"{mask} every"]["outside"][0] < 0.005 < table[f"{mask} none"]["outside"][0]
     assert "| soft alternate |" in capsys.readouterr().out

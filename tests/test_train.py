@@ -493,7 +493,7 @@ def test_alignment_is_logged_of_pictures_with_a_caption(made, tmp_path, monkeypa
     assert -100 < last["judge/aesthetic_tuned"] < 1
     found = call(made, tmp_path / "none", train_pefl, tasks="erase=1", sample_every=4)
     assert all("reward/alignment" not in row and row["reward/aesthetic"] == -100 for row in found)
-    assert found[-1]["judge/alignment_tuned"] is None and found[-1]["judge/aesthetic_tuned"] == -100
+    assert "judge/alignment_tuned" not in found[-1] and found[-1]["judge/aesthetic_tuned"] == -100
 
 
 def test_reward_rises(made, tmp_path):
@@ -503,6 +503,29 @@ def test_reward_rises(made, tmp_path):
     scores = [row["reward/aesthetic"] for row in found]
     assert min(scores[-5:]) > max(scores[:5])
     assert "reward/alignment" not in found[0]
+
+
+def test_an_own_reward_as_the_readme_says(made, tmp_path):
+    """Its two lines, put where it says: the reward is trained on, logged and judged."""
+    text, script = (ROOT / "README.md").read_text(), Path(train_pefl.__file__).read_text()
+    for after, start in (("    w_alignment", "w_green"), ("    scores = {name: mean_score", "scores[")):
+        new, = ("    " + line for line in text.splitlines() if line.startswith(start))
+        lines = script.splitlines()
+        at, = (i for i, x in enumerate(lines) if x.startswith(after))
+        script = "\n".join(lines[:at + 1] + [new] + lines[at + 1:])
+    own = tmp_path / "train_mine.py"
+    own.write_text(script)
+    flags = settings(made, tmp_path / "out", train_pefl, sample_every=4, w_green=0.5)
+    done = subprocess.run([sys.executable, str(own), *(f"--{k}={v}" for k, v in flags.items())],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = rows(tmp_path / "out")[-1]
+    assert {"loss/green", "reward/green", "judge/green_tuned", "loss/aesthetic"} <= set(last)
+
+
+def test_the_editor_gets_no_step(made, tmp_path, capsys):
+    call(made, tmp_path, train_pefl, phases="5/4/2x2", disc_first=2)
+    assert "warning: --disc_first: 2, with --disc_updates 1: of the 2 steps" in capsys.readouterr().out
 
 
 def test_the_losses_and_their_sum(made, tmp_path):

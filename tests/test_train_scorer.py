@@ -179,15 +179,16 @@ def test_negatives():
     two = train_scorer.draws(cfg, {"step": 3, "position": list(range(200, 400))})["kind"]
     assert one[200:] == two and 150 < sum(k > 0 for k in one) < 250 and 60 < one.count(1) < 140
     x = torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2)
-    edited, captions, scores = train_scorer.spoil(
+    edited, captions, scores, wrong = train_scorer.spoil(
         {"kind": [0, 1, 2, 2], "caption": list("abcd"), "task": ["swap", "add", "add", "add"],
          "image": x + 10, "source": x, "score": torch.tensor([9.0, 8.0, 7.0, np.nan])})
     assert edited[:, 0, 0, 0].tolist() == [10, 1, 12, 13] and captions == ["a", "b", "c", "a"]
-    assert scores.tolist() == [9, 0, 7, 0]
+    assert scores.tolist() == [9, 0, 7, 0] and wrong.tolist() == [False, True, False, True]
     unknown = {"kind": [2, 2], "caption": list("ab"), "task": ["", ""], "image": x[:2] + 10, "source": x[:2],
                "score": torch.tensor([9.0, 8.0])}  # sets without tasks have these negatives, too
-    edited, captions, scores = train_scorer.spoil(unknown)
-    assert captions == ["b", "a"] and scores.tolist() == [0, 0] and edited[:, 0, 0, 0].tolist() == [10, 11]
+    edited, captions, scores, wrong = train_scorer.spoil(unknown)
+    assert captions == ["b", "a"] and scores.tolist() == [0, 0]
+    assert wrong.all() and edited[:, 0, 0, 0].tolist() == [10, 11]
 
 
 def test_every_knob_is_documented():
