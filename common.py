@@ -230,40 +230,6 @@ def one_line(e):
 ########################################## 2. the command line ###########################################
 
 
-_SIZES = "is gone: rewards.CoherenceConfig, or those of --disc_init, which to resume such a run is its --out"
-_TASKS = "is now {}=WEIGHT in --tasks, whose default is {}"
-OLD_FLAGS = {  # of earlier commands, and what a script says that has no flag of that name
-    "cached": "is now --fixed_source",
-    "bf16": "is now --precision: auto (bf16 where the hardware has it, the default), bf16 or fp32",
-    "dry_run": "is now a command: python runs/memory.py omni, with the same flags",
-    "keep_known": "is now --blend every, or none",
-    "project": "is gone: set WANDB_PROJECT in the environment",
-    **{f"p_{old}": _TASKS.format(new, "t2i=2,outpaint=7,edit=7,inpaint=3,erase=3") for old, new in (
-        ("global", "t2i"), ("outpaint", "outpaint"), ("edit", "edit"), ("inpaint", "inpaint"),
-        ("erase", "erase"))},
-    "p_t2i": _TASKS.format("t2i", "t2i=6,inpaint=6,edit=5,outpaint=5,erase=2 with --stage inpaint"),
-    "drop_edit": "is now --drop_caption, which is twice as much",
-    "sees": "is gone: it did not help (LOG.md)",
-    "r1": "is gone: it did not help (LOG.md)",
-    "reward_loss": "is gone: -log sigmoid (Eq. 2) is what there is",
-    "disc_width": _SIZES,
-    "disc_depth": _SIZES,
-    "disc_patch": _SIZES,
-    "shift": "is gone: training takes the base's",
-    "p_promptfree": "is gone: 0.3, PROMPT_FREE in train_pefl.py",
-    "weight_decay": "is gone: 0.01, WEIGHT_DECAY in train_omni.py; 0 in train_pefl.py",
-    "beta2": "is gone: 0.99, BETAS in train_omni.py",
-    "grad_clip": "is gone: 1.0, GRAD_CLIP in the script"}
-
-
-def refuse_old_flags(words, names):
-    """SystemExit for one of OLD_FLAGS among a command's words. names: of the flags that the script has."""
-    for word in words:
-        flag = re.match(r"--(?:no[-_]?)?([a-zA-Z][\w-]*)", word)
-        if flag and (name := flag[1].replace("-", "_")) in OLD_FLAGS and name not in names:
-            raise SystemExit(f"error: --{name}: {OLD_FLAGS[name]}")
-
-
 def numbers(text, what, low):
     """A flag such as "20,8" -> [20, 8]; SystemExit below `low`. what: its name."""
     words, most = text.split(","), MOST["seed"] if what.startswith("seed") else 10**6
@@ -335,7 +301,6 @@ def parse(what, **settings):
         for note in getattr(f.type, "__metadata__", ()):
             names += [a.lstrip("-") for a in getattr(note, "aliases", None) or ()]
     words = sys.argv[1:] if (args := settings.get("args")) is None else args
-    refuse_old_flags(words, names)
     for word in words if names else ():
         flag = re.match(r"--([a-zA-Z][\w-]*)", word)
         name = flag and flag[1].replace("-", "_")

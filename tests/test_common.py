@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import os
-import re
 import resource
 import runpy
 import shutil
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -706,38 +704,6 @@ def test_every_script_takes_a_precision(script, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *needed, *old])
         with pytest.raises(SystemExit, match="^error: --bf16: is now --precision: auto .*, bf16 or fp32$"):
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-
-
-@pytest.mark.parametrize("script", ["train_omni", "train_pefl", "train_reward", "train_scorer"])
-def test_every_flag_of_earlier_commands_has_its_line(script, monkeypatch, capsys):
-    """Told what to write instead, or that it is gone; and what is said of the scripts still holds."""
-    module = importlib.import_module(script)
-    own = {f.name for f in fields(module.Config)}
-    for name, line in common.OLD_FLAGS.items():
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", f"--{name.replace('_', '-')}", "1"])
-        if name in own:
-            continue
-        with pytest.raises(SystemExit) as e:
-            common.parse(module.Config)
-        assert str(e.value) == f"error: --{name}: {line}" and len(str(e.value)) < 130
-        for flag in re.findall(r"(?<!\w)--([a-z_]+)", line):
-            assert any(flag in {f.name for f in fields(importlib.import_module(m).Config)}
-                       for m in ("train_omni", "train_pefl", "sample")), line
-    assert {"sees", "r1", "p_global", "project", "disc_patch"} <= common.OLD_FLAGS.keys() - own
-
-
-def test_what_is_said_of_flags_that_are_gone():
-    import rewards
-    import train_omni
-    import train_pefl
-    said = common.OLD_FLAGS
-    assert said["p_global"].endswith(f" {train_pefl.Config.tasks}") and "t2i=" in said["p_global"]
-    assert f" {train_omni.TASKS['inpaint']} " in said["p_t2i"]
-    assert said["p_promptfree"].startswith(f"is gone: {train_pefl.PROMPT_FREE['outpaint']}, PROMPT_FREE in ")
-    assert said["weight_decay"].startswith(f"is gone: {train_omni.WEIGHT_DECAY}, WEIGHT_DECAY in ")
-    assert said["beta2"] == f"is gone: {train_omni.BETAS[1]}, BETAS in train_omni.py"
-    assert said["grad_clip"] == f"is gone: {train_omni.GRAD_CLIP}, GRAD_CLIP in the script"
-    assert train_omni.GRAD_CLIP == train_pefl.GRAD_CLIP and rewards.CoherenceConfig().width == 128
 
 
 def test_bad_device_is_one_line():
