@@ -236,15 +236,16 @@ def conditions(net: model.Editor | model.EditNet, space: Space, mask: Tensor, im
     return shrink(mask, space.stride), space.encode(image * (1 - mask))
 
 
-def denoiser(net: model.Editor | model.EditNet, text: tuple[Tensor, Tensor], null: tuple[Tensor, Tensor],
-             condition: tuple, guidance: float = 1.0, image_guidance: float = 1.0) -> flow.Denoise:
+def denoiser(net: model.Editor | model.EditNet, captions: list[str], condition: tuple, guidance: float = 1.0,
+             image_guidance: float = 1.0) -> flow.Denoise:
     """`net` under classifier-free guidance, as flow.sample takes it: one call of the network a step.
 
-    text, null: what encode_text gives for the captions and for "", [B, ...] each; condition: of `conditions`.
-    An instruction editor has dual guidance (InstructPix2Pix); its null picture is zeros, with a region of
-    ones. What a cached one needs of the source is computed here, once.
+    captions [B], or instructions; condition: of `conditions`. An instruction editor has dual guidance
+    (InstructPix2Pix); its null picture is zeros, with a region of ones. What a cached one needs of the source
+    is computed here, once.
     """
-    memory = ()
+    memory, text = (), net.encode_text(captions)
+    null = tuple(x.expand(len(captions), *x.shape[1:]) for x in net.encode_text([""]))
     if isinstance(net, model.EditNet):
         weights = flow.dual_weights(guidance, image_guidance)
         src, region = condition
@@ -276,8 +277,7 @@ def sample(net: model.Editor | model.EditNet, space: Space, captions: list[str],
     noise = noise.to(device)
     condition = conditions(net, space, mask.to(device), image.to(device))
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        null = tuple(x.expand(len(captions), *x.shape[1:]) for x in net.encode_text([""]))
-        velocity = denoiser(net, net.encode_text(captions), null, condition, guidance, image_guidance)
+        velocity = denoiser(net, captions, condition, guidance, image_guidance)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor | flow.Guided:
             tick()
@@ -347,9 +347,7 @@ def method_of(ckpt: str, solver: str = "euler") -> tuple[str, str]:
 def free(net: model.Editor, space: Space, captions: list[str], image: Tensor, guidance: float) \
         -> flow.Denoise:
     """A base that draws captions and is told nothing of `image` [B, 3, H, W] but its size."""
-    mask = torch.ones_like(image[:, :1])
-    null = tuple(x.expand(len(captions), *x.shape[1:]) for x in net.encode_text([""]))
-    return denoiser(net, net.encode_text(captions), null, conditions(net, space, mask, image), guidance)
+    return denoiser(net, captions, conditions(net, space, torch.ones_like(image[:, :1]), image), guidance)
 
 
 @torch.inference_mode()

@@ -53,9 +53,8 @@ def redraw(pipes: list[pipeline.Pipe], captions: list[str], image: Tensor, noise
     for pipe, ts in zip(pipes, parts):
         net = pipe.net
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            null = tuple(y.expand(len(captions), *y.shape[1:]) for y in net.encode_text([""]))
             condition = pipeline.conditions(net, space, whole.to(device), torch.zeros_like(image).to(device))
-            denoise = pipeline.denoiser(net, net.encode_text(captions), null, condition, guidance)
+            denoise = pipeline.denoiser(net, captions, condition, guidance)
             x = flow.sample(denoise, x, ts, solver)
     return space.decode(x).float().cpu()
 

@@ -130,9 +130,8 @@ def draw(pipe: pipeline.Pipe, captions: list[str], image: Tensor, mask: Tensor, 
     ts = flow.timesteps(steps, pipe.shift, start)
     known, soft = space.encode(image), pipeline.shrink(mask, space.stride)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        null = tuple(x.expand(len(captions), *x.shape[1:]) for x in net.encode_text([""]))
         condition = pipeline.conditions(net, space, (mask > 0).float(), image)
-        denoise = pipeline.denoiser(net, net.encode_text(captions), null, condition, guidance)
+        denoise = pipeline.denoiser(net, captions, condition, guidance)
         x = flow.interpolate(known, noise, noise.new_full((len(noise),), ts[0]))
         back = () if blend == "none" else (known, noise, soft, blend == "alternate")
         z = flow.sample(denoise, x, ts, solver, *back)

@@ -205,7 +205,7 @@ def test_checkpointing_changes_nothing():
 def test_dual_guidance_is_the_three_forwards(name):
     net, (x, t, src, region) = build(name), inputs()
     text, null = net.encode_text(TEXT), net.encode_text(["", ""])
-    guided = pipeline.denoiser(net, text, null, (src, region), 5.0, 1.5)(x, t)
+    guided = pipeline.denoiser(net, TEXT, (src, region), 5.0, 1.5)(x, t)
     guided = flow.euler_step(torch.zeros_like(x), guided, 0.0, 1.0)
     none = net(x, t, *null, torch.zeros_like(src), torch.ones_like(region))
     image, both = net(x, t, *null, src, region), net(x, t, *text, src, region)

@@ -60,8 +60,8 @@ def ours(folder, noise, shift=3.0, steps=STEPS):
     net = Editor(cfg).double().requires_grad_(False)
     net.mmdit.load_state_dict(state)
     text, vae = text_encoders.load_text(folder, dtype=F64), load_vae(folder, F64)
-    txt, null = text.encode_text(PROMPTS), [x.expand(2, *x.shape[1:]) for x in text.encode_text([""])]
-    denoise = denoiser(net, txt, null, (), GUIDANCE)
+    net.encode_text = text.encode_text
+    denoise = denoiser(net, PROMPTS, (), GUIDANCE)
     return vae.decode(flow.sample(denoise, noise, flow.timesteps(steps, shift))).clamp(-1, 1)
 
 
