@@ -2,8 +2,10 @@
 
     python runs/ship.py assets/base "bash runs/base.sh" out/base/t2i out/base/inpaint
     python runs/ship.py assets/editnet "bash runs/editnet.sh ship" out/editnet/ship1 out/editnet/ship2
+    python runs/ship.py assets/editnet "..." assets/editnet out/more          # it has been trained on
 
 The runs are the stages in order: the last one's weights are stored, pictures and minutes are summed over all.
+A shipped folder stands for the stages of which it came.
 An instruction editor whose frozen base is a shipped folder beside it leaves those weights there.
 """
 
@@ -48,21 +50,27 @@ def without_base(weights: dict, out: Path, base: str) -> tuple[dict, dict]:
 
 
 def main(out: str, command: str, *runs: str) -> None:
-    stages = [checkpoint.load(run, ("ema",)) for run in runs]
-    tensors, manifest = stages[-1]
+    manifests = [checkpoint.load(run, ("ema", "model"))[1] for run in runs[:-1]]
+    tensors, manifest = checkpoint.load(runs[-1], ("ema",))
     weights = {k: v.to(torch.bfloat16) for k, v in tensors["ema"].items() if k != common.EMA_COUNT}
-    seen = sum(m["samples"] for _, m in stages)
+    manifests.append(manifest)
+    before = [m["meta"].get("provenance") for m in manifests]
+    seen = sum(m["samples"] for m in manifests)
+    spent = [told["training_minutes"] if told else minutes(run) for told, run in zip(before, runs)]
+    stages = [told["stages"] if told else [portable(m["config"])] for told, m in zip(before, manifests)]
     config = portable(manifest["config"])
     provenance = {
         "command": command, "commit": manifest["git"], "pictures_seen": seen,
-        "training_minutes": round(sum(map(minutes, runs))), "saved": manifest["time"],
+        "training_minutes": round(sum(spent)), "saved": manifest["time"],
         "torch": manifest["torch"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu()}", "weights": "EMA, bf16",
-        "stages": [portable(m["config"]) for _, m in stages]}
+        "stages": [stage for part in stages for stage in part]}
     meta = {"arch": manifest["arch"], "config": config, "precision": manifest.get("precision"),
             "samples": seen, "provenance": provenance}
     if manifest["arch"]["kind"] == "editnet":
-        weights, meta["shared"] = without_base(weights, Path(out), stages[0][1]["config"]["init"])
+        shared = manifests[0]["meta"].get("shared")
+        base = Path(runs[0]) / shared["path"] if shared else manifests[0]["config"]["init"]
+        weights, meta["shared"] = without_base(weights, Path(out), base)
     folder = checkpoint.write(Path(out), manifest["step"], {"model": weights}, meta)
     size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
     print(f"{folder}: step {manifest['step']}, {seen:,} pictures seen, {size:.1f} MiB")

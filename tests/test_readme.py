@@ -177,6 +177,10 @@ def test_ship_editnet(checkout):
     checkpoint.load_state(net, tensors["model"], "shipped")
     base = checkpoint.load(checkout / "assets/base")[0]["model"]
     assert all(torch.equal(tensors["model"][f"base.{k}"], v) for k, v in base.items())
+    run([sys.executable, "runs/ship.py", "out/edit", "bash y.sh", "out/edit", "out/e/ship2"], checkout)
+    told = checkpoint.load(checkout / "out/edit")[1]
+    assert told["samples"] == 5 * 64 and len(told["meta"]["provenance"]["stages"]) == 3
+    assert told["meta"]["shared"] == manifest["meta"]["shared"]
 
 
 def test_ship(checkout):
