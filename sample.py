@@ -96,7 +96,7 @@ class Config:
     num_samples: int = 1  # results per input, each from its own noise
     seed: int = 0  # noise of result k of an input = f(seed, k), whatever the batch and the other inputs
     steps: int = 20  # sampler steps (ByteEdit: 20 for the base, 8 once accelerated)
-    guidance: float | None = None  # classifier-free guidance; default 1 (off, as PeFL trains), for edit 3
+    guidance: float | None = None  # classifier-free guidance; default 1 (off, as PeFL trains), for edit 2
     image_guidance: float = 1.5  # edit: the same towards the source picture; 1 = off
     solver: Literal["euler", "heun", "dpm"] = "euler"  # heun, dpm: second order; heun calls twice a step
     shift: float | None = None  # moves the sampler's times towards noise; default the checkpoint's
@@ -121,7 +121,8 @@ TAKES = {  # what each task takes; flags of another task are refused, keys of a 
     "edit": ("image", "mask", "instruction", "image_guidance", "paste", "layout"),
 }
 NEEDS = {task: ("draw",) if task == "t2i" else ("follow",) if task == "edit" else ("fill",) for task in TAKES}
-GUIDANCE = {"edit": 3.0}  # default of --guidance, else 1. For large models: InstructPix2Pix 7.5, CosXL-Edit 5
+# Default of --guidance, else 1 (RESULTS.md, "The gate"). For large models: InstructPix2Pix 7.5, CosXL-Edit 5
+GUIDANCE = {"edit": 2.0}
 TILE = 0.2  # share of the steps that a tile goes through, from the noise it starts with (default ours)
 SHEET_ROWS, SHEET_RESULTS, THUMB = 24, 8, 256  # contact sheet: inputs, results of each, longest side
 

@@ -39,7 +39,8 @@ class Config:
     pefl: str = "assets/pefl"  # the same after feedback
     editnet: str = "assets/editnet"  # follows instructions
     first: int = 0  # first of the held-out scenes that are shown: none is picked by hand
-    guidance: float = 3.0  # of the prompt and of the instruction
+    guidance: float = 3.0  # of the prompt
+    edit_guidance: float = 2.0  # of the instruction
     image_guidance: float = 1.5  # of the source picture
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     device: str = "auto"  # auto, cpu, cuda
@@ -75,7 +76,7 @@ def main(cfg: Config) -> None:
         c = edit_cases(task, [len(pairs.tasks) * cfg.first + k], editnet.size, editnet.size, pairs)
         noise = common.randn(common.generators(0, 0, c.indices), c.image.shape[1:])
         got = pipeline.sample(editnet.net, editnet.space, c.caption, torch.ones_like(noise[:, :1]), c.image,
-                              noise, flow.timesteps(20, editnet.shift), cfg.guidance, cfg.image_guidance,
+                              noise, flow.timesteps(20, editnet.shift), cfg.edit_guidance, cfg.image_guidance,
                               bf16=bf16).cpu()
         rows.append([c.image[0], got[0], c.truth[0]])
         titles += [f"\N{LEFT DOUBLE QUOTATION MARK}{c.caption[0]}\N{RIGHT DOUBLE QUOTATION MARK}"]
