@@ -504,11 +504,12 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
         v[name] = net(x_t, half, *net.encode_text(captions), *given.condition).float()
     each = {f"{name}_{who}": score(image, c) for name, score in scores.items() for who, image in out.items()}
     asked = torch.tensor([text != "" for text in c], device=x.device)
-    for key in [k for k in each if k.startswith("alignment_")]:  # as in R_beta: without a c there is none
-        each[key] = each[key].where(asked, torch.nan)
-        if not asked.any():
-            del each[key]
-    row = {f"judge/{k}": r.nanmean().item() for k, r in each.items()}
+    row, shown_scores = {}, {}
+    for key, r in each.items():
+        counts = asked if key.startswith("alignment_") else torch.ones_like(asked)  # as in R_beta
+        if counts.any():
+            row[f"judge/{key}"] = r[counts].mean().item()
+            shown_scores[key] = r[:8].where(counts[:8], torch.nan).tolist()
     real = log.image_stats(x)
     row |= {f"alarm/{k}": value / max(real[k], 1e-6) for k, value in log.image_stats(out["tuned"]).items()}
     keep = (1 - given.hole).expand_as(x)
@@ -522,7 +523,7 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
     shown = batch["source"] if "source" in batch else x * (1 - given.hole)
     rows = [[p.cpu() for p in four] for four in zip(x[:8], shown, out["base"], out["tuned"])]
     return row, log.contact_sheet(rows, ["picture", "input", "base", "tuned"], row_titles=captions[:8],
-                                  scores={k: r[:8].tolist() for k, r in each.items()})
+                                  scores=shown_scores)
 
 
 if __name__ == "__main__":
