@@ -471,9 +471,14 @@ def bytes_of(file):
         return -1
 
 
+def lot(key):
+    """A key's number in [0, 1), the same in every process and version."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:6]) / 2**48
+
+
 def held_out(key, fraction):
     """Stable split: a key falls on the same side in every process and version."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:6]) < fraction * 2**48
+    return lot(key) < fraction
 
 
 def part_of(folder, split):

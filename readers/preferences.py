@@ -5,7 +5,7 @@ import math
 from collections import namedtuple
 from pathlib import Path
 
-from readers.files import BadFile, checked, held_out, json_lines, printable
+from readers.files import BadFile, checked, json_lines, lot, printable
 
 # kind: what tells better from worse; gap: by how much it does, in whatever unit, not-a-number where unknown
 Pair = namedtuple("Pair", "image_better caption_better image_worse caption_worse kind gap",
@@ -47,7 +47,7 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
 
     Pictures are relative to `images`, else to the file's folder. split "train" / "heldout" goes by a hash of
     the prompt (see `families`), so that neither a prompt nor a picture is on both sides; `fraction` is held
-    out. Bad rows are named and skipped up to a limit, then SystemExit."""
+    out, of few prompts one at least. Bad rows are named and skipped up to a limit, then SystemExit."""
     path = Path(path)
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
@@ -63,8 +63,10 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
     found, bad_rows = checked(rows, _pairs_of)
     pairs = Pairs(p for row in found for p in row)
     if split != "all":
-        pairs = Pairs(p for p, key in zip(pairs, families(pairs))
-                      if held_out(key, fraction) == (split == "heldout"))
+        lots = [lot(key) for key in families(pairs)]
+        least = min(lots, default=1.0)
+        held = [x < fraction or x == least < max(lots) and fraction > 0 for x in lots]
+        pairs = Pairs(p for p, h in zip(pairs, held) if h == (split == "heldout"))
     if not pairs:
         raise SystemExit(f"error: {path}: no pairs in its {split} part: check its keys, or the fraction")
     pairs.name, pairs.root, pairs.bad_rows = str(path), str(images or path.parent), bad_rows

@@ -649,6 +649,9 @@ def test_pairs_split_by_prompt_and_by_picture(prefs):
     parts = [open_pairs(prefs / "p.jsonl", s, fraction=0.3) for s in ("train", "heldout")]
     shown = [{x for p in part for x in (p.image_better, p.image_worse)} for part in parts]
     assert sum(map(len, parts)) == 400 and not shown[0] & shown[1] and 60 < len(parts[1]) < 180
+    (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:8]))  # of two families one
+    assert [len(open_pairs(prefs / "p.jsonl", s, fraction=0.01)) for s in ("train", "heldout")] == [4, 4]
+    assert len(open_pairs(prefs / "p.jsonl", "train", fraction=0.0)) == 8
     with pytest.raises(SystemExit, match="no such file"):
         open_pairs(prefs / "none.jsonl")
 
