@@ -31,7 +31,7 @@ import common
 from common import begin_worker
 from log import contact_sheet
 from masks import ERASE_PROMPT, PROMPT_FREE, TASKS, task_mask
-from readers.edits import names_edits, open_edits
+from readers.edits import TASK_NAMES, names_edits, open_edits
 from readers.files import (
     MAX_BAD,
     MAX_CAPTION,
@@ -348,6 +348,7 @@ def task_weights(tasks, known=None):
             number = float(number)
         except ValueError:
             name = None
+        name = name if known else TASK_NAMES.get(name, name)  # OmniEdit's word for a task is ours, too
         if name in (None, *weights):
             raise SystemExit(f"error: --tasks: {part.strip()[:60]!r}: use NAME=WEIGHT,... of {names}")
         weights[name] = number

@@ -49,8 +49,9 @@ MADE = tuple(t for t in TASKS if t != "add")
 
 
 def tasks_of(text):
-    """"swap,remove,add" -> the tasks of requests in order, and whether removals are kept, and reversed."""
-    asked = [t.strip() for t in text.split(",")]
+    """"swap,remove,add", or OmniEdit's words -> the tasks of requests in order, and whether removals are
+    kept, and reversed."""
+    asked = [TASK_NAMES.get(t.strip(), t.strip()) for t in text.split(",")]
     if unknown := [t for t in asked if t not in TASKS] or len(set(asked)) < len(asked):
         raise SystemExit(f"error: --tasks: {text}: {unknown[0] if unknown is not True else 'twice'}: use "
                          f"each at most once of {', '.join(TASKS)}")

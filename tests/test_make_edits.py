@@ -339,6 +339,12 @@ def test_requests_of_real_data(tmp_path, capsys):
     assert grown.sum() == 12 * 10 and requests.grown(got[0]["object"], 0).sum() == 48
 
 
+def test_published_words_of_tasks_are_ours():
+    assert requests.tasks_of("removal,addition,env") == (["remove", "environment"], True, True)
+    with pytest.raises(SystemExit, match="twice"):
+        requests.tasks_of("remove,removal")
+
+
 def test_stages_refuse_what_they_cannot_do(base, tmp_path, specialist):
     for name, flags, words in (
             ("specialist", {"out": tmp_path / "a", "tasks": "style", "ckpt": base}, "--editor"),

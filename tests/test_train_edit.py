@@ -214,7 +214,7 @@ def test_a_set_too_small_to_hold_pairs_out(made, tmp_path, capsys, script):
 
 def test_task_weights(made, tmp_path):
     """--tasks reaches the order of the pairs: only what has weight is drawn."""
-    for tasks, allowed in (("style=1", {"style"}), ("remove=2, add=1", {"remove", "add"}), ("as_is", None)):
+    for tasks, allowed in (("style=1", {"style"}), ("removal=2, add=1", {"remove", "add"}), ("as_is", None)):
         loader = data.make_edit_loader(open_edits("scenes"), 32, 16, workers=0, stride=4,
                                        balance=train_omni.edit_tasks(tasks))
         drawn = {t for _ in range(3) for t in next(loader)["task"]}
