@@ -35,6 +35,7 @@ from factory import pack as packing
 from factory import refine as refining
 from factory import regions, requests, score, shards, specialists
 from log import open_out
+from masks import pieces
 from readers import prompts, served
 from readers.files import BadFile, checked, json_lines, printable, too_many
 from scenes.judge import to_float, to_uint8
@@ -431,7 +432,7 @@ def region(cfg: Region, dist) -> None:
             fine = ~fine if task == "background" else fine  # its ring lies around the object, too, not in it
             rng = np.random.default_rng(int(specialists.noise_for(  # a function of the same four
                 cfg.seed, [key], f"ring {task}", (1,)).view(torch.int32)) & 0x7FFFFFFF)
-            mask, ring = regions.soft_mask(fine, regions.pieces(fine), rng, cfg.p_soft)
+            mask, ring = regions.soft_mask(fine, pieces(fine), rng, cfg.p_soft)
             masks.append(1 - mask if task == "background" else mask)
             rings.append(ring)
         mask = torch.from_numpy(np.stack(masks))[:, None]

@@ -1,5 +1,5 @@
 """Masks made for training (ByteEdit Sec. 4.1): 1 = regenerate. Kinds as in the paper; every size and
-probability is ours, the paper gives none."""
+probability is ours, the paper gives none. And what else is asked of masks."""
 
 import math
 
@@ -21,6 +21,34 @@ def dilate(m, r):
         first = (before >= 0)[:, None] if axis == 0 else before >= 0
         m = c.take(np.minimum(after, n - 1), axis) > c.take(np.maximum(before, 0), axis) * first
     return m
+
+
+def pieces(mask: np.ndarray) -> list[np.ndarray]:
+    """bool [h, w] -> its connected parts (edges and corners touch), each as pixels [n, 2] of y, x."""
+    runs, parent = [], []  # runs of ones: (y, from, to)
+
+    def root(k):
+        while parent[k] != k:
+            parent[k] = k = parent[parent[k]]
+        return k
+
+    above = []
+    for y, row in enumerate(np.asarray(mask, bool)):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
+        here = []
+        for a, b in zip(edges[::2].tolist(), edges[1::2].tolist()):
+            k = len(runs)
+            runs.append((y, a, b))
+            parent.append(k)
+            here.append(k)
+            for j in above:
+                if runs[j][1] <= b and a <= runs[j][2]:
+                    parent[root(j)] = root(k)
+        above = here
+    parts = {}
+    for k, (y, a, b) in enumerate(runs):
+        parts.setdefault(root(k), []).append(np.stack([np.full(b - a, y), np.arange(a, b)], 1))
+    return [np.concatenate(p) for p in parts.values()]
 
 
 def _box(m):

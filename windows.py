@@ -18,6 +18,8 @@ from collections import namedtuple
 
 import numpy as np
 
+from masks import pieces
+
 CELLS = 128  # cells along the longer side, in which holes are told apart
 LONG = 3  # length over thickness from which a hole is tiled
 TILES = 4  # along a large hole
@@ -31,16 +33,10 @@ def parts(mask):
     cell = -(-max(h, w) // CELLS)
     padded = np.pad(mask, ((0, -h % cell), (0, -w % cell)))
     cells = padded.reshape(padded.shape[0] // cell, cell, -1, cell).any((1, 3))
-    left, found = cells.copy(), []
-    while left.any():
-        one, edge = np.zeros_like(cells), [tuple(np.argwhere(left)[0])]
-        left[edge[0]] = False
-        while edge:
-            y, x = edge.pop()
-            one[y, x] = True
-            near = left[max(0, y - 1):y + 2, max(0, x - 1):x + 2]
-            edge += [(max(0, y - 1) + i, max(0, x - 1) + j) for i, j in np.argwhere(near)]
-            near[:] = False
+    found = []
+    for piece in pieces(cells):
+        one = np.zeros_like(cells)
+        one[piece[:, 0], piece[:, 1]] = True
         found.append((one, cell))
     return found
 

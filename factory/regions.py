@@ -15,40 +15,13 @@ from torch import Tensor
 
 import flow
 import pipeline
+from masks import pieces
 from scenes.draw import pick
 
 TASKS = ("swap", "remove", "attribute", "background")  # that are done in a region
 SOFT = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8)  # of the ring, as in its code
 LARGE, SMALL, PIECES = 0.9, 0.01, 500  # its limits: share of the picture; contours
 HULLS, BOXED = 150, 500  # below: ring up to the hulls; up to: hulls, and a ring up to the box
-
-
-def pieces(mask: np.ndarray) -> list[np.ndarray]:
-    """bool [h, w] -> its connected parts (edges and corners touch), each as pixels [n, 2] of y, x."""
-    runs, parent = [], []  # runs of ones: (y, from, to)
-
-    def root(k):
-        while parent[k] != k:
-            parent[k] = k = parent[parent[k]]
-        return k
-
-    above = []
-    for y, row in enumerate(np.asarray(mask, bool)):
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
-        here = []
-        for a, b in zip(edges[::2].tolist(), edges[1::2].tolist()):
-            k = len(runs)
-            runs.append((y, a, b))
-            parent.append(k)
-            here.append(k)
-            for j in above:
-                if runs[j][1] <= b and a <= runs[j][2]:
-                    parent[root(j)] = root(k)
-        above = here
-    parts = {}
-    for k, (y, a, b) in enumerate(runs):
-        parts.setdefault(root(k), []).append(np.stack([np.full(b - a, y), np.arange(a, b)], 1))
-    return [np.concatenate(p) for p in parts.values()]
 
 
 def hull(points: np.ndarray) -> np.ndarray:

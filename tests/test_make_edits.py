@@ -19,6 +19,7 @@ import checkpoint
 import common
 import flow
 import make_edits
+import masks
 import pipeline
 from factory import chat, instruct, pack, refine, regions, requests, score, shards, specialists
 from readers import served
@@ -479,7 +480,7 @@ def test_masks_of_regions():
     m[2:5, 2:5] = m[5, 5] = True  # corners touch
     m[10:12, 3:15] = True
     m[12:16, 14] = True
-    parts = regions.pieces(m)
+    parts = masks.pieces(m)
     assert sorted(map(len, parts)) == [10, 28] and sum(map(len, parts)) == m.sum()
     full = regions.hulls(parts, m.shape)
     assert full[m].all() and full[13, 11] and not full[15, 4] and full.sum() > m.sum()
