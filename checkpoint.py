@@ -411,9 +411,12 @@ def identity(path):
     if manifest:
         sums = {name: file["sha256"] for name, file in manifest["files"].items()
                 if not name.startswith("optimizer")}
-        sums["shared"] = manifest.get("shared", {}).get("sha256")
+        sums["shared"] = manifest["meta"].get("shared", {}).get("sha256")  # of an EditNet: its base
     else:
-        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        kinds = (".safetensors", ".bin", ".pt", ".pth")
+        files = sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file()) or [path]
+        if path.is_dir() and files == [path]:
+            raise SystemExit(f"error: {path}: holds no weights: give a folder with {', '.join(kinds)} files")
         sums = {str(file.relative_to(path)): sha256(file) for file in files}
     return f"{path.name}@{hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:12]}"
 

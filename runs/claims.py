@@ -182,9 +182,12 @@ def judged(claim: Claim, scores: Path) -> tuple[list[str], dict[str, np.ndarray]
                          "the same command again") from None
     tasks = {key.rsplit("/", 1)[0]: rows for key, rows in found.items() if key.endswith(f"/{claim.metric}")}
     if claim.off_square:  # the same pairs at every aspect: their mean is one measurement
-        names_of = {key.rpartition("/")[2] for key in tasks}
-        tasks = {task: np.nanmean([rows for key, rows in tasks.items() if key.endswith(f"/{task}")
-                                   and not key.startswith("1x1/")], axis=0) for task in sorted(names_of)}
+        aspects = {}
+        for key, rows in tasks.items():
+            aspect, _, task = key.rpartition("/")
+            if aspect != "1x1":
+                aspects.setdefault(task, []).append(rows)
+        tasks = {task: np.mean(rows, 0) for task, rows in aspects.items()}
     return names, tasks
 
 

@@ -468,6 +468,12 @@ def test_a_folder_is_of_its_weights(base, specialist, tmp_path):
     shutil.copytree(first, moved := tmp_path / "c/final")
     stage("specialist", **flags | {"ckpt": moved})  # the same weights somewhere else
     assert files_of(out) == before
+    (tmp_path / "clip").mkdir()  # public weights in torch's own form
+    names = []
+    for text in (b"one", b"two"):
+        (tmp_path / "clip/pytorch_model.bin").write_bytes(text)
+        names.append(checkpoint.identity(tmp_path / "clip"))
+    assert names[0] != names[1] and all(re.fullmatch("clip@[0-9a-f]{12}", name) for name in names)
     wrong = run_script("make_edits.py", "score", f"--data={out}", f"--out={tmp_path / 's'}", "--judge=me")
     assert wrong.returncode == 1 and not (tmp_path / "s/plan.json").exists()
 
