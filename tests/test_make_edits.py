@@ -338,6 +338,19 @@ def test_requests_of_real_data(tmp_path, capsys):
         source.load(3, 24, 32)
     grown = requests.grown(got[0]["object"], 0.25)
     assert grown.sum() == 12 * 10 and requests.grown(got[0]["object"], 0).sum() == 48
+    assert len(requests.open_requests(str(tmp_path / "r.jsonl"), "train", ["swap"], 0)) == 3
+    assert "1 of 4 requests are left out: --tasks does not name remove" in capsys.readouterr().out
+
+
+def test_no_truth_is_known_of_photos(base, tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    (tmp_path / "r.jsonl").write_text(json.dumps({
+        "source": "a.png", "task": "swap", "instruction": "swap it", "target_caption": "a cat",
+        "box": [2, 2, 9, 9]}))
+    stage("specialist", data=tmp_path / "r.jsonl", out=tmp_path / "m", ckpt=base, tries=1, steps=1,
+          tasks="swap", precision="fp32")
+    done = run_script("make_edits.py", "score", f"--data={tmp_path / 'm'}", f"--out={tmp_path / 's'}")
+    assert done.returncode == 1 and "error: --judge: truth: is known of scenes alone" in done.stderr
 
 
 def test_published_words_of_tasks_are_ours():

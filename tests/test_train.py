@@ -523,6 +523,16 @@ def test_an_own_reward_as_the_readme_says(made, tmp_path):
     assert {"loss/green", "reward/green", "judge/green_tuned", "loss/aesthetic"} <= set(last)
 
 
+def test_a_reward_at_chance_is_named(made, tmp_path, capsys):
+    weights, manifest = checkpoint.load(made["aesthetic"])
+    val = {"val/score_mean": 0.0, "val/score_std": 1.0, "val/acc": 0.5, "val/high": 0.7, "val/pairs": 18}
+    for low in (0.3, 0.51):
+        meta = {"arch": manifest["arch"], "val": val | {"val/low": low}}
+        rewards.open_reward(str(checkpoint.write(tmp_path / str(low), 0, weights, meta)))
+        named = "is right in 50% of 18 held-out pairs, 30% to 70%: no better than chance"
+        assert (named in capsys.readouterr().out) == (low < 0.5)
+
+
 def test_the_editor_gets_no_step(made, tmp_path, capsys):
     call(made, tmp_path, train_pefl, phases="5/4/2x2", disc_first=2)
     assert "warning: --disc_first: 2, with --disc_updates 1: of the 2 steps" in capsys.readouterr().out
