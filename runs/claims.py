@@ -69,8 +69,8 @@ CLAIMS = {
                 FEEDBACK, {"ARMS": "pefl"}, "judge_C4", "texture", False,
                 "pefl@8", ("pefl@20", "base@20"), 5, 9, margin=0.05),
     "C5": Claim("EditNet > TextControl > ControlNet", "OmniEdit Table 7",
-                EDITS, {"PARTS": "variants"}, "judge_variants", "success", True,
-                "editnet@10", ("textcontrol@10", "controlnet@10"), 7, 10),
+                EDITS, {"PARTS": "variants", "ARMS": "editnet textcontrol controlnet"},
+                "judge_variants", "success", True, "editnet@10", ("textcontrol@10", "controlnet@10"), 5, 7),
     "C6": Claim("importance weights beat none at equal size", "OmniEdit Table 6",
                 PAIRS, {"PARTS": "weights", "ARMS": "plain scorer"}, "judge_weights", "success", True,
                 "scorer@10", ("plain@10",), 5, 12),
@@ -78,10 +78,10 @@ CLAIMS = {
                 PAIRS, {"PARTS": "refine", "SCALES": "1.5", "ARMS": "raw refined unpaired"},
                 "judge_refine_1.5", "success", True, "refined@10", ("raw@10", "unpaired@10"), 4, 6),
     "C8": Claim("region data help free-form edits", "UltraEdit: L1 .0614 against .0689",
-                EDITS, {"PARTS": "region"}, "judge_region", "edit", True,
+                EDITS, {"PARTS": "region", "ARMS": "editnet freeform"}, "judge_region", "edit", True,
                 "editnet@10", ("freeform@10",), 4, 4),
     "C10": Claim("training at every aspect ratio holds from 9:16 to 16:9", "OmniEdit 5.1",
-                 EDITS, {"PARTS": "aspects"}, "judge_aspects", "over", False,
+                 EDITS, {"PARTS": "aspects", "ARMS": "editnet aspects"}, "judge_aspects", "over", False,
                  "aspects@10", ("editnet@10",), 8, 8, True),
 }
 

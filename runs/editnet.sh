@@ -4,6 +4,7 @@
 #   bash runs/editnet.sh                                       all of it: hours on 4 cores, less than one on a GPU
 #   PARTS=variants SEEDS=0 STEPS=600 bash runs/editnet.sh      a part of it
 #   JUDGE=0 bash runs/editnet.sh                               the trainings without the evaluations
+#   PARTS=variants ARMS="editnet textcontrol" bash runs/editnet.sh         these editors alone
 #   STEPS="1400 900 4500" bash runs/editnet.sh ship            trains assets/editnet (or SHIP) anew: two hours on 2 cores with bf16
 # What is done already is not done again; a run that was cut resumes.
 set -euo pipefail
@@ -14,6 +15,8 @@ PARTS=${PARTS:-variants wiring frozen_text region aspects pefl} SEEDS=${SEEDS:-0
 PEFL_REWARDS=${PEFL_REWARDS:-out/pefl_scenes}  # aesthetic and alignment rewards of runs/pefl_scenes.sh
 SAMPLER="--steps 10 --solver dpm --guidance 3 --image_guidance 1.5"  # of the judge: guided, as editors are used
 JOBS=${JOBS:-$(nproc)}  # trainings side by side
+EVERY="editnet cached controlnet textcontrol concat attend masked attend_masked ft_editnet ft_controlnet ft_textcontrol freeform aspects pefl"
+ARMS=${ARMS:-$EVERY}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 RECIPE="--stage edit --lr 1e-3 --muon_lr 3e-3 --t_shift 4 --text_lr 0.5 --wandb off"
 # constant rate, averaged weights: a run can go on to more steps
@@ -40,9 +43,11 @@ spawn() {  # COMMAND: in the background, JOBS at a time; a job that fails ends t
     if [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; then wait -n; fi
     "$@" & pids+=($!)
 }
+wanted() { case " $ARMS " in *" $1 "*) ;; *) return 1 ;; esac; }
 finish() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }  # bash remembers how each one ended
 train() {  # NAME FLAGS: of the present seed; parts share editnet
     local name=$1; shift
+    wanted "$name" || return 0
     case " $begun " in *" $name$seed "*) return ;; esac
     begun="$begun $name$seed"
     spawn $PY train_omni.py $SHORT --data scenes --steps "$STEPS" --sample_every "${SHEETS:-$STEPS}" --seed "$seed" "$@" --out "$OUT/$name$seed"
@@ -50,12 +55,14 @@ train() {  # NAME FLAGS: of the present seed; parts share editnet
 judge() {  # OUT-NAME FLAGS -- NAMES: all seeds of the named runs on the same held-out edits
     local name=$1 flags=() ckpts=""; shift
     while [ "$1" != -- ]; do flags+=("$1"); shift; done; shift
-    for run in "$@"; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$run$seed"; done; done
+    for run in "$@"; do
+        if wanted "$run"; then for seed in $SEEDS; do ckpts="$ckpts,$OUT/$run$seed"; done; fi
+    done
+    [ -n "$ckpts" ] || return 0
     OMP_NUM_THREADS=$JOBS $PY evaluate.py edits --ckpt "${ckpts#,}" $SAMPLER --n "$N" "${flags[@]}" \
         --save "$OUT/pictures" --out "$OUT/judge_$name" | tee "$OUT/judge_$name.txt"
 }
 
-mkdir -p "$OUT"
 pids=() begun=""
 for part in $PARTS; do
     case $part in
@@ -63,6 +70,13 @@ for part in $PARTS; do
         *) echo "error: PARTS: $part: use variants, wiring, frozen_text, region, aspects, pefl" >&2; exit 2 ;;
     esac
 done
+for arm in $ARMS; do
+    case " $EVERY " in
+        *" $arm "*) ;;
+        *) echo "error: ARMS: $arm: use $EVERY" >&2; exit 2 ;;
+    esac
+done
+mkdir -p "$OUT"
 for seed in $SEEDS; do
     for part in $PARTS; do
         case $part in
@@ -83,7 +97,7 @@ for seed in $SEEDS; do
 done
 finish
 for part in $PARTS; do
-    if [ "$part" = pefl ]; then
+    if [ "$part" = pefl ] && wanted pefl; then
         for seed in $SEEDS; do
             spawn $PY train_pefl.py --base "$OUT/editnet$seed" --aesthetic "$PEFL_REWARDS/aesthetic" \
                 --alignment "$PEFL_REWARDS/alignment" --phases 20/15/10x400 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
@@ -96,7 +110,8 @@ for part in $PARTS; do
     [ "${JUDGE:-1}" = 1 ] || continue
     case $part in
         variants) judge variants -- editnet cached controlnet textcontrol concat
-            $PY evaluate.py t2i --ckpt "assets/base$(for run in editnet concat; do for s in $SEEDS; do echo -n ",$OUT/$run$s"; done; done)" \
+            $PY evaluate.py t2i --ckpt "assets/base$(for run in editnet concat; do
+                if wanted $run; then for s in $SEEDS; do echo -n ",$OUT/$run$s"; done; fi; done)" \
                 --n "$N" --out "$OUT/judge_t2i" | tee "$OUT/judge_t2i.txt" ;;
         wiring) judge wiring -- editnet attend masked attend_masked ;;
         frozen_text) judge frozen_text -- ft_editnet ft_controlnet ft_textcontrol ;;

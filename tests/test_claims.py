@@ -119,10 +119,13 @@ def test_seeds_are_told_from_steps():
     assert {name: group_of(name) for name in known} == known
 
 
-def test_an_unknown_arm_costs_no_time(tmp_path):
-    done = subprocess.run(["bash", "runs/pefl_scenes.sh"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "ARMS": "pefl known+magic", "OUT": str(tmp_path / "o")})
-    assert done.returncode == 2 and "error: ARMS: magic: use pefl, rewardless" in done.stderr
+@pytest.mark.parametrize("script, arms, use", [
+    ("pefl_scenes.sh", "pefl known+magic", "pefl, rewardless"),
+    ("editnet.sh", "editnet magic", "editnet cached"), ("pairs.sh", "plain magic", "plain truth")])
+def test_an_unknown_arm_costs_no_time(tmp_path, script, arms, use):
+    done = subprocess.run(["bash", f"runs/{script}"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "ARMS": arms, "OUT": str(tmp_path / "o")})
+    assert done.returncode == 2 and f"error: ARMS: magic: use {use}" in done.stderr
     assert not (tmp_path / "o").exists()
 
 
