@@ -261,7 +261,8 @@ class EditSampler(Sampler):
 
 
 class Listed:
-    """The given indices once, in order; one shape per batch; positions count along the list."""
+    """The given indices once, in order; one shape per batch; positions count along the list. What cannot be
+    read is left out: its neighbour would count twice in a mean over the list."""
 
     def __init__(self, source, indices, image_size, batch_size, rank, world, aspects, stride):
         self.n, self.requests, group, last = len(source), [], [], None
@@ -421,7 +422,8 @@ class Batches(torch.utils.data.Dataset):
     """Item s is this rank's whole batch of step s, so that nothing depends on the number of workers.
 
     make(index, h, w, rng, notes) -> dict of arrays, str or None; if it raises BadFile the next of the bucket
-    takes the place. SystemExit must not end a worker: problems travel in the batch, the loader decides.
+    takes the place, of a list none does. SystemExit must not end a worker: problems travel in the batch, the
+    loader decides.
     draw(batch) -> entries to add to a batch, or to put in the place of others; None: nothing."""
 
     def __init__(self, order, make, seed, max_bad, draw=None):
@@ -432,8 +434,9 @@ class Batches(torch.utils.data.Dataset):
         r = self.order.request(step)
         first = [self.order.index(r.bucket, s) for s in r.slot]
         samples, index, bad, notes = [None] * len(first), list(first), {}, Counter(wrapped=r.wrapped)
+        listed = isinstance(self.order, Listed)
         for k in np.argsort(first, kind="stable"):  # ascending: neighbours share a row group
-            for attempt in range(self.max_bad + 1):
+            for attempt in range(1 if listed else self.max_bad + 1):
                 index[k] = self.order.index(r.bucket, r.slot[k] + attempt)
                 rng = np.random.default_rng([self.seed, r.epoch, first[k], int(r.copy[k])])
                 try:
@@ -441,9 +444,13 @@ class Batches(torch.utils.data.Dataset):
                     break
                 except BadFile as e:
                     bad[index[k]] = str(e)
-            else:
+            if samples[k] is None and not listed:
                 return dict(bad=bad, notes=dict(notes), read=len(first), fatal=True)
-        batch = dict(index=torch.tensor(index), position=r.position, step=r.step, epoch=r.epoch)
+        left = [k for k, sample in enumerate(samples) if sample is not None]
+        if not left:
+            return dict(index=None, bad=bad, notes=dict(notes), read=0, fatal=False)
+        samples, index, position = ([of[k] for k in left] for of in (samples, index, r.position))
+        batch = dict(index=torch.tensor(index), position=position, step=r.step, epoch=r.epoch)
         for key, value in samples[0].items():
             values = [s[key] for s in samples]
             if not isinstance(value, str):  # pictures stay uint8 here: a quarter of the shared memory
@@ -454,7 +461,7 @@ class Batches(torch.utils.data.Dataset):
             for value in batch.values():  # it would be a batch that never comes
                 if torch.is_tensor(value):
                     value.share_memory_()
-        return batch | dict(bad=bad, notes=dict(notes), read=len(first), fatal=False)
+        return batch | dict(bad=bad, notes=dict(notes), read=len(left), fatal=False)
 
 
 def as_floats(pictures):
@@ -483,7 +490,7 @@ class Loader:
         self.device, self.workers = torch.device(device), workers
         self.source, self.max_bad, self.summary = source, max_bad, f"{source.name}: {order.summary()}"
         self.steps_per_epoch, self._steps = len(order), steps or range(len(order))
-        self._given = self._deaths = 0
+        self._given = self._empty = self._deaths = 0
         self._bad, self._read, self._notes = {}, 0, Counter()
         self._batches, self._items = None, Batches(order, make, seed, max_bad, draw)
 
@@ -542,7 +549,13 @@ class Loader:
         return self
 
     def __next__(self):
-        batch = self._fetch()
+        try:
+            batch = self._fetch()
+        except StopIteration:
+            if self._given and self._given == self._empty:
+                raise SystemExit(f"{list(self._bad.values())[-1]} (none of the {len(self._bad)} listed can "
+                                 f"be read: repair {self.source.name})") from None
+            raise
         self._given += 1
         bad, fatal = batch.pop("bad"), batch.pop("fatal")
         self._notes.update(batch.pop("notes"))
@@ -554,6 +567,9 @@ class Loader:
         if fatal or too_many(len(self._bad), self._read, self.max_bad):
             raise SystemExit(f"{list(self._bad.values())[-1]} (the last of {len(self._bad)} bad files among "
                              f"{self._read} read, too many to go on: repair {self.source.name})")
+        if batch["index"] is None:
+            self._empty += 1
+            return next(self)
         for key, value in batch.items():
             if torch.is_tensor(value):
                 batch[key] = value = value.to(self.device, non_blocking=True)
@@ -611,7 +627,8 @@ def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, rank
     caption there.
 
     step is 0 and position the place in `indices`, so noise from (seed, step, position) knows no batch size or
-    world. Rank r takes the r-th share; a batch ends early at the end and where the shape changes."""
+    world. Rank r takes the r-th share; a batch ends early at the end and where the shape changes. A bad file
+    is named, counted and left out; SystemExit where all are bad, and as in `make_loader`."""
     order = Listed(source, [int(i) for i in indices], image_size, batch_size, rank, world, aspects, stride)
     make = partial(make_sample, source, mixture(tasks), 0.0, False)
     return Loader(source, order, make, 0, workers, None, **to)

@@ -590,6 +590,24 @@ def test_eval_batches_are_listed_pictures_in_order(mixed):
         make_eval_batches(mixed, [30], 16, 1, stride=4)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_of_a_list_what_cannot_be_read_is_left_out(tmp_path, capsys, size):
+    """In the place of a bad picture its neighbour, which is in the list too, would count twice."""
+    folder(tmp_path, 6)
+    source = open_source(str(tmp_path), "all")
+    for bad in (2, 3):
+        (tmp_path / f"{bad:03d}.png").write_bytes(b"no picture")
+    batches = make_eval_batches(source, range(6), 16, size, stride=4, tasks={"inpaint": 1})
+    seen = list(batches)
+    assert [i for b in seen for i in b["index"].tolist()] == [0, 1, 4, 5]
+    assert [p for b in seen for p in b["position"]] == [0, 1, 4, 5]  # noise is drawn by position
+    assert [c for b in seen for c in b["caption"]] == [f"caption {i}" for i in (0, 1, 4, 5)]
+    assert all(len(b["image"]) == len(b["index"]) for b in seen)
+    assert batches.stats() == {"read": 6, "skipped": 2} and capsys.readouterr().err.count("skipped: ") == 2
+    with pytest.raises(SystemExit, match="none of the 2 listed can be read: repair"):
+        next(make_eval_batches(source, [2, 3], 16, size, stride=4))
+
+
 # preferences
 
 
