@@ -126,6 +126,30 @@ for part in $PARTS; do
             for scale in $SCALES; do  # pictures of one scale are enough to look at
                 keep=(); if [ "$scale" = 1.5 ]; then keep=(--save "$OUT/pictures"); fi
                 judge "refine_$scale" --image_guidance "$scale" "${keep[@]}" -- raw refined unpaired filtered exactly
-            done ;;
+            done
+            $PY - "$OUT" $SCALES <<'PYTHON'
+# CosXL-Edit's Fig. 2 with the truth for a judge: edits done to the right, other facts kept up, a curve for each set of pairs
+import sys
+from pathlib import Path
+import numpy as np
+from runs.curves import deviation, plot, table
+from runs.table import group_of
+(out, *scales), curves = sys.argv[1:], {}
+for scale in scales:
+    scores = np.load(f"{out}/judge_refine_{scale}/scores.npz")
+    seeds = {}  # arm -> [done, kept] of each seed, percent, means over tasks
+    for i, name in enumerate(scores["names"].tolist()):
+        done, kept = (100 * np.mean([np.nanmean(rows[i]) for key, rows in scores.items() if key.endswith(f"/{metric}")])
+                      for metric in ("edit", "kept_share"))
+        seeds.setdefault(group_of(name).split("@")[0], []).append((done, kept))
+    for arm, points in seeds.items():
+        x, y = np.array(points).T
+        curves.setdefault(arm, []).append({"image_guidance": float(scale), "x": x.mean(), "y": y.mean(), "x_std": deviation(x),
+                                           "y_std": deviation(y)})
+names = "edits done, %", "other facts kept, %"
+Path(f"{out}/curves_refine.md").write_text(table(curves, *names))
+plot(curves, *names).save(f"{out}/curves_refine.png")
+PYTHON
+            ;;
     esac
 done

@@ -147,6 +147,8 @@ def test_claims_end_to_end(tmp_path, monkeypatch, capfd, lines):
         assert line in page and "1 seed, few steps" in page
         assert Image.open(tmp_path / f"o/{name}.png").height > 300
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
+    if "C7" in lines:
+        assert Image.open(tmp_path / "o/pairs_quick/curves_refine.png").height > 300
     cfg.claims = cfg.claims[-1:]  # of two, which share what they are made from, one is enough: 14 processes
     CLAIMS["main"](cfg)
     assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "o").rglob("*.npz")}
