@@ -16,6 +16,7 @@ A source that draws says in .wrong which share of its pairs is scored low.
 Optional: .task_of int8 [n] (places in .tasks, -1 none) and .scores float32 [n] (NaN none), .runs and .window.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -121,6 +122,21 @@ def _wordings(value):
     return [v for v in values if isinstance(v, str) and printable(v[:9999])]
 
 
+def joined(names):
+    """Names of two things each [N, 2], as numbers -> the least name that is joined with it, through however
+    many others, for each [N]."""
+    known, place = np.unique(names, return_inverse=True)
+    a, b = place.reshape(-1, 2).T
+    least, before = np.arange(len(known)), None
+    while before is None or (least != before).any():
+        before, both = least, np.minimum(least[a], least[b])
+        least = least.copy()
+        np.minimum.at(least, a, both)
+        np.minimum.at(least, b, both)
+        least = least[least]  # halves the way of a chain
+    return known[least[a]]
+
+
 def _same_aspect(a, b):
     return max(a[0] * b[1], a[1] * b[0]) <= ASPECT * min(a[0] * b[1], a[1] * b[0])
 
@@ -172,6 +188,11 @@ class _Edits:
             if n:
                 print(f"note: {name}: {n:,} of task {printable(task)[:40]!r}, none of {', '.join(TASKS)}: "
                       "they count as pairs without a task", file=sys.stderr)
+
+    def _keep(self, which):
+        self.rows, self.task_of, self.scores, self.sizes = (
+            column[which] for column in (self.rows, self.task_of, self.scores, self.sizes))
+        self.runs = [len(self.rows)]
 
     def __len__(self):
         return len(self.rows)
@@ -267,19 +288,30 @@ class EditParquet(_Edits):
 
 
 class EditLines(_Edits):
-    """JSON lines with the keys of a preset; paths are relative to the file. In memory: where lines begin."""
+    """JSON lines with the keys of a preset; paths are relative to the file. In memory: where lines begin.
+
+    Pairs without a key are split by what they show: an addition and its removal, which exchange source and
+    target, and the edits of an edit stay on one side."""
 
     def __init__(self, files, name, preset, split):
         self.preset, self.alpha, self.files = PRESETS[preset], PRESETS[preset].alpha, list(map(str, files))
-        self.starts, self.file_of = array("q"), array("i")
+        self.starts, self.file_of, self._names = array("q"), array("i"), array("Q")
+        parents = [os.path.dirname(os.path.abspath(file)) for file in self.files]
+        self.folders = [os.path.relpath(p, os.path.commonpath(parents)) for p in parents]
 
         def rows():
             for k, file in enumerate(self.files):
                 for row in json_lines(file, self.starts):
                     self.file_of.append(k)
+                    self._names.extend((0, 0))
                     yield row
 
-        self._take(name, rows(), split, self._light)
+        self._take(name, rows(), "all", self._light)
+        if split != "all":
+            family = joined(np.array(self._names).reshape(-1, 2))[self.rows]
+            held = np.array([held_out(str(f), HELDOUT) for f in family], bool)
+            self._keep(held == (split == "heldout"))
+        del self._names
 
     def _cell(self, row, what):
         return next((row[k] for k in getattr(self.preset, what) if row.get(k) is not None), None)
@@ -295,9 +327,14 @@ class EditLines(_Edits):
         if not isinstance(self._cell(row, "mask"), str | None):
             raise ValueError("the mask is not a file name")
         size = [row.get(s) for s in self.preset.size]
-        key = self._cell(row, "key") or self._cell(row, "source")
-        # lines are read one at a time, so the last start is this line's
-        return dict(row=len(self.file_of) - 1, size=size or None, key=key, id=row.get("omni_edit_id"),
+        key = self._cell(row, "key")
+        of = (("key", key),) * 2 if key else [(self.folders[self.file_of[-1]], self._cell(row, what))
+                                              for what in ("source", "target")]
+        # lines are read one at a time, so the last start, and the last names, are this line's
+        for side, named in zip((-2, -1), of):
+            digest = hashlib.sha256(json.dumps(named).encode("utf-8", "replace")).digest()
+            self._names[side] = int.from_bytes(digest[:8], "big")
+        return dict(row=len(self.file_of) - 1, size=size or None, id=row.get("omni_edit_id"),
                     task=self._cell(row, "task"), score=self._cell(row, "score"))
 
     def _row(self, i):
@@ -356,8 +393,8 @@ class EditFolders(_Edits):
 def open_preset(preset, path, split):
     """Edit source of a set in one of the layouts above: a file, or a folder of its files; SystemExit if there
     is none. split "train", "heldout" or "all": files or folders named dev, val, test ... are held out, else
-    5% of the pairs by a hash of their source's name, id or caption (its edits stay together), but for
-    InstructPix2Pix's folders (EditFolders)."""
+    5% of the pairs by a hash of their source's name, id or caption (its edits stay together; of JSON lines
+    without a key all that share a picture), but for InstructPix2Pix's folders (EditFolders)."""
     spec, path = f"{preset}:{path}", Path(path)
     if not path.exists():
         raise SystemExit(f"error: {spec}: no such file or folder: correct the path")

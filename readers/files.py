@@ -484,22 +484,32 @@ def held_out(key, fraction):
 def part_of(folder, split):
     """A folder's subfolder for a split, and what split is still to be made in it -> (path, split).
 
-    With train/ the held-out part is the folder beside it that has one of HELDOUT_NAMES, if there is one."""
+    With train/ (or training/) the held-out part is the folder beside it that has the first of HELDOUT_NAMES
+    that is there; without, `is_held` tells a folder's files apart."""
     path = Path(folder)
-    if split == "all" or not (path / "train").is_dir():
+    train = next((path / n for n in ("train", "training") if (path / n).is_dir()), None)
+    if split == "all" or train is None:
         return path, split
     held = [path / n for n in HELDOUT_NAMES if (path / n).is_dir()]
-    return held[0] if held and split == "heldout" else path / "train", "all" if held else split
+    return held[0] if held and split == "heldout" else train, "all" if held else split
+
+
+def is_held(name, depth=None):
+    """Whether a relative file name is of a held-out part: in a folder named as in HELDOUT_NAMES (of the outer
+    `depth` ones; None: of any), or itself a file such as dev-00000-of-00001.parquet."""
+    *folders, file = Path(name).parts
+    inside_one = any(f in HELDOUT_NAMES for f in folders[:depth])
+    return inside_one or depth is None and re.split("[-.]", file)[0] in HELDOUT_NAMES
 
 
 def files_of(path, split, suffix):
     """A file, or a folder's files of one suffix, of a split -> (files, the split yet to be made of the rows).
 
-    Files named as in HELDOUT_NAMES (dev-00000-of-00001.parquet) are the held-out part, if there are any."""
+    Those of `is_held` are the held-out part, if there are any."""
     if path.is_file():
         return [path], split
     files = sorted(f for f in path.rglob("*" + suffix) if f.is_file())
-    held = [f for f in files if re.split("[-.]", f.name)[0] in HELDOUT_NAMES]
+    held = [f for f in files if is_held(f.relative_to(path))]
     if split == "all" or not held:
         return files, split
     return held if split == "heldout" else [f for f in files if f not in held], "all"

@@ -29,6 +29,7 @@ from readers.files import (
     held_out,
     image_size,
     inside,
+    is_held,
     json_lines,
     mix,
     part_of,
@@ -96,7 +97,9 @@ class Folder:
         if split != "heldout" and not any(r.caption for r in rows) and not any(beside):
             self._note("no picture has a caption, so all are used without words: for captions put NAME.txt "
                        "beside NAME.png, or text into metadata.jsonl")
-        self.rows = [r for r in rows if split == "all" or held_out(r.file, share) == (split == "heldout")]
+        named = {r.file for r in rows if is_held(r.file, 1)}
+        self.rows = [r for r in rows if split == "all" or (
+            r.file in named if named else held_out(r.file, share)) == (split == "heldout")]
 
     def _note(self, words):
         if words and int(os.environ.get("RANK", 0)) == 0:
@@ -204,7 +207,8 @@ def open_source(spec, split="train"):
     packed -> source; SystemExit on all else.
 
     split "train", "heldout" or "all". A folder's held-out part is its subfolder or parquet files of a name in
-    HELDOUT_NAMES, otherwise 5% of the rows, by a hash of the file name or row number."""
+    HELDOUT_NAMES, with a train/ beside it or without; where there is none 5% of the rows, by a hash of the
+    file name or row number."""
     if split not in ("train", "heldout", "all"):
         raise SystemExit(f"error: split: {split!r}: use train, heldout or all")
     if spec.partition(":")[0] == "scenes":

@@ -750,3 +750,17 @@ def test_real_pictures(spec):
         assert a["segments"] is not None and set(a["caption"] + b["caption"]) <= {"", masks.ERASE_PROMPT}
     else:
         assert any(c.startswith("a photo of") for c in a["caption"] + b["caption"])
+
+
+@pytest.mark.parametrize("train, held", [("", "val"), ("train", "val"), ("training", "validation"),
+                                         ("", "test")])
+def test_a_part_of_its_own_is_held_out_and_never_trained_on(tmp_path, train, held):
+    """With a train/ beside it or without; a nested folder of such a name is a subject, not a part."""
+    for at, n in ((train, 12), (held, 4), (Path(train, "trip/test"), 2)):
+        (tmp_path / at).mkdir(parents=True, exist_ok=True)
+        folder(tmp_path / at, n, captions=False)
+    source = {split: open_source(str(tmp_path), split) for split in ("train", "heldout")}
+    files = {k: {str((Path(s.root) / r.file).relative_to(tmp_path)) for r in s.rows}
+             for k, s in source.items()}
+    assert files["heldout"] == {f"{held}/{i:03d}.png" for i in range(4)}
+    assert len(files["train"]) == 14 and not any(f.startswith(held) for f in files["train"])

@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 from data import EditSampler, bucket, make_edit_loader
-from readers.edits import open_edits
+from readers.edits import joined, open_edits
 from readers.files import BadFile
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -131,6 +131,9 @@ def test_omniedit(tmp_path):
     dev = omniedit(tmp_path, 3, "data/dev-00000-of-00001.parquet")
     assert len(open_edits(f"omniedit:{tmp_path}", "heldout")) == 3 and dev.exists()
     assert len(open_edits(f"omniedit:{tmp_path}")) == 14
+    (tmp_path / "lines/val").mkdir(parents=True)
+    jsonl(tmp_path / "lines", 6), jsonl(tmp_path / "lines/val", 2)
+    assert [len(open_edits(f"jsonl:{tmp_path}/lines", s)) for s in ("train", "heldout", "all")] == [6, 2, 8]
 
 
 @pytest.mark.parametrize("said", ["input", "caption"])
@@ -508,13 +511,28 @@ def test_row_groups_are_read_together(tmp_path):
 
 def test_held_out_pairs_are_stable_and_keep_a_picture_together(tmp_path):
     path = jsonl(tmp_path, 1)
-    rows = [dict(source=f"{i % 80}.png", edited="t.png", instruction=f"{i}") for i in range(400)]
+    rows = [dict(source=f"{i % 80}.png", edited=f"{i}t.png", instruction=f"{i}") for i in range(400)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     parts = [set(open_edits(str(path), s).rows.tolist()) for s in ("train", "heldout", "all")]
     assert parts[0] | parts[1] == parts[2] and not parts[0] & parts[1] and 0 < len(parts[1]) < 60
     assert not {r % 80 for r in parts[0]} & {r % 80 for r in parts[1]}
     shutil.move(path, tmp_path / "other.jsonl")
     assert set(open_edits(str(tmp_path / "other.jsonl"), "heldout").rows.tolist()) == parts[1]
+
+
+def test_twins_and_chains_without_a_key_are_on_one_side(tmp_path):
+    """A removal and its addition exchange their pictures; an edit of an edit begins where it ended."""
+    path = jsonl(tmp_path, 1)
+    rows = [dict(source=f"{a}.png", edited=f"{b}.png", instruction="x") for i in range(300)
+            for a, b in ((f"a{i}", f"b{i}"), (f"b{i}", f"a{i}"), (f"b{i}", f"c{i}"))]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "deeper").mkdir()  # pictures of the same names there are others
+    shutil.copy(path, tmp_path / "deeper/pairs.jsonl")
+    train, held = (open_edits(f"jsonl:{tmp_path}", s).rows for s in ("train", "heldout"))
+    assert not set(train // 3) & set(held // 3) and len(train) + len(held) == 1800
+    assert 15 < len(set(held // 3)) < 50
+    assert set(held[held < 900]) != set(held[held >= 900] - 900)
+    assert joined(np.array([[1, 2], [3, 2], [7, 8], [4, 3], [8, 8]])).tolist() == [1, 1, 7, 1, 7]
 
 
 def test_eval_batches_are_centre_crops_in_order(mixed):
