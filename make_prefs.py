@@ -146,15 +146,16 @@ def clear(near: float, far: float, margin: float) -> bool:
 
 
 def false_captions(s: Scene, seed: int, index: int, image: str, kinds: list[str]) -> list[dict]:
-    """Alignment pairs {image, better, worse, kind} of one picture: a true caption against the same sentence
-    wrong in a fact of the kind, or against another scene's ("scene"), as mismatched pairs of the web are
-    (ByteEdit Sec. 3.2)."""
+    """Alignment pairs {image, better, worse, kind, family} of one picture: a true caption against the same
+    sentence wrong in a fact of the kind, or against another scene's ("scene"), as mismatched pairs of the web
+    are (ByteEdit Sec. 3.2). index: the scene's, or -1 - index: other captions, for another picture of it."""
     rows = []
     for draw, ask in enumerate(kinds):
         say = (seed, index % 2**32, 14 + draw)
         better = scene_text.caption(s, rng_for(*say))
         worse, kind = scene_text.false_caption(s, rng_for(*say), ask)
-        rows.append({"image": image, "better": better, "worse": worse, "kind": kind})
+        rows.append({"image": image, "better": better, "worse": worse, "kind": kind,
+                     "family": max(index, -1 - index)})
     return rows
 
 
@@ -166,8 +167,9 @@ def draw_kinds(seed: int, index: int, mismatched: float, n: int = 3) -> list[str
 
 def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
     """Writes OUT/images/*.png, OUT/aesthetic.json (ImageReward's items: truth, best and worst of k; a
-    picture and its degraded copy) and OUT/alignment.jsonl ({image, better, worse, kind}: true and false
-    caption).
+    picture and its degraded copy) and OUT/alignment.jsonl ({image, better, worse, kind, family}: true and
+    false caption). family, in both: the source's index, of which no two pictures may be on both sides of a
+    split.
 
     source: open_source(cfg.data). pipe: the base, which fills the holes. -> counts for results.json.
     BadFile when too many pictures cannot be read.
@@ -175,6 +177,8 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
     size, seed, steps = pipe.size, cfg.seed, common.numbers(cfg.steps, "steps", 1)
     bf16 = cfg.precision == "bf16"
     (out / "images").mkdir(exist_ok=True)
+    for name in ("aesthetic.json", "alignment.jsonl"):  # of an earlier run, whose pictures are overwritten
+        (out / name).unlink(missing_ok=True)
     drawn = isinstance(source, dataset.Scenes)  # false captions of a scene are wrong in a known fact
     items, captions, wins, bad, read = [], [], 0, 0, 0
     bar = log.progress(cfg.n, desc="preferences")
@@ -231,9 +235,10 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
             told = [("truth", "best"), ("truth", "worst"), *([("best", "worst")] if told else [])]
             far = {"truth": 0.0, "best": float(distance[best[j], j]), "worst": float(distance[worst[j], j])}
             items += [{"prompt": prompts[j], "generations": [files[a], files[b]], "ranking": [1, 2],
-                       "kind": f"{a} over {b}", "gap": round(far[b] - far[a], 6)} for a, b in told]
+                       "kind": f"{a} over {b}", "gap": round(far[b] - far[a], 6), "family": index}
+                      for a, b in told]
             items += [{"prompt": prompts[j], "generations": [files[k], files[f"{k}_bad"]], "ranking": [1, 2],
-                       "kind": kind} for k, kind in how.items()]
+                       "kind": kind, "family": index} for k, kind in how.items()]
 
             # 3) false captions: of a scene, one that its picture belies (of a generated one: its known
             #    part); of a photo, the caption of another that says something else
@@ -245,7 +250,7 @@ def make_prefs(cfg: Config, out: Path, source, pipe: pipeline.Pipe) -> dict:
             elif prompts[j] and (others := [c for c in prompts if c not in ("", prompts[j])]):
                 worse = others[rng.integers(len(others))]
                 captions.append({"image": files["truth"], "better": prompts[j], "worse": worse,
-                                 "kind": "other"})
+                                 "kind": "other", "family": index})
     bar.close()
     first = cfg.offset + cfg.n
     for index in range(first, first + cfg.captions):

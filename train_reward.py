@@ -257,17 +257,15 @@ def same_run(cfg: Config, manifest: dict, bf16: bool) -> None:
 
 
 def open_all(paths: str, split: str, cfg: Config) -> preferences.Pairs:
-    """Pairs of one or several files (PATH,PATH) as one list; split as in data.open_pairs."""
-    files = [preferences.open_pairs(p, split, cfg.images, cfg.val_fraction) for p in paths.split(",")]
-    if len(files) == 1:
-        return files[0]
+    """Pairs of one or several files (PATH,PATH) as one list, split as one (readers/preferences.py: part)."""
+    files = [preferences.open_pairs(p, images=cfg.images) for p in paths.split(",")]
     joined, root = preferences.Pairs(), os.path.commonpath([os.path.abspath(f.root) for f in files])
     joined.name, joined.root, joined.bad_rows = paths, root, sum(f.bad_rows for f in files)
     for f in files:
         sub = os.path.relpath(f.root, root)
-        joined += [p._replace(image_better=f"{sub}/{p.image_better}", image_worse=f"{sub}/{p.image_worse}")
-                   for p in f]
-    return joined
+        joined += f if sub == "." else [p._replace(image_better=f"{sub}/{p.image_better}",
+                                                   image_worse=f"{sub}/{p.image_worse}") for p in f]
+    return preferences.part(joined, split, cfg.val_fraction)
 
 
 def captions_of(pairs: preferences.Pairs) -> list[str]:

@@ -651,7 +651,7 @@ def test_flat_pairs_and_their_loader(prefs, capsys):
 
 
 def test_pairs_split_by_prompt_and_by_picture(prefs):
-    rows = [{"caption": f"c{i % 50}", "better": f"{i % 6:03d}.png", "worse": "x.png"} for i in range(400)]
+    rows = [{"caption": f"c{i % 50}", "better": f"a{i}.png", "worse": f"b{i}.png"} for i in range(400)]
     (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     parts = [open_pairs(prefs / "p.jsonl", s, fraction=0.3) for s in ("train", "heldout")]
     prompts = [{p.caption_better for p in part} for part in parts]
@@ -667,7 +667,18 @@ def test_pairs_split_by_prompt_and_by_picture(prefs):
     parts = [open_pairs(prefs / "p.jsonl", s, fraction=0.3) for s in ("train", "heldout")]
     shown = [{x for p in part for x in (p.image_better, p.image_worse)} for part in parts]
     assert sum(map(len, parts)) == 400 and not shown[0] & shown[1] and 60 < len(parts[1]) < 180
-    (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:8]))  # of two families one
+    # two prompts of the same pictures, and pictures of one family, as a scene and its refilled copy
+    rows = [{"caption": f"{word} {i}", "better": f"{i}_a.png", "worse": f"{i}_b.png"} for i in range(100)
+            for word in ("good", "fine")]
+    texts = [{"image": f"{i}_{k}.png", "better": f"b{i}{k}", "worse": "w", "family": i} for i in range(100)
+             for k in "tb"]
+    for some in (rows, texts):
+        (prefs / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+        parts = [open_pairs(prefs / "q.jsonl", s, fraction=0.3) for s in ("train", "heldout")]
+        shown = [{p.image_better.split("_")[0] for p in part} for part in parts]
+        assert sum(map(len, parts)) == 200 and not shown[0] & shown[1] and 15 < len(shown[1]) < 45
+    rows = [{"caption": "", "better": f"{i // 4}_a.png", "worse": f"{i // 4}_b.png"} for i in range(8)]
+    (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))  # of two families one
     assert [len(open_pairs(prefs / "p.jsonl", s, fraction=0.01)) for s in ("train", "heldout")] == [4, 4]
     assert len(open_pairs(prefs / "p.jsonl", "train", fraction=0.0)) == 8
     with pytest.raises(SystemExit, match="no such file"):

@@ -349,6 +349,8 @@ def test_prefs_are_read_by_data(folders, tmp_path):
     assert len(pairs) >= 48 and not any("truth.png" in p.image_worse for p in pairs)
     texts = preferences.open_pairs(tmp_path / "p/alignment.jsonl")
     assert len(texts) == 4 * 12 and all(p.caption_better != p.caption_worse for p in texts)
+    for opened in (pairs, texts):  # a scene has pairs of its own picture and of its refilled copy
+        assert len({p.family for p in opened}) == 12 == len({p.image_better[:15] for p in opened})
     for opened in (pairs, texts):
         batch = next(iter(data.pair_loader(opened, SIZE, 4, workers=0)))
         assert batch["better"].shape == batch["worse"].shape == (4, 3, SIZE, SIZE)
@@ -367,6 +369,12 @@ def test_prefs_skip_bad_pictures(folders, tmp_path, capsys):
     assert "skipped: " in said and "2.png: damaged" in said and "1 picture(s) skipped" in said
     kinds = [x["kind"] for x in json.loads((tmp_path / "p/aesthetic.json").read_text())]
     assert kinds.count("truth over best") == n - 1 and sum(" over " not in k for k in kinds) == 2 * (n - 1)
+    assert (tmp_path / "p/alignment.jsonl").is_file()
+    for i in range(6):  # again, of pictures without captions: what was said of the old ones is gone
+        (tmp_path / f"in/{i}.txt").unlink()
+    make_prefs.main(make_prefs.Config(str(folders / "editor"), str(tmp_path / "p"), str(tmp_path / "in"), n=n,
+                                      k=2, steps="1", device="cpu"))
+    assert not (tmp_path / "p/alignment.jsonl").exists() and (tmp_path / "p/aesthetic.json").is_file()
 
 
 @pytest.mark.parametrize("change, words", [

@@ -325,3 +325,17 @@ def test_starts_from_published_weights(folder, tmp_path, name):
     assert torch.equal(got["model/mlp.layers.0.weight"], net.mlp.layers[0].weight) == (name == "imagereward")
     refused = run(command(folder / "captions.jsonl", tmp_path / "no", init=f"{name}:only_one"), fails=True)
     assert refused.splitlines()[-1].startswith(f"error: --init: {name}:only_one: give")
+
+
+def test_several_files_are_split_as_one(tmp_path):
+    """A prompt of two files is on one side, also where a small file must hold one out."""
+    for name, prompts in (("a", range(4)), ("b", range(14))):
+        (tmp_path / name).mkdir()
+        rows = [{"caption": f"prompt {i}", "better": f"{i}.png", "worse": f"{i}w.png"} for i in prompts]
+        (tmp_path / name / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    cfg = train_reward.Config(pairs=f"{tmp_path}/a/p.jsonl,{tmp_path}/b/p.jsonl", val_fraction=0.1)
+    parts = [train_reward.open_all(cfg.pairs, split, cfg) for split in ("train", "heldout", "all")]
+    prompts = [{p.caption_better for p in part} for part in parts]
+    assert not prompts[0] & prompts[1] and prompts[1] and prompts[0] | prompts[1] == prompts[2]
+    assert len(parts[2]) == 18 == len({p.image_better for p in parts[2]})  # pictures of two folders
+    assert {p.image_better.split("/")[0] for p in parts[2]} == {"a", "b"}
