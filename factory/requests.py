@@ -19,6 +19,7 @@ BadFile for what cannot be used.
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from readers.files import (
     image_size,
     inside,
     json_lines,
+    photo_of,
     printable,
     read_image,
     read_labels,
@@ -116,10 +118,11 @@ class Lines:
     """Requests in JSON lines; paths are relative to the file.
 
     source (a picture), task, instruction (a string or a list of wordings); the object as mask (a picture),
-    or segments (a label map) and label, or box [x0, y0, x1, y1] in pixels, labels and boxes also in lists,
-    for several objects together; perhaps source_caption,
-    target_caption, prompt (default: target_caption), behind (of removals: a predicted caption of what is
-    behind), add_instruction (of removals: their inverse), key, family (default: the source's bytes).
+    or segments (a label map) and label, or box [x0, y0, x1, y1] in pixels of the picture as shown, labels and
+    boxes also in lists, for several objects together; perhaps source_caption, target_caption, prompt
+    (default: target_caption), behind (of removals: a predicted caption of what is behind), add_instruction
+    (of removals: their inverse), key (default: a hash of all that tells requests apart), family (default: the
+    source's bytes). A mask or label map is turned as EXIF turns its photo.
     """
 
     def __init__(self, path, tasks, n, offset=0):
@@ -137,6 +140,12 @@ class Lines:
         self.rows = rows[offset:offset + n] if n else rows[offset:]
         if not self.rows:
             raise SystemExit(f"error: --data: {path}: no request of the tasks {', '.join(tasks)}: add some")
+        key, times = Counter(map(self.key, range(len(self)))).most_common(1)[0]
+        if times > 1:
+            row = next(row for i, row in enumerate(self.rows) if self.key(i) == key)
+            about = printable(f"{row['task']} in {row['source']}")[:80]
+            raise SystemExit(f"error: --data: {path}: {times} requests have the key {printable(key)[:60]}"
+                             f" ({about}): remove all but one, or give each a key of its own")
 
     @staticmethod
     def _row(row):
@@ -185,7 +194,8 @@ class Lines:
 
     def key(self, i):
         row = self.rows[i]
-        said = json.dumps([row["source"], row["instruction"]])
+        said = json.dumps([row["source"], row["instruction"], row["task"],  # one wording may mean two people
+                           *(row.get(k) for k in ("mask", "segments", "label", "box"))])
         return str(row.get("key") or hashlib.sha256(said.encode()).hexdigest()[:16])
 
     def size(self, i):
@@ -197,9 +207,9 @@ class Lines:
         image, family = read_image(path), row.get("family")
         size, mask = image.shape[:2], None
         if row.get("mask"):
-            mask = read_mask(inside(self.folder, row["mask"]), *size)
+            mask = read_mask(inside(self.folder, row["mask"]), *size, photo=photo_of(path))
         elif row.get("segments"):  # Open Images' maps have a size of their own
-            labels = read_labels(inside(self.folder, row["segments"]), None)
+            labels = read_labels(inside(self.folder, row["segments"]), None, photo_of(path))
             mask = np.isin(labels, row["label"]).astype(np.float32)
         elif row.get("box"):
             mask = np.zeros(size, np.float32)

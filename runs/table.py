@@ -1,9 +1,10 @@
 """Seeds of one name as one row, and how names differ: python runs/table.py OUT METRIC [METRIC ...]
 
 Reads scores.npz of `evaluate.py edits` or `scenes --out OUT`, for checkpoints NAME0, NAME1, ... of k seeds,
-and prints markdown tables: the mean, and each NAME minus the first, seed by seed and scene by scene. After ±:
-half a 95 % interval, t sqrt(e^2 + s^2 / k), with e the error over scenes of the seeds' mean, s the spread of
-the seeds, and Student's t for Satterthwaite's degrees of freedom. Rates are percent.
+and prints markdown tables: the mean, and each NAME minus the first, seed by seed and scene by scene (of two
+numbers of seeds where one is 1). After ±: half a 95 % interval, t sqrt(e^2 + s^2 / k), with e the error over
+scenes of the seeds' mean, s the spread of the seeds, and Student's t for Satterthwaite's degrees of freedom.
+Rates are percent.
 """
 
 import math
@@ -51,10 +52,24 @@ def quantile(freedom: float) -> float:
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3))
 
 
+NAME = re.compile(r"(\w+:)?(.*/)?((?!step_)[^/]*?)(\d*)(/step_\d+)?(@\d+)?(?: \(\d+\))?$")
+
+
 def group_of(name: str) -> str:
-    """OUT/NAME0/step_00000700@20 -> NAME/step_00000700@20: without folder and seed."""
-    parts = re.match(r"(?:.*/)?((?!step_)[^/]*?)(\d*)(/step_\d+)?(@\d+)?(?: \(\d+\))?$", name)
-    return "".join(filter(None, (parts[1], parts[3], parts[4])))
+    """METHOD:OUT/NAME0/step_00000700@20 -> METHOD:NAME/step_00000700@20: without folder and seed."""
+    method, _, stem, _, step, at = NAME.match(name).groups(default="")
+    return method + stem + step + at
+
+
+def groups_of(names: list[str]) -> dict[str, list[int]]:
+    """NAME@STEPS -> the places of its seeds. Seeds are of one folder and method; where two folders have the
+    same name, the folders stand before it."""
+    found = {}
+    for i, name in enumerate(names):
+        method, folder, stem, _, step, at = NAME.match(name).groups(default="")
+        found.setdefault(method + folder + stem + step + at, []).append(i)
+    short = [group_of(names[at[0]]) for at in found.values()]
+    return {s if short.count(s) == 1 else full: at for s, (full, at) in zip(short, found.items())}
 
 
 def main(out: str, metrics: list[str]) -> None:
@@ -65,9 +80,7 @@ def main(out: str, metrics: list[str]) -> None:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         raise SystemExit(f"error: {path}: missing or damaged: name a folder that `evaluate.py edits` or "
                          "`scenes` wrote") from None
-    groups = {}  # NAME@STEPS -> rows
-    for i, name in enumerate(names):
-        groups.setdefault(group_of(name), []).append(i)
+    groups = groups_of(names)
     (first, of_first), *others = groups.items()
     keys = [key.rsplit("/", 1) for key in found]
     for metric in metrics:
@@ -82,8 +95,10 @@ def main(out: str, metrics: list[str]) -> None:
             print(f"\n{f'{metric} {aspect}'.strip()}\n")
             print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
             shown = [(group, at, None) for group, at in groups.items()]
-            shown += [(f"{group} - {first}", at, of_first) for group, at in others
-                      if len(at) == len(of_first)]
+            for group, at in others:  # one alone, such as the base, is compared with every seed
+                k = max(len(at), len(of_first))
+                if {len(at), len(of_first)} <= {1, k}:
+                    shown.append((f"{group} - {first}", at * (k // len(at)), of_first * (k // len(of_first))))
             for title, at, less in shown:
                 row = [cell([r[at] - (r[less] if less else 0) for r in rows], metric in RATES, not aspect)
                        for rows in columns.values()]

@@ -111,12 +111,26 @@ def test_all_claims_of_the_table_that_can_be_judged_so_have_a_command(capsys):
 
 
 def test_seeds_are_told_from_steps():
-    group_of = runpy.run_path(str(ROOT / "runs/table.py"))["group_of"]
+    table = runpy.run_path(str(ROOT / "runs/table.py"))
+    group_of, groups_of = table["group_of"], table["groups_of"]
     known = {"out/x/pefl0/step_00000700@20": "pefl/step_00000700@20", "assets/base@8": "base@8",
              "one1": "one", "noise+known0@20": "noise+known@20",
              "out/x/late12/step_00000060@20": "late/step_00000060@20", "out/editnet2@20 (3)": "editnet@20",
              "assets/base@20, blurred": "base@20, blurred"}
     assert {name: group_of(name) for name in known} == known
+    methods = ["assets/base@20", "sdedit:assets/base@20", "out/a/pefl0@8", "out/a/pefl1@8", "out/b/pefl0@8"]
+    assert groups_of(methods) == {"base@20": [0], "sdedit:base@20": [1], "out/a/pefl@8": [2, 3],
+                                  "out/b/pefl@8": [4]}
+
+
+def test_one_without_seeds_is_compared_with_each_seed(tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(4, 30))
+    np.savez(tmp_path / "scores.npz", names=["assets/base@20", *(f"o/pefl{i}@20" for i in range(3))],
+             **{"edit/texture": rows})
+    table = runpy.run_path(str(ROOT / "runs/table.py"))
+    table["main"](str(tmp_path), ["texture"])
+    mean, half = table["estimate"]([rows[1:] - rows[:1]], True)
+    assert f"| pefl@20 - base@20 | {mean:.4f} ± {half:.4f} |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script, arms, use", [

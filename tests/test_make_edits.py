@@ -342,6 +342,32 @@ def test_requests_of_real_data(tmp_path, capsys):
     assert "1 of 4 requests are left out: --tasks does not name remove" in capsys.readouterr().out
 
 
+def test_requests_lie_on_their_photo_as_it_is_shown_and_are_told_apart(tmp_path):
+    """A phone's photo is turned by EXIF; what was painted on its stored pixels is turned with it."""
+    photo, mask = np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8)
+    photo[5:13, 4:36, 0] = mask[5:13, 4:36] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photo).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    Image.fromarray(mask // 255 * 7).save(tmp_path / "s.png")
+    Image.fromarray(mask[:, :32]).save(tmp_path / "other.png")
+    row = {"source": "a.png", "task": "remove", "instruction": "remove the person"}
+    rows = [row | {"mask": "m.png"}, row | {"segments": "s.png", "label": 7}, row | {"box": [51, 4, 59, 36]},
+            row | {"mask": "other.png"}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = requests.open_requests(str(tmp_path / "r.jsonl"), "train", ["remove"], 0)
+    for i in range(3):
+        got = source.load(i, 96, 64)
+        assert np.array_equal(got["image"][..., 0] > 127, got["object"] > 0.5) and got["object"].sum() == 256
+    with pytest.raises(SystemExit, match="other.png: 32x64, but its picture is 64x96"):
+        source.load(3, 96, 64)
+    assert len({source.key(i) for i in range(4)}) == 4
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:2] + rows[:1]))
+    with pytest.raises(SystemExit, match=r"2 requests have the key \w+ \(remove in a.png\): remove all but"):
+        requests.open_requests(str(tmp_path / "r.jsonl"), "train", ["remove"], 0)
+
+
 def test_no_truth_is_known_of_photos(base, tmp_path):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     (tmp_path / "r.jsonl").write_text(json.dumps({
