@@ -79,6 +79,7 @@ from scenes.results import (
     Result,
     cell,
     compare,
+    folder_of,
     known,
     open_result,
     read_result,
@@ -236,18 +237,21 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
         if method and kind == "edits":
             pipe = open_judged(base, device, "draw", "fill")
             r = Result("edits", f"{entry.rstrip('/')}@{k}", cfg.image_size or pipe.size,
-                       pipe.net.cfg.patch * pipe.space.stride, method=method)
+                       pipe.net.cfg.patch * pipe.space.stride, method=method, level=level_of(cfg))
         elif (Path(entry) / "judge.json").is_file():
             r = open_result(Path(entry))
             if r.kind != (kind or r.kind):
                 raise SystemExit(f"error: {entry}: holds pictures of `evaluate.py {r.kind}`, not of {kind}:"
                                  " name another folder")
+            if r.level != level_of(cfg):
+                raise SystemExit(f"error: {entry}: holds pictures of {r.level} scenes, not of {level_of(cfg)}"
+                                 " ones: give the --data that they were drawn for, or name another folder")
         else:
             pipe = open_judged(entry, device, *({"scenes": ["fill"], "edits": ["follow"]}.get(kind)
                                                 or ["fill", "follow"]))
             size = cfg.image_size if pipe.follows and cfg.image_size else pipe.size
             r = Result("edits" if pipe.follows else "scenes", f"{entry.rstrip('/')}@{k}", size,
-                       pipe.net.cfg.patch * pipe.space.stride)
+                       pipe.net.cfg.patch * pipe.space.stride, level=level_of(cfg))
         kind = r.kind
         opened.append(pipe)
         results.append(r)
@@ -257,6 +261,10 @@ def gather(cfg: Config, device: torch.device, kind: str | None) -> tuple[list[Re
     names = [r.name for r in results]
     for i, r in enumerate(results):
         r.name += f" ({i})" if names.count(names[i]) > 1 else ""
+    folders = [folder_of(r) for r in results]
+    if cfg.save and (twice := next((f for f in folders if folders.count(f) > 1), None)):
+        a, b = [r.name for r, f in zip(results, folders) if f == twice][:2]
+        raise SystemExit(f"error: --save: {a} and {b} would both be saved as {twice}: rename one's folder")
     cases = gather_cases(cfg, kind, results[0].size, math.lcm(*(r.stride for r in results)))
     for entry, k, pipe, r in zip(entries, steps, opened, results):
         if pipe is None:
@@ -326,7 +334,7 @@ def finish(cfg: Config, started: float, results: list[Result], cases: AnyCases, 
     out = Path(cfg.out)
     if cfg.save:
         for r in results:
-            save_result(r, cases, seeds, Path(cfg.save) / r.name.replace("/", "_"))
+            save_result(r, cases, seeds, Path(cfg.save) / folder_of(r))
     log.save_sheet(sheet(results, cases, cfg.rows), out / "sheet.png")
     write_json(out / "results.json", {**provenance(started), "config": asdict(cfg), **content})
     print(f"\nwrote {out / 'results.json'} and {out / 'sheet.png'}")
@@ -448,9 +456,10 @@ def run_compare(cfg: Config, device: torch.device) -> None:
         report[key] = {"gsb": compare(of_a, of_b, cfg.tie),
                        "difference": {k: bootstrap((of_a[k] - of_b[k]).mean(0)) for k in of_a}}
         n = next(iter(of_a.values())).shape[1]
-        print(f"\n{key}: {n} scenes, {len(seeds)} seed(s)")
-        print(table(["", "good", "same", "bad", "(G+S)/(S+B)", "(G-B)/n % [95%]", "sign test p"], [
-            [k, str(v["good"]), str(v["same"]), str(v["bad"]), f"{v['superiority']:.0f}%",
+        print(f"\n{key}: {n} scenes, {len(seeds)} seed(s); n: those that a measure is asked of")
+        print(table(["", "n", "good", "same", "bad", "(G+S)/(S+B)", "(G-B)/n % [95%]", "sign test p"], [
+            [k, str(v["net"]["n"]), str(v["good"]), str(v["same"]), str(v["bad"]),
+             f"{v['superiority']:.0f}%" if v["net"]["n"] else "-",
              cell("attributes", v["net"]), f"{v['p']:.2g}"] for k, v in report[key]["gsb"].items()]))
         for blurry in of_blur:
             report[key]["control"] = compare(blurry, of_b, cfg.tie)

@@ -33,6 +33,7 @@ class Result:
     stride: int = 1  # sides of its pictures are multiples of this
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
     method: str = ""  # of pipeline.METHODS, if it is a base's work
+    level: str = "easy"  # of the scenes that it was drawn for
 
 
 AnyCases = dict[str, Cases] | dict[str, EditCases]  # by folder: TASK, or ASPECT/TASK
@@ -46,8 +47,13 @@ def save_result(result: Result, cases: AnyCases, seeds: list[int], folder: Path)
             at.mkdir(parents=True, exist_ok=True)
             for index, picture in zip(cases[key].indices, row):
                 Image.fromarray(picture).save(at / f"{index:06d}.png")
-    about = {k: getattr(result, k) for k in ("kind", "name", "size", "stride")}
+    about = {k: getattr(result, k) for k in ("kind", "name", "size", "stride", "level")}
     (folder / "judge.json").write_text(json.dumps(about))
+
+
+def folder_of(result: Result) -> str:
+    """The name of a result's folder below --save."""
+    return result.name.replace("/", "_")
 
 
 def open_result(folder: Path) -> Result:
@@ -55,7 +61,7 @@ def open_result(folder: Path) -> Result:
     try:
         info = json.loads((folder / "judge.json").read_text())
         return Result(str(info.get("kind", "scenes")), str(info["name"]), int(info["size"]),
-                      int(info.get("stride", 1)))
+                      int(info.get("stride", 1)), level=str(info.get("level", "easy")))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SystemExit(f"error: {folder / 'judge.json'}: damaged: save the pictures again") from None
 
@@ -135,21 +141,22 @@ def save_scores(out: Path, results: list[Result], scores: dict[str, list[dict[st
 
 
 def verdicts(a: np.ndarray, b: np.ndarray, higher: bool, tie: float) -> np.ndarray:
-    """+1 where a is better, -1 where b is, 0 for a tie (or where neither was asked). Errors tie within the
-    fraction `tie` of the larger one, or within half a level of 8 bits; shares tie only when equal."""
-    a, b = np.nan_to_num(a), np.nan_to_num(b)
+    """+1 where a is better, -1 where b is, 0 for a tie, not-a-number where it was not asked of both. Errors
+    tie within the fraction `tie` of the larger one, or within half a level of 8 bits; shares tie only when
+    equal."""
     if higher:
         return np.sign(np.round(a - b, 9))
     return np.where(np.abs(a - b) <= np.maximum(tie * np.maximum(a, b), 0.5 / 255), 0, np.sign(b - a))
 
 
 def gsb(v: np.ndarray) -> dict:
-    """Good, same, bad of verdicts [S, N]; superiority (G+S)/(S+B) in percent as in ByteEdit Sec. 4.3
-    (infinity: all are good); net preference (G-B)/(G+S+B) with its interval; sign test over scenes (majority
-    of the seeds)."""
+    """Good, same, bad of verdicts [S, N], of those that there are; superiority (G+S)/(S+B) in percent as in
+    ByteEdit Sec. 4.3 (infinity: all are good; not-a-number: nothing was asked); net preference (G-B)/(G+S+B)
+    with its interval; sign test over scenes (majority of the seeds)."""
+    v = v[:, ~np.isnan(v).any(0)]
     good, same, bad = int((v > 0).sum()), int((v == 0).sum()), int((v < 0).sum())
     majority = np.sign(v.sum(0))
-    superiority = 100 * (good + same) / (same + bad) if same + bad else math.inf
+    superiority = 100 * (good + same) / (same + bad) if same + bad else math.inf if good else math.nan
     return {"good": good, "same": same, "bad": bad, "superiority": superiority,
             "net": bootstrap(v.mean(0)), "p": sign_test(int((majority > 0).sum()), int((majority < 0).sum()))}
 
@@ -162,5 +169,6 @@ def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tie: float) -> d
     if "success" in a:
         higher, lower = ("success", "edit", "kept"), ("error", "over", "exact")
     each = {k: verdicts(a[k], b[k], k in higher, tie) for k in (*higher, *lower)}
-    overall = np.where(each[higher[0]] != 0, each[higher[0]], each[lower[0]])
+    first = np.nan_to_num(each[higher[0]])
+    overall = np.where(first != 0, first, each[lower[0]])
     return {k: gsb(v) for k, v in {"overall": overall, **each}.items()}

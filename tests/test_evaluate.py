@@ -71,7 +71,10 @@ def test_verdicts_and_gsb():
     got = results.compare(a, b, tie=0.05)
     # attributes decide 1 and 2, the texture 3 and 5, 4 ties
     assert [got["overall"][k] for k in ("good", "same", "bad")] == [3, 1, 1]
-    assert [got["exact"][k] for k in ("good", "same", "bad")] == [2, 2, 1]
+    # of the fifth the exact error is not asked: it counts for nobody
+    assert [got["exact"][k] for k in ("good", "same", "bad")] == [2, 1, 1] and got["exact"]["net"]["n"] == 4
+    nothing = results.gsb(np.full((2, 3), np.nan))
+    assert nothing["net"]["n"] == nothing["same"] == 0 and np.isnan(nothing["superiority"])
     assert got["overall"]["superiority"] == pytest.approx(100 * 4 / 2)
     assert results.compare(b, a, 0.05)["overall"]["good"] == 1
     assert results.gsb(np.ones((1, 4)))["superiority"] == np.inf  # nothing to divide by: no number is made up

@@ -266,7 +266,7 @@ def folders(tmp_path_factory):
 def call(folders, out, task="edits", **flags):
     flags = dict(ckpt="editnet", parser="parser", n=3, steps="2", device="cpu", precision="fp32",
                  rows=1) | flags
-    names = {p.name: str(p) for p in folders.iterdir()}
+    names = {p.name: str(p) for p in folders.iterdir()} | {"edit/net": str(folders / "edit/net")}
     flags = {k: ",".join(names.get(x, x) for x in v.split(",")) if isinstance(v, str) else v
              for k, v in flags.items()}
     ev.main(ev.Config(task, out=str(out), **flags))
@@ -416,6 +416,8 @@ def test_controls_of_text_to_image(folders, net, tmp_path):
     ({"ckpt": "editnet", "task": "scenes"}, "is an instruction editor"),
     ({"ckpt": "editnet,inpaint", "task": "compare"}, "is an inpainting model"),
     ({"ckpt": "saved"}, "pictures of `evaluate.py scenes`"), ({"ckpt": "damaged"}, "judge.json: damaged"),
+    ({"ckpt": "easy", "data": "scenes:hard"}, "easy: holds pictures of easy scenes, not of hard ones"),
+    ({"ckpt": "edit_net,edit/net", "save": "s"}, "would both be saved as"),
     ({"aspects": "9"}, "--aspects: '9'"), ({"aspects": "9:1"}, "from 1:4 to 4:1"),
     ({"aspects": "1:0"}, "--aspects"), ({"task": "t2i", "ckpt": ""}, "--ckpt: ''"),
     ({"task": "t2i", "ckpt": "parser"}, "an 'editor' is needed"),
@@ -434,7 +436,12 @@ def test_controls_of_text_to_image(folders, net, tmp_path):
     ({"ckpt": ""}, "--ckpt: is empty")])
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 def test_mistakes_give_one_line(folders, tmp_path, change, words):
-    for name, text in (("saved", '{"name": "x", "size": 32}'), ("damaged", "[]")):
+    for name in ("edit_net", "edit/net"):
+        (folders / "edit").mkdir(exist_ok=True)
+        if not (folders / name).exists():
+            (folders / name).symlink_to(folders / "editnet")
+    for name, text in (("saved", '{"name": "x", "size": 32}'), ("damaged", "[]"),
+                       ("easy", '{"name": "x", "size": 32, "kind": "edits"}')):
         (folders / name).mkdir(exist_ok=True)
         (folders / name / "judge.json").write_text(text)
     with pytest.raises(SystemExit) as stop:
