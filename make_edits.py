@@ -497,6 +497,14 @@ def score_stage(cfg: Score, dist) -> None:
                              Path(cfg.out) / "replies.jsonl", cfg.budget)
     shards.keep_plan(cfg.out, plan)
     name = cfg.judge_model or requests.relative(cfg.judge)
+    mine = [Path(cfg.out) / shards.name_of(s) for s in range(dist.rank, plan["shards"], dist.world)]
+    again = [at for at in mine if at.with_suffix(".json").is_file() and score.may_pass(
+        shards.lines_of(cfg.out, [at.name]))]
+    for at in again:  # what was answered is in replies.jsonl
+        at.with_suffix(".json").unlink()
+    if again:
+        print(f"{len(again)} shard(s) have rows that the server failed to judge: these are asked again",
+              flush=True)
 
     def make(s):
         rows, clock = shards.read(folder / shards.name_of(s)), shards.Clock()

@@ -105,6 +105,14 @@ def ask_served(client: served.Served) -> Judge:
     return judge
 
 
+PASSING = re.compile(rf"(sc|pq): (timeout|transport|http ({'|'.join(map(str, served.RETRIED))}))")
+
+
+def may_pass(lines: list[dict]) -> bool:
+    """Whether a shard's log has a row that a served judge gave no score for a reason that may have gone."""
+    return any(line["o_score"] is None and PASSING.match(line["status"]) for line in lines)
+
+
 def ask_scorer(net: rewards.EditScorer, device: torch.device) -> Judge:
     """A scorer of train_scorer.py: one number a pair, the overall score."""
     def judge(rows):

@@ -469,6 +469,20 @@ def test_a_served_judge_is_asked(specialist, tmp_path):
         p.unlink() if p.name != "plan.json" else None
     stage("score", **flags)
     assert len(server.asked) <= asked + 14  # the self-test alone
+    # what may have passed is asked again by the same command, and nothing else is
+    flags["out"], down = tmp_path / "u", lambda handler: handler.send(503, "{}", Retry_After="0")
+    server.trick = lambda n, question: (  # the self-test is passed
+        down if question.kind == "pq" and question.pictures[0].shape[0] == rows[0]["height"] else None)
+    stage("score", **flags)
+    failed = rows_of(tmp_path / "u")
+    assert all(row["o_score"] is None and row["judge_status"].startswith("pq: http 503") for row in failed)
+    server.trick, asked = (lambda n, question: None), len(server.asked)
+    stage("score", **flags)
+    assert {q.kind for q in server.asked[asked:] if q.pictures[0].shape[0] == rows[0]["height"]} == {"pq"}
+    assert rows_of(tmp_path / "u") == rows
+    asked = len(server.asked)
+    stage("score", **flags)
+    assert not any(q.pictures[0].shape[0] == rows[0]["height"] for q in server.asked[asked:])
     server.trick = lambda n, question: lambda handler: handler.send(401, "{}")
     flags["out"] = tmp_path / "t"
     done = run_script("make_edits.py", "score", *(f"--{k}={v}" for k, v in flags.items()))
