@@ -65,7 +65,7 @@ def pack(spec: str, /, out: str, limit: int = 0, image_size: int = 64, aspects: 
     counts = {part: min(len(s), heldout if part == "heldout" else limit or len(s))
               for part, s in sources.items()}
     plan = dict(data=spec, edits=edits, image_size=image_size, aspects=aspects, stride=stride, shard=shard,
-                items=counts)
+                items=counts, fingerprint={part: sources[part].fingerprint(n) for part, n in counts.items()})
     tasks = list(sources["train"].tasks) if edits else None
     begin(out, plan)
     done, todo = {part: {} for part in PARTS}, []

@@ -71,6 +71,7 @@ from readers.files import (
     printable,
     read_image,
     read_mask,
+    text_of,
 )
 
 
@@ -294,7 +295,7 @@ def complete(item: dict, task: str) -> dict:
         return item | {"prompt": masks.ERASE_PROMPT}
     prompt = item["prompt"]
     if prompt is None and task != "t2i" and (beside := Path(item["image"]).with_suffix(".txt")).is_file():
-        prompt = beside.read_text(errors="replace")
+        prompt = text_of(beside.read_bytes())
     if prompt is None and task != "outpaint":
         raise ValueError(f'prompt: missing for {item.get("image", task)}: say what to draw, "" = prompt-free')
     return item | {"prompt": clean_caption(prompt or "")[0]}

@@ -46,8 +46,10 @@ COLUMNS = {
     "seed": pa.int64(), "specialist": pa.string(), "params": pa.string(), "source": pa.string(),
     "clip_sim_image": pa.float64(), "clip_sim_dir": pa.float64(), "judge": pa.string(),
     "judge_status": pa.string(), "twin_of": pa.string(), "refined_from": pa.string()}  # fmt: skip
-SCHEMA = pa.schema(list(COLUMNS.items()))
 PICTURES = [name for name, kind in COLUMNS.items() if kind == PICTURE]
+# what `datasets` and its viewer show as pictures; of the other columns the types say enough
+SHOWN = {"info": {"features": {name: {"_type": "Image"} for name in PICTURES}}}
+SCHEMA = pa.schema(list(COLUMNS.items()), metadata={"huggingface": json.dumps(SHOWN)})
 TASK_WORDS = {"swap": "swap", "remove": "removal", "add": "addition", "attribute": "attribute_modification",
               "background": "background", "environment": "env", "style": "style"}  # fmt: skip
 # as published, but for the background, which OmniEdit has no word for: readers/edits.py knows ours, and the

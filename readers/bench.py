@@ -441,9 +441,10 @@ def imgedit_scores(reply: str) -> list[int]:
 
 def three_scores(reply: str, mark: str = "") -> float:
     """Mean of the three scores of 1 to 5 that ImgEdit asks for, rounded as its scorer does. ValueError for
-    what that scorer would count all the same: two lines, a line of the reasoning, 0 or 9."""
-    found = imgedit_scores(reply)
-    if len(found) != 3 or not all(1 <= x <= 5 for x in found):
+    what that scorer would count all the same: two lines, a line of the reasoning (but for one among the last
+    three), 0 or 9, digits of other scripts."""
+    found, last = imgedit_scores(reply), [line.strip() for line in reply.splitlines() if line.strip()][-3:]
+    if len(found) != 3 or not all(re.fullmatch("[^:]+: [1-5]", line) for line in last):
         raise ValueError(f"unparsed: {len(found)} scores, or not of 1 to 5\n{reply[:4096]}")
     return round(sum(found) / 3, 2)
 

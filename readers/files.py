@@ -9,6 +9,7 @@ file is called (a .jpg from a telephone may be HEIC, a .png from the web WebP). 
 be had by renaming a file. Never: NEVER. HEIC and JPEG XL are read where their plug-in is installed.
 """
 
+import codecs
 import hashlib
 import importlib
 import io
@@ -370,6 +371,13 @@ def read_labels(source, name, photo=None):
     return np.array(_laid_on(_decode(im, name), name, photo)).astype(np.int32)
 
 
+def text_of(raw):
+    """Bytes of a text file -> its text: UTF-8, or what its first bytes say (Windows writes them)."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16", "replace")
+    return raw.decode("utf-8-sig", "replace")
+
+
 def clean_caption(text):
     """-> (caption, cut): control characters out, cut to MAX_CAPTION bytes at a whole character."""
     text = text.encode("utf-8", "ignore").decode()  # JSON may hold lone surrogates
@@ -497,7 +505,7 @@ def part_of(folder, split):
 def is_held(name, depth=None):
     """Whether a relative file name is of a held-out part: in a folder named as in HELDOUT_NAMES (of the outer
     `depth` ones; None: of any), or itself a file such as dev-00000-of-00001.parquet."""
-    *folders, file = Path(name).parts
+    *folders, file = Path(name).parts or ("",)
     inside_one = any(f in HELDOUT_NAMES for f in folders[:depth])
     return inside_one or depth is None and re.split("[-.]", file)[0] in HELDOUT_NAMES
 

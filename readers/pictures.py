@@ -40,6 +40,7 @@ from readers.files import (
     read_image,
     read_labels,
     read_mask,
+    text_of,
 )
 
 CAPTION_COLUMNS = ("caption", "text", "prompt")  # of parquet files
@@ -120,7 +121,7 @@ class Folder:
         if row.caption is not None or not os.path.isfile(os.path.join(self.root, text)):
             return row.caption or ""
         with open(inside(self.root, text), "rb") as f:
-            return f.read(16 * MAX_CAPTION).decode("utf-8", "replace")
+            return text_of(f.read(16 * MAX_CAPTION))
 
     def load(self, i, h, w):
         row = self.rows[i]

@@ -5,7 +5,7 @@ import math
 from collections import namedtuple
 from pathlib import Path
 
-from readers.files import BadFile, checked, json_lines, lot, printable
+from readers.files import BadFile, checked, json_lines, lot, printable, text_of
 
 # kind: what tells better from worse; gap: by how much it does, in whatever unit, not-a-number where unknown;
 # family: what else pairs have in common, such as the scene that several pictures are made from
@@ -56,7 +56,7 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
     if not path.is_file():
         raise SystemExit(f"error: {path}: no such file: give preference pairs, such as make_prefs.py writes")
     with open(path, "rb") as f:
-        is_list = f.read(64).lstrip().startswith(b"[")
+        is_list = text_of(f.read(64)).lstrip().startswith("[")
     try:
         items = json.loads(path.read_bytes()) if is_list else ()
     except (ValueError, RecursionError) as e:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from readers.files import BadFile, RowGroups, checked, clean_caption, json_lines
+from readers.files import BadFile, RowGroups, checked, clean_caption, json_lines, text_of
 
 COLUMNS = ("caption", "prompt", "text", "Prompt", "TEXT")
 SELECT = ("knn", "votek", "random")
@@ -35,8 +35,13 @@ DECORATIVE = (
 _DECORATION = re.compile(
     r"(?<![\w-])(?:" + "|".join(re.escape(d).replace(r"\ ", r"\s+") for d in
                                 sorted(DECORATIVE, key=len, reverse=True)) + r")(?![\w-])", re.I)
-_FLAGS = re.compile(r"\s--?(?:ar|v|s|q|stylize|style|chaos|seed|niji|no|uplight|upbeta|hd|w|h|iw|test)\b"
-                    r"(?:\s+[\w:.]+)?", re.I)  # Midjourney's
+# Midjourney's, with what belongs to each: of --no all words, which else would be asked for
+_FLAGS = re.compile(
+    r"\s(?:--|\u2014)(?:no\s.*?(?=\s(?:--|\u2014)|$)"
+    r"|(?:hd|test|testp|creative|uplight|upbeta|tile|fast|relax|turbo)\b"
+    r"|(?:style|sref|cref|oref|p|profile)\b(?:\s+\S+)?"
+    r"|(?:ar|aspect|v|version|niji|s|stylize|q|quality|c|chaos|seed|iw|w|weird|h|stop|cw|ow|r|repeat)\b"
+    r"(?:\s+[\d:.]+)?)", re.I | re.S)
 
 
 #### 1. texts ################################################################################################
@@ -63,7 +68,7 @@ def open_texts(paths):
 
             rows = checked(json_lines(path), text)[0]
         else:
-            rows = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+            rows = text_of(Path(path).read_bytes()).splitlines()
         found |= dict.fromkeys(clean_caption(r)[0] for r in rows if isinstance(r, str))
     found.pop("", None)
     if not found:

@@ -3,7 +3,7 @@
     python runs/claims.py                              what there is, and what each costs
     python runs/claims.py C1 C4 --out out/claims       train, judge, print; three seeds
     python runs/claims.py C5 --write RESULTS.md        ... and put the claim's row into the first table there
-    python runs/claims.py all --quick                  one seed, few steps: an hour on two plain cores; it
+    python runs/claims.py all --quick True             one seed, few steps: an hour on two plain cores; it
                                                        shows that all runs, and decides little
 
 The work is that of runs/pefl_scenes.sh, runs/editnet.sh and runs/pairs.sh: arms shared by claims are trained
@@ -105,7 +105,7 @@ def main(cfg: Config) -> None:
     if wrong := [name for name in names if cfg.arm != "pefl" and CLAIMS[name].script != FEEDBACK]:
         raise SystemExit(f"error: --arm: {cfg.arm}: {wrong[0]} has no PeFL: leave it out")
     if not names:
-        print("\n".join(f"{name:<4} {c.title}: {cost(c, False)}; --quick {cost(c, True)}"
+        print("\n".join(f"{name:<4} {c.title}: {cost(c, False)}; --quick True {cost(c, True)}"
                         for name, c in CLAIMS.items()))
         return
     for name in names:
@@ -222,7 +222,8 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
     seeds = f"{n} seed{'s' * (n > 1)}{', few steps' * cfg.quick}"
     seeds += f"; {claim.margin:g} worse is as good" * (claim.margin > 0)
     here = f"{claim.metric} of {claim.better}: {'; '.join(told)} ({seeds})"
-    call = f"python runs/claims.py {name}{' --quick' * cfg.quick}{f' --arm {cfg.arm}' * (cfg.arm != 'pefl')}"
+    call = f"python runs/claims.py {name}{' --quick True' * cfg.quick}"
+    call += f" --arm {cfg.arm}" * (cfg.arm != "pefl")
     call = f"`{call} --seeds \"{cfg.seeds}\"`" if cfg.seeds else f"`{call}`"
     row = f"| {name} | {claim.title} | {claim.paper} | {here} | {verdict} | {call} |"
     if cfg.write:

@@ -298,7 +298,8 @@ def test_replies_are_read_strictly(reply, expected):
     ("A: 5|B: 4|C: 3", 4.0, 4.0), ("A: 5/5|B: 4|C: 3", 3.5, None), ("A: 5.|B: 4|C: 3", 3.5, None),
     ("A:5|B: 4|C: 3", 3.5, None), ("**A**: 5|B: **4**|C: 3", 4.0, None),
     ("Brief reasoning: 2|A: 5|B: 4|C: 3", 3.5, None), ("Brief reasoning: good|A: 5|B: 4|C: 4", 4.33, 4.33),
-    ("A: 0|B: 9|C: 3", 4.0, None), ("no line", None, None)])
+    ("A: 0|B: 9|C: 3", 4.0, None),
+    ("Steps: 2|A: 5|B: good|C: 4", 3.67, None), ("A: 5|B: \u0664|C: 3", 4.0, None), ("no line", None, None)])
 def test_imgedit_replies(reply, published, ours):
     found = bench.imgedit_scores(reply.replace("|", "\n"))
     assert (round(sum(found) / len(found), 2) if found else None) == published

@@ -2,11 +2,13 @@
 
 import os
 import runpy
+import shlex
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +39,16 @@ def test_verdicts(tmp_path, gap, verdict):
     line, = (x for x in page.splitlines() if x.startswith("| pefl@20 - no_alignment@20 |"))
     mean, half = (float(x) for x in line.split("|")[2].split(" ± "))
     assert mean == pytest.approx(100 * gap, abs=2.0) and 0 < half < 5
+
+
+@pytest.mark.parametrize("flags", [{"quick": True}, {"seeds": "0 1"}, {}])
+def test_the_command_of_a_row_can_be_given(tmp_path, flags):
+    cfg = CLAIMS["Config"](**flags)
+    page = CLAIMS["report"]("C2", CLAIMS["CLAIMS"]["C2"], scores(tmp_path / "judge", 0.1), cfg)
+    said = shlex.split(page.rpartition("; ")[2].strip().strip("`"))
+    assert said[:2] == ["python", "runs/claims.py"]
+    got = tyro.cli(CLAIMS["Config"], args=said[2:], config=(tyro.conf.FlagConversionOff,))
+    assert got == CLAIMS["Config"](claims=("C2",), **flags)
 
 
 def test_less_is_better_and_the_base_has_no_seeds(tmp_path):

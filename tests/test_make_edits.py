@@ -217,6 +217,8 @@ def test_specialist(specialist):
     backwards, with a real picture as its target; tries differ."""
     out, said = specialist
     assert pq.read_schema(out / "00000.parquet").names[:13] == PUBLISHED
+    shown = json.loads(pq.read_schema(out / "00000.parquet").metadata[b"huggingface"])["info"]["features"]
+    assert shown == dict.fromkeys(shards.PICTURES, {"_type": "Image"})  # `datasets` decodes what says so
     assert "int64" == str(pq.read_schema(out / "00000.parquet").field("pq_score").type)
     rows = {row["omni_edit_id"]: row for row in rows_of(out)}
     assert len(rows) == 2 * 12 and "removal" not in said and "swap" in said  # ten requests, two of them twins

@@ -20,6 +20,9 @@ def test_open_texts(tmp_path, capsys):
     for name, text in (("d.parquet", "no column of texts"), ("none.txt", "no such file")):
         with pytest.raises(SystemExit, match=text):
             prompts.open_texts(str(tmp_path / name))
+    for code in ("utf-8-sig", "utf-16"):  # as Windows writes them
+        (tmp_path / "w.txt").write_text("a red star\na blau\u00e9 box\n", encoding=code)
+        assert prompts.open_texts(str(tmp_path / "w.txt")) == ["a red star", "a blau\u00e9 box"]
     (tmp_path / "e.txt").write_text("\n \n")
     with pytest.raises(SystemExit, match="no texts"):
         prompts.open_texts(str(tmp_path / "e.txt"))
@@ -32,6 +35,12 @@ def test_decoration():
             ("stunning portrait of a woman, masterpiece", "portrait of a woman"),
             ("an epic, unbelievable castle on a hill", "an castle on a hill"),
             ("imperfect circles and epicycles", "imperfect circles and epicycles"),  # parts of words stay
+            # what is not wanted is not asked for, and a flag without a value takes no word of the text
+            ("a street in Paris --no people, cars, rain --v 5", "a street in Paris"),
+            ("a street --no cars", "a street"), ("a castle --hd on a green hill", "a castle on a green hill"),
+            ("a fox --test in deep snow", "a fox in deep snow"),
+            ("a koi --niji in a pond", "a koi in a pond"),
+            ("a koi \u2014niji 6 --style raw --q .5", "a koi"), ("a plane -v shape", "a plane -v shape"),
             ("a cat", "a cat")):
         got = prompts.plain(text)[0]
         assert got.replace("an, castle", "an castle") == kept, got
