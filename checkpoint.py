@@ -819,17 +819,21 @@ def _on_first_rank(find):
 
 SAME_RESULT = {"out", "device", "workers", "log_every", "eval_every", "eval_pairs", "sample_every", "keep",
                "save_every", "plateau_warn", "wandb", "compile", "checkpointing"}
+FILLED_IN = {"image_size", "shift", "sd3", "tokenizers"}  # left out they are those of the weights
 
 
 def warn_changed(out, manifest, now, bf16):
     """On resuming, a line for each flag (of the dict `now`) that differs from the command that began the run,
-    less those that leave the result alone and those without a value of their own (None). Of --precision what
-    was decided is compared, in a manifest from before that flag its bool bf16."""
+    less those that leave the result alone. One that was given and is left out now (None) differs too, unless
+    the scripts fill it in. Of --precision what was decided is compared, in a manifest from before that flag
+    its bool bf16."""
     before = dict(manifest["config"])
     before["precision"] = manifest.get("precision") or PRECISION.get(before.get("bf16"))
     for key, value in portable(now | {"precision": PRECISION[bf16]}).items():
-        if before.get(key, value) != value and value is not None and key not in SAME_RESULT:
-            print0(f"warning: {out}: began with --{key} {before[key]}, goes on with {value}")
+        left_out = value is None and key in FILLED_IN
+        if before.get(key, value) != value and key not in SAME_RESULT and not left_out:
+            goes_on = "without" if value is None else f"with {value}"
+            print0(f"warning: {out}: began with --{key} {before[key]}, goes on {goes_on}")
 
 
 def load_state(module, tensors, what):

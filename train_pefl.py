@@ -165,6 +165,10 @@ def main(cfg: Config) -> None:
     if saved := checkpoint.resume(cfg.out, state):
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
+        for flag in ("aesthetic", "alignment", "vgg"):
+            if (had := saved["config"].get(flag)) and not getattr(cfg, flag):
+                raise SystemExit(f"error: --{flag}: {had}: {cfg.out} began with it, and its loss would be "
+                                 "another without it: give it again, or begin another --out")
         checkpoint.warn_changed(cfg.out, saved, asdict(cfg) | {"shift": shift}, bf16)
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
     meta = {"arch": editor.arch, "coherence_arch": disc.arch, "precision": common.PRECISION[bf16],

@@ -791,6 +791,24 @@ def test_changed_flags_are_said(made, tmp_path, capsys, script):
     assert text.count("warning") == 1 and "began with --seed 0, goes on with 7" in text
 
 
+def test_a_flag_that_is_left_out_is_said(made, tmp_path, capsys):
+    """What a command that goes on has forgotten: of a reward it is refused, since the loss would be another;
+    else a line says so. What the weights bring along themselves is no matter."""
+    begun = dict(phases="4/3/2x1", heldout_reward=made["aesthetic"], tasks="edit=1", image_size=32)
+    call(made, tmp_path, train_pefl, sample_every=1, **begun)
+    capsys.readouterr()
+    for flag in ("aesthetic", "alignment"):
+        refused(made, tmp_path, train_pefl, f"^error: --{flag}: .*{flag}: .* began with it.*: give it again",
+                **begun | {flag: None, "phases": "4/3/2x2"})
+    capsys.readouterr()
+    call(made, tmp_path, train_pefl, **begun | {"heldout_reward": None, "image_size": None})
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warned) == 1 and re.search("began with --heldout_reward .*, goes on without$", warned[0])
+    manifest = {"config": {"dropout": 0.9, "sd3": "/a", "shift": 3.0}, "precision": "fp32"}
+    checkpoint.warn_changed("out", manifest, dict.fromkeys(manifest["config"]), False)
+    assert capsys.readouterr().out == "warning: out: began with --dropout 0.9, goes on without\n"
+
+
 def test_a_run_from_before_flags_went_resumes_without_a_word(capsys):
     """Its manifest has fields that are gone, and lacks one that has come."""
     manifest = checkpoint.load(ROOT / "assets/pefl")[1]
