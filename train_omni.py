@@ -262,6 +262,8 @@ def check(cfg: Config) -> None:
                                       "out one")
     if cfg.tune_base == "lora" and cfg.lora < 1:
         common.refuse(cfg, "lora", "must be at least 1")
+    if cfg.tune_base != "lora" and cfg.lora != Config.lora:
+        common.refuse(cfg, "lora", "is of use with --stage edit --tune_base lora: leave it out, or add these")
 
 
 def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNet, dict]:

@@ -395,6 +395,10 @@ def prepare_editor(cfg: Config, pipe: pipeline.Pipe) -> None:
                              "update: leave it out")
         torch.manual_seed(cfg.seed)  # LoRA's A: the same on every rank
         model.add_lora(editor, cfg.lora)
+        if not pipe.follows and model.mask_input_is_empty(editor):  # the blocks alone never saw a hole
+            editor.mmdit.x_embedder.requires_grad_(True)
+            common.print0(f"note: --lora: {cfg.lora}: the input layer trains too, all of it, since its "
+                          "columns for the mask and the masked picture are still empty")
     (editor.base if pipe.follows else editor).mmdit.checkpoint = cfg.checkpointing
     pipe.space.checkpoint = bool(cfg.checkpointing)
 

@@ -571,6 +571,25 @@ def test_lora(made, tmp_path):
     assert torch.equal(editor.state_dict()["mmdit.pos_embed"], base["mmdit.pos_embed"])
 
 
+def test_lora_learns_to_see_the_hole(made, tmp_path, capsys):
+    """Of a base with an empty mask input the input layer trains beside the blocks, is resumed and averaged
+    with them: else two masks would give one and the same picture for ever."""
+    torch.manual_seed(0)
+    editor = random_editor(model.inpainting(model.PRESETS["test"]))
+    editor.mmdit.x_embedder.proj.weight.data[:, 3:] = 0
+    base = shipped(tmp_path / "base", editor, config={"image_size": 32, "shift": 1.0})
+    flags = dict(base=base, lora=2, save_every=1, keep=9)
+    call(made, tmp_path / "whole", train_pefl, phases="4/3/2x2", **flags)
+    assert "the input layer trains too" in capsys.readouterr().out
+    whole, layer = tensors(tmp_path / "whole"), "mmdit.x_embedder.proj.weight"
+    assert whole[f"model/{layer}"][:, 3:].any() and whole[f"ema/{layer}"][:, 3:].any()
+    assert f"lora/{layer}" in whole
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole/step_00000001", tmp_path / "cut/step_00000001")
+    call(made, tmp_path / "cut", train_pefl, phases="4/3/2x2", **flags)
+    assert not differ(whole, tensors(tmp_path / "cut"))
+
+
 def test_lora_is_seeded(made, tmp_path):
     """LoRA's A comes from --seed alone, wherever the generator of this process (or rank) stands."""
     for name, seed in (("0", 0), ("again", 0), ("1", 1)):
@@ -739,6 +758,7 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_pefl, "--adversarial_from: 0", dict(adversarial_from=0)),
     (train_pefl, "--reward_noise: -1", dict(reward_noise=-1.0)),
     (train_pefl, "--lora: -1", dict(lora=-1)),
+    (train_omni, "--lora: 4: is of use with --stage edit", dict(lora=4)),
 ]
 
 
