@@ -197,6 +197,7 @@ def main(cfg: Config) -> None:
     # R_theta of Eq. 7, theta in {alpha, beta, gamma}: functions of pictures and captions
     R = {k: r for k, r in scores.items() if k != "heldout"} | {"coherence": lambda image, c: disc(image)}
     perf, lost_saves, stop = Perf(device, bf16, f"--data {cfg.data}"), 0, False
+    begun, unsure = step, bool(cfg.alignment and cfg.w_alignment)  # whether any picture has a caption
     pictures = cfg.batch_size * cfg.accum * dist.world  # of a step
     verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
     bar = log.progress(total, step, "pefl", dist)
@@ -288,7 +289,12 @@ def main(cfg: Config) -> None:
             metrics.images(step, {"samples": sheet})
             row |= alarms
         if due or last or step % cfg.log_every == 0:
-            metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
+            row = metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
+            if unsure and "reward/alignment" not in row:
+                common.print0(f"warning: --alignment: {cfg.alignment}: does nothing: of {source.name} none "
+                              f"of {(step - begun) * pictures:,} pictures so far has a caption for it: give "
+                              "data with captions, of edits those of their targets")
+            unsure = False
         if last or stop or step % cfg.save_every == 0 and not verdict.bad:
             meta |= {"config": trained_at | {"steps": T}, "samples": step * pictures}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)

@@ -479,6 +479,16 @@ def test_rewards_on_another_scale_are_named(monkeypatch, capsys):
     assert not capsys.readouterr().out
 
 
+def test_an_alignment_that_is_never_asked_is_said(made, tmp_path, capsys):
+    """Once, after the first interval: without a caption its term of the loss is 0 for every picture."""
+    for name, flags, times in (("none", dict(tasks="erase=1"), 1), ("some", dict(tasks="edit=1"), 0),
+                               ("weightless", dict(tasks="erase=1", w_alignment=0.0), 0)):
+        call(made, tmp_path / name, train_pefl, phases="4/3/2x4", log_every=2, **flags)
+        said = capsys.readouterr().out
+        assert said.count("warning: --alignment") == times, said
+        assert said.count("none of 8 pictures so far has a caption") == times
+
+
 def test_alignment_is_logged_of_pictures_with_a_caption(made, tmp_path, monkeypatch):
     """As it weighs in the loss, the judge's too; where no picture has one, there is no number."""
     def score(image, captions):
