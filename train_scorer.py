@@ -55,7 +55,7 @@ class Config:
     workers: int = 1  # processes per rank that load data
     device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
     log_every: int = 50  # steps between rows of metrics
-    eval_every: int = 0  # steps between held-out reports; 0 = at the start and at the end
+    eval_every: int = 0  # steps between held-out reports; 0 = at both ends and before checkpoints
     eval_pairs: int = 2_000  # how many held-out pairs the reports look at
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # how many of the newest checkpoints are kept
@@ -141,6 +141,13 @@ def main(cfg: Config) -> None:
     if not step:
         before = report(net, held, picks, cfg, dist, autocast)
         metrics.flush(0, numbers_of(before))
+    meta = {"arch": net.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16], "before": before,
+            "run_id": metrics.run_id}
+    if step == cfg.steps and (not val or val.get("step", step) != step):  # ended by a signal at its last step
+        val = report(net, held, picks, cfg, dist, autocast) | {"step": step}
+        metrics.flush(step, numbers_of(val))
+        meta |= {"samples": manifest["samples"], "val": val}
+        checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
 
     bar = log.progress(cfg.steps, step, "scorer", dist)
     while step < cfg.steps:
@@ -179,13 +186,13 @@ def main(cfg: Config) -> None:
         if step % cfg.log_every == 0 or last:
             metrics.flush(step, {"lr": opt.param_groups[0]["lr"], **perf.read(),
                                  "data/skipped": batches.stats()["skipped"]})
-        if last or cfg.eval_every and step % cfg.eval_every == 0:
-            val = report(net, held, picks, cfg, dist, autocast)
+        # What calibrates a checkpoint was said by its own weights; a signal alone leaves no time for a report
+        saves = step % cfg.save_every == 0 and not verdict.bad
+        if last or saves and not stop or cfg.eval_every and step % cfg.eval_every == 0:
+            val = report(net, held, picks, cfg, dist, autocast) | {"step": step}
             metrics.flush(step, numbers_of(val))
-        if last or stop or step % cfg.save_every == 0 and not verdict.bad:
-            meta = {"arch": net.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
-                    "samples": step * cfg.batch_size * dist.world, "val": val, "before": before,
-                    "run_id": metrics.run_id}
+        if last or stop or saves:
+            meta |= {"samples": step * cfg.batch_size * dist.world, "val": val}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:

@@ -11,6 +11,7 @@ from inprocess import run_ranks, run_script
 from PIL import Image
 
 import checkpoint
+import common
 import rewards
 import train_scorer
 
@@ -84,6 +85,39 @@ def test_a_path_below_the_home_folder_resumes(folder, tmp_path, monkeypatch):
     run(tmp_path / "a", **flags, steps=1)
     assert "resumed" in run(tmp_path / "a", **flags, steps=2)
     assert (tmp_path / "a/run.lock").is_file()  # as every training script, it claims its folder
+
+
+def test_a_report_is_of_the_weights_beside_it(folder, tmp_path, monkeypatch, capsys):
+    """What calibrates a checkpoint was measured on its own weights, wherever --eval_every falls. A signal
+    leaves no time for it: that is said when it is opened, and made up for when the run is said to be over."""
+    flags = {"data": folder / "pairs.jsonl", "batch_size": 4, "eval_pairs": 4, "save_every": 2,
+             "eval_every": 3}
+    run(tmp_path / "a", **flags, steps=4)
+    for at in (2, 4):
+        manifest = json.loads((tmp_path / f"a/step_{at:08d}/manifest.json").read_text())
+        assert manifest["meta"]["val"]["step"] == at
+    rewards.open_scorer(str(tmp_path / "a"))
+    assert "warning" not in capsys.readouterr().out
+    own = common.Verdict.give
+
+    def give(self, step, *rest):
+        monkeypatch.setattr(common, "_stop_signal", "SIGTERM" if step == 3 else None)
+        return own(self, step, *rest)
+
+    monkeypatch.setattr(common.Verdict, "give", give)
+    flags |= {"save_every": 100, "out": tmp_path / "b"}
+    assert "stopped by a signal at step 5" in run(**flags, steps=100)
+    monkeypatch.undo()
+    rewards.open_scorer(str(tmp_path / "b"))
+    assert "weights are of step 5, its scores were measured at step 3" in capsys.readouterr().out
+    assert "rank correlation with the judge" in run(**flags, steps=5)
+    rewards.open_scorer(str(tmp_path / "b"))
+    assert "warning" not in capsys.readouterr().out
+    flags["eval_every"] = 0  # and where no report was made yet
+    monkeypatch.setattr(common.Verdict, "give", give)
+    run(**flags | {"out": tmp_path / "c"}, steps=100)
+    monkeypatch.undo()
+    assert "rank correlation with the judge" in run(**flags | {"out": tmp_path / "c"}, steps=5)
 
 
 @pytest.mark.slow
