@@ -105,6 +105,7 @@ def main(cfg: Config) -> None:
     #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
     editor, surroundings = build(cfg)
+    frozen = checkpoint.frozen_bits(editor)
     if not cfg.fsdp:
         editor.to(device)
     space, surroundings, cached = pipeline.surround(editor, surroundings, device, f"--init: {cfg.init}",
@@ -137,7 +138,7 @@ def main(cfg: Config) -> None:
     checkpoint.claim(cfg.out)
     step, run_id = 0, None
     state = {"model": editor, "ema": ema, "optimizer": opt}
-    if manifest := checkpoint.resume(cfg.out, state, editor.arch):
+    if manifest := checkpoint.resume(cfg.out, state, editor.arch, frozen):
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
         checkpoint.warn_changed(cfg.out, manifest, asdict(cfg), bf16)
@@ -216,7 +217,8 @@ def main(cfg: Config) -> None:
         ends = step == cfg.steps or stop
         if ends or step % cfg.save_every == 0 and not verdict.bad:
             meta = {"arch": editor.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
-                    "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings}
+                    "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings,
+                    "frozen": frozen}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, ends)
         if stop:

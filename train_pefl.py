@@ -131,6 +131,7 @@ def main(cfg: Config) -> None:
         common.refuse(cfg, "tasks", "are kinds of holes, and an instruction editor has pairs: leave it out")
     base = copy.deepcopy(editor).requires_grad_(False).to(device)
     prepare_editor(cfg, pipe)
+    frozen = checkpoint.frozen_bits(editor)
     if not cfg.fsdp:
         editor.to(device)
 
@@ -162,7 +163,7 @@ def main(cfg: Config) -> None:
     step, run_id = 0, None
     state = {"model": editor, "ema": ema, "optimizer": opt,
              "coherence": disc, "coherence_optimizer": disc_opt}
-    if saved := checkpoint.resume(cfg.out, state):
+    if saved := checkpoint.resume(cfg.out, state, frozen=frozen):
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
         for flag in ("aesthetic", "alignment", "vgg"):
@@ -172,7 +173,7 @@ def main(cfg: Config) -> None:
         checkpoint.warn_changed(cfg.out, saved, asdict(cfg) | {"shift": shift}, bf16)
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
     meta = {"arch": editor.arch, "coherence_arch": disc.arch, "precision": common.PRECISION[bf16],
-            "run_id": metrics.run_id, "stack": pipe.stack}
+            "run_id": metrics.run_id, "stack": pipe.stack, "frozen": frozen}
     trained_at = asdict(cfg) | {"image_size": image_size, "shift": shift}
 
     # 4) data: x, m, c of --tasks. The workers also do what `draws` says: noise and t' are functions of (seed,

@@ -600,6 +600,26 @@ def test_lora_learns_to_see_the_hole(made, tmp_path, capsys):
     assert not differ(whole, tensors(tmp_path / "cut"))
 
 
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
+def test_a_lora_run_goes_on_with_the_base_it_began_with(made, tmp_path, script):
+    """It keeps its updates alone: on other weights that lie in the base's place now they would mean something
+    else. A folder from before this was kept goes on."""
+    base, out = str(shutil.copytree(made["base"], tmp_path / "base")), tmp_path / "out"
+    flags = dict(base=base, lora=2) if script is train_pefl else \
+        dict(init=base, stage="edit", tune_base="lora", lora=2)
+    call(made, out, script, **flags, **steps(script, 1))
+    call(made, out, script, **flags, **steps(script, 2))
+    shutil.rmtree(base)
+    torch.manual_seed(5)
+    shipped(base, random_editor(model.inpainting(model.PRESETS["test"])), config={"image_size": 32})
+    refused(made, out, script, "low-rank updates are of other weights", **flags, **steps(script, 3))
+    path = newest(out) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["meta"]["frozen"]
+    path.write_text(json.dumps(manifest | {"sha256": checkpoint._manifest_hash(manifest)}))
+    call(made, out, script, **flags, **steps(script, 3))
+
+
 def test_lora_is_seeded(made, tmp_path):
     """LoRA's A comes from --seed alone, wherever the generator of this process (or rank) stands."""
     for name, seed in (("0", 0), ("again", 0), ("1", 1)):
