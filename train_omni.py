@@ -160,6 +160,7 @@ def main(cfg: Config) -> None:
     else:
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, tasks_of(cfg), **at)
     common.print0(loader.summary)
+    pipeline.check_shapes(editor, loader.shapes, stride, cfg.image_size)
     common.agree(dist, {"data": loader.fingerprint(), "weights": common.bits(editor)})
     grid = sample_inputs(cfg, stride, source, device) if cfg.sample_every else None
     samples_per_step = cfg.batch_size * dist.world * cfg.accum

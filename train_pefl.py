@@ -192,6 +192,7 @@ def main(cfg: Config) -> None:
         at["prompt_free"] = PROMPT_FREE
         loader = data.make_loader(source, image_size, cfg.batch_size, cfg.tasks, **at)
     common.print0(loader.summary)
+    pipeline.check_shapes(editor, loader.shapes, patch, image_size)
     common.agree(dist, {"data": loader.fingerprint(), "weights": common.bits(editor),
                         "coherence": common.bits(disc)})
     grid = heldout_grid(cfg, source, instructed, image_size, stride, device)
