@@ -225,8 +225,8 @@ def check_shapes(net: model.Editor | model.EditNet, shapes: list, token: int, im
     h, w = max(shapes, key=max)
     if max(h, w) > (most := net.cfg.pos_max) * token:
         raise SystemExit(f"error: --image_size: {image_size}: makes pictures of {w}x{h} pixels, "
-                         f"{w // token}x{h // token} tokens, and the model's position table has {most}x{most}: "
-                         "use a smaller one, or leave --aspects out")
+                         f"{w // token}x{h // token} tokens, and the model's position table has "
+                         f"{most}x{most}: use a smaller one, or leave --aspects out")
 
 
 ########################################## 3. using ##########################################################
