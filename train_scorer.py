@@ -69,6 +69,9 @@ def main(cfg: Config) -> None:
             "lr", "warmup", "grad_clip", "weight_decay", "workers", "eval_every", "keep"))
     if cfg.preset not in rewards.REWARD_PRESETS:
         common.refuse(cfg, "preset", f"use one of {', '.join(rewards.REWARD_PRESETS)}")
+    if cfg.batch_size == 1 and cfg.negatives:
+        common.refuse(cfg, "batch_size", "has no next pair whose instruction to lend: use at least 2, or "
+                                         "--negatives 0")
     if not 0 < cfg.keep_score <= 10:
         common.refuse(cfg, "keep_score", "scores go from 0 to 10")
     dist = common.setup(cfg.device)
@@ -234,7 +237,7 @@ def instructions(source, n: int = 2_000) -> list[str]:
 
 def draws(cfg: Config, batch: dict) -> dict:
     """`kind` of each pair, list of int: 0 as it is, 1 the source in place of the edited picture, 2 the
-    instruction of the next pair. A function of (seed, step, global position)."""
+    instruction of the next pair of this rank's batch. A function of (seed, step, global position)."""
     gens = common.generators(cfg.seed, batch["step"], batch["position"])
     return {"kind": [(1 + (u < cfg.negatives / 2)) * (u < cfg.negatives) for u in common.rand(gens).tolist()]}
 
@@ -242,8 +245,9 @@ def draws(cfg: Config, batch: dict) -> dict:
 def spoil(batch: dict) -> tuple[Tensor, list[str], Tensor, Tensor]:
     """Edited pictures, instructions and scores of a batch, and which are its free negatives, of score 0:
     nothing was done, or something else was asked for: what the next pair asks, if it is of another task, or
-    no task is known; within one task it may be true. Without them a scorer learns how good pictures look, and
-    no more (sets that are kept at 9 and more have no low scores at all)."""
+    no task is known; within one task it may be true. The next pair is that of this rank's batch, behind the
+    last the first: other numbers of ranks lend other instructions, of the same kind. Without them a scorer
+    learns how good pictures look, and no more (sets kept at 9 and more have no low scores at all)."""
     kind, captions = batch["kind"], list(batch["caption"])
     same = torch.tensor([k == 1 for k in kind], device=batch["image"].device)
     edited = torch.where(same[:, None, None, None], batch["source"], batch["image"])
@@ -333,8 +337,9 @@ def isotonic(said: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """The rising function nearest to `true` (pool adjacent violators) -> knots x, y for np.interp: the mean
     of each pool, so that it rises between them."""
     pools = []  # sum of x, sum of y, number
-    for i in np.argsort(said, kind="stable"):
-        pools.append([said[i], true[i], 1])
+    levels, at, n = np.unique(said, return_inverse=True, return_counts=True)  # equal scores are one pool
+    for level, total, k in zip(levels, np.bincount(at, true), n):
+        pools.append([level * k, total, k])
         while len(pools) > 1 and pools[-2][1] * pools[-1][2] >= pools[-1][1] * pools[-2][2]:
             pools[-2:] = [[a + b for a, b in zip(*pools[-2:])]]
     x, y, n = np.array(pools, np.float64).T

@@ -156,6 +156,7 @@ def test_refusals(folder, tmp_path):
     assert "not one of 230 pairs has a score" in run(tmp_path, fails=True, data=folder / "bare.jsonl",
                                                      val_data=folder / "held.jsonl")
     assert "error: --eval_pairs: 1: " in run(tmp_path, fails=True, data=folder / "pairs.jsonl", eval_pairs=1)
+    assert "error: --batch_size: 1: has no next pair" in run(tmp_path, fails=True, batch_size=1)
     assert "error: --keep_score: 11" in run(tmp_path, fails=True, keep_score=11)
     assert "error: --init: x:y" in run(tmp_path, fails=True, init="x:y")
 
@@ -189,6 +190,11 @@ def test_statistics():
     assert train_scorer.spearman(b, -b**3) == pytest.approx(-1) and train_scorer.spearman(a, a * 0) is None
     x, y = train_scorer.isotonic(np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 5]))
     assert x.tolist() == [1, 2.5, 4] and y.tolist() == [1, 2.5, 5]
+    for true in ([1.0, 3, 9, 10], [10.0, 9, 3, 1]):  # equal scores have one calibrated value, in any order
+        x, y = train_scorer.isotonic(np.full(4, 5.0), np.array(true))
+        assert np.interp(5.0, x, y) == 5.75
+    x, y = train_scorer.isotonic(np.array([4.0, 5, 4, 6]), np.array([2.0, 1, 4, 7]))
+    assert x.tolist() == pytest.approx([13 / 3, 6]) and y.tolist() == pytest.approx([7 / 3, 7])
     assert train_scorer.ece(np.arange(10.0), np.arange(10.0) + 2) == pytest.approx(2)
 
 
