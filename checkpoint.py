@@ -41,6 +41,7 @@ from common import (
     EMA_COUNT,
     PRECISION,
     Dist,
+    bits,
     check_fit,
     gathered,
     git_revision,
@@ -87,6 +88,14 @@ def tensors_of(state):
 def _has_lora(net):
     return isinstance(net, torch.nn.Module) and any(".parametrizations." in n for n, _ in
                                                     net.named_parameters())
+
+
+def frozen_bits(net):
+    """common.bits of what a run with low-rank updates takes from its base again when it resumes, since it
+    does not keep it; None without them. For meta["frozen"] and `resume`."""
+    if not _has_lora(net):
+        return None
+    return bits(net, {n for n, p in net.named_parameters() if p.requires_grad})
 
 
 def _owner(state, name):
@@ -717,11 +726,12 @@ def latest(out_dir):
     return folder, manifest
 
 
-def resume(out_dir, state, arch=None):
+def resume(out_dir, state, arch=None, frozen=None):
     """Load the newest checkpoint of a run that verifies into `state` (as for `save`, without plain dicts) ->
     its manifest; None if nothing was saved. All ranks call it; each reads its own rows of what is sharded.
 
-    arch: of the model, refused if the checkpoint holds another.
+    arch: of the model, refused if the checkpoint holds another. frozen: of `frozen_bits`; likewise, but
+    folders of old do not say.
     """
     found = latest(out_dir)
     if found is None:
@@ -739,6 +749,9 @@ def resume(out_dir, state, arch=None):
     if held != wanted:
         raise SystemExit(f"error: {out_dir}: holds {', '.join(sorted(held))} instead of "
                          f"{', '.join(sorted(wanted))}: {again}")
+    if frozen != (was := manifest["meta"].get("frozen")) and was is not None:
+        raise SystemExit(f"error: {out_dir}: its low-rank updates are of other weights than its base has "
+                         "now: give the base that it began with, or another --out")
     for name, x in state.items():
         if isinstance(x, torch.optim.Optimizer):
             net = _owner(state, name)
@@ -819,17 +832,21 @@ def _on_first_rank(find):
 
 SAME_RESULT = {"out", "device", "workers", "log_every", "eval_every", "eval_pairs", "sample_every", "keep",
                "save_every", "plateau_warn", "wandb", "compile", "checkpointing"}
+FILLED_IN = {"image_size", "shift", "sd3", "tokenizers"}  # left out they are those of the weights
 
 
 def warn_changed(out, manifest, now, bf16):
     """On resuming, a line for each flag (of the dict `now`) that differs from the command that began the run,
-    less those that leave the result alone and those without a value of their own (None). Of --precision what
-    was decided is compared, in a manifest from before that flag its bool bf16."""
+    less those that leave the result alone. One that was given and is left out now (None) differs too, unless
+    the scripts fill it in. Of --precision what was decided is compared, in a manifest from before that flag
+    its bool bf16."""
     before = dict(manifest["config"])
     before["precision"] = manifest.get("precision") or PRECISION.get(before.get("bf16"))
     for key, value in portable(now | {"precision": PRECISION[bf16]}).items():
-        if before.get(key, value) != value and value is not None and key not in SAME_RESULT:
-            print0(f"warning: {out}: began with --{key} {before[key]}, goes on with {value}")
+        left_out = value is None and key in FILLED_IN
+        if before.get(key, value) != value and key not in SAME_RESULT and not left_out:
+            goes_on = "without" if value is None else f"with {value}"
+            print0(f"warning: {out}: began with --{key} {before[key]}, goes on {goes_on}")
 
 
 def load_state(module, tensors, what):

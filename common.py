@@ -144,9 +144,10 @@ def git_revision():
         return None
 
 
-def bits(net):
-    """Sum over the bytes of a network's whole (not sharded) tensors: exact, so alike on any device."""
-    tensors = [t for t in net.state_dict().values() if not is_sharded(t) and t.numel()]
+def bits(net, but=()):
+    """Sum over the bytes of a network's whole (not sharded) tensors: exact, so alike on any device. but:
+    names of those left out."""
+    tensors = [t for k, t in net.state_dict().items() if k not in but and not is_sharded(t) and t.numel()]
     return sum(t.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64).item()
                for t in tensors)
 

@@ -577,6 +577,11 @@ class Loader:
                     batch[key] = as_floats(value)
         return batch
 
+    @property
+    def shapes(self):
+        """(h, w) in pixels at which an endless loader's batches come."""
+        return self._items.order.shapes
+
     def fingerprint(self):
         """Hash over how many items there are, in what order, and the names or rows of a thousand of them."""
         rows = getattr(self.source, "rows", self.source if isinstance(self.source, list) else ())

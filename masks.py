@@ -151,7 +151,7 @@ def make_mask(kind, h, w, rng, segments=None):
             m[int(max(0, top - grow)):int(bottom + grow), int(max(0, left - grow)):int(right + grow)] = True
     elif kind == "background":
         labels, solid = instances(segments) if segments is not None else ((), np.zeros((h, w), bool))
-        solid = dilate(solid, max(1, round(side / 64)) if len(labels) else 0)
+        solid = dilate(solid, max(1, round(side / 64)) if segments is not None else 0)
         free = np.flatnonzero(~solid)
         if not len(free):
             return None

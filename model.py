@@ -359,6 +359,13 @@ def widen_input(weights: dict[str, Tensor], channels_in: int, key: str) -> dict[
     return {**weights, key: wide}
 
 
+def mask_input_is_empty(editor: "Editor") -> bool:
+    """Whether an inpainting Editor sees nothing of mask and masked picture, as after `widen_input`. False of
+    one on the meta device, which has no weights."""
+    seen = editor.mmdit.x_embedder.proj.weight[:, editor.cfg.channels:]
+    return not seen.is_meta and not seen.any()
+
+
 ####################################################################################################
 # 4. Text encoder for models trained from scratch, and the Editor
 ####################################################################################################

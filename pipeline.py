@@ -219,6 +219,16 @@ def latents(cached: Cache, source, vae: VAE, cfg, stride: int) -> tuple:
     return cached.source(source), Encoded(vae)
 
 
+def check_shapes(net: model.Editor | model.EditNet, shapes: list, token: int, image_size: int) -> None:
+    """SystemExit where one of the shapes (h, w) to train at, in pixels, has more tokens a side, of `token`
+    pixels, than the position table of `net`: a long bucket may come only after hours."""
+    h, w = max(shapes, key=max)
+    if max(h, w) > (most := net.cfg.pos_max) * token:
+        raise SystemExit(f"error: --image_size: {image_size}: makes pictures of {w}x{h} pixels, "
+                         f"{w // token}x{h // token} tokens, and the model's position table has "
+                         f"{most}x{most}: use a smaller one, or leave --aspects out")
+
+
 ########################################## 3. using ##########################################################
 
 

@@ -331,12 +331,22 @@ def widened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return out | {"vit.patch_embed.proj.weight": F.pad(patch, (0, 0, 0, 0, 0, 6))}
 
 
+def measured_at(manifest: dict, what: str) -> dict:
+    """meta.val: what held-out pairs said of the weights; a line where these were others, of another step, as
+    in a checkpoint that a signal left (manifests of old do not say)."""
+    found = manifest.get("meta", {}).get("val") or {}
+    if found.get("step", manifest.get("step")) != manifest.get("step"):
+        common.print0(f"warning: {what}: its weights are of step {manifest.get('step')}, its scores were "
+                      f"measured at step {found['step']}, and are scaled by that: let its training end")
+    return found
+
+
 def open_scorer(path: str, device: Device = "cpu", what: str = "--judge") -> EditScorer:
     """A frozen EditScorer from a folder of train_scorer.py, calibrated as its manifest says."""
     tensors, manifest = checkpoint.load(path, ("model",))
     net = EditScorer(config_from(RewardConfig, manifest.get("arch", {}), "scorer", f"{what}: {path}"))
     checkpoint.load_state(net, tensors["model"], path)
-    if knots := (manifest.get("meta", {}).get("val") or {}).get("knots"):
+    if knots := measured_at(manifest, f"{what}: {path}").get("knots"):
         net.knots = knots
     else:
         common.print0(f"warning: {what}: {path}: was not calibrated on held-out pairs: its scores are taken "
@@ -663,7 +673,7 @@ def _trained(path: str, what: str) -> PreferenceReward:
     if net.tokenizer is None:
         raise SystemExit(f"error: {what}: holds no tokenizer: use a folder that train_reward.py wrote")
     checkpoint.load_state(net, tensors["model"], path)
-    found = manifest.get("meta", {}).get("val") or {}
+    found = measured_at(manifest, what)
     if "val/score_mean" in found:
         net.score_mean, net.score_std = found["val/score_mean"], max(found["val/score_std"], 1e-3)
     else:

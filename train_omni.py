@@ -105,6 +105,7 @@ def main(cfg: Config) -> None:
     #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
     editor, surroundings = build(cfg)
+    frozen = checkpoint.frozen_bits(editor)
     if not cfg.fsdp:
         editor.to(device)
     space, surroundings, cached = pipeline.surround(editor, surroundings, device, f"--init: {cfg.init}",
@@ -137,7 +138,7 @@ def main(cfg: Config) -> None:
     checkpoint.claim(cfg.out)
     step, run_id = 0, None
     state = {"model": editor, "ema": ema, "optimizer": opt}
-    if manifest := checkpoint.resume(cfg.out, state, editor.arch):
+    if manifest := checkpoint.resume(cfg.out, state, editor.arch, frozen):
         step, run_id = manifest["step"], manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pictures seen)")
         checkpoint.warn_changed(cfg.out, manifest, asdict(cfg), bf16)
@@ -159,6 +160,7 @@ def main(cfg: Config) -> None:
     else:
         loader = data.make_loader(source, cfg.image_size, cfg.batch_size, tasks_of(cfg), **at)
     common.print0(loader.summary)
+    pipeline.check_shapes(editor, loader.shapes, stride, cfg.image_size)
     common.agree(dist, {"data": loader.fingerprint(), "weights": common.bits(editor)})
     grid = sample_inputs(cfg, stride, source, device) if cfg.sample_every else None
     samples_per_step = cfg.batch_size * dist.world * cfg.accum
@@ -216,7 +218,8 @@ def main(cfg: Config) -> None:
         ends = step == cfg.steps or stop
         if ends or step % cfg.save_every == 0 and not verdict.bad:
             meta = {"arch": editor.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
-                    "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings}
+                    "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings,
+                    "frozen": frozen}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, ends)
         if stop:
@@ -262,6 +265,8 @@ def check(cfg: Config) -> None:
                                       "out one")
     if cfg.tune_base == "lora" and cfg.lora < 1:
         common.refuse(cfg, "lora", "must be at least 1")
+    if cfg.tune_base != "lora" and cfg.lora != Config.lora:
+        common.refuse(cfg, "lora", "is of use with --stage edit --tune_base lora: leave it out, or add these")
 
 
 def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNet, dict]:

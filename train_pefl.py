@@ -131,6 +131,7 @@ def main(cfg: Config) -> None:
         common.refuse(cfg, "tasks", "are kinds of holes, and an instruction editor has pairs: leave it out")
     base = copy.deepcopy(editor).requires_grad_(False).to(device)
     prepare_editor(cfg, pipe)
+    frozen = checkpoint.frozen_bits(editor)
     if not cfg.fsdp:
         editor.to(device)
 
@@ -162,13 +163,17 @@ def main(cfg: Config) -> None:
     step, run_id = 0, None
     state = {"model": editor, "ema": ema, "optimizer": opt,
              "coherence": disc, "coherence_optimizer": disc_opt}
-    if saved := checkpoint.resume(cfg.out, state):
+    if saved := checkpoint.resume(cfg.out, state, frozen=frozen):
         step, run_id = saved["step"], saved["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({saved['samples']} pictures seen)")
+        for flag in ("aesthetic", "alignment", "vgg"):
+            if (had := saved["config"].get(flag)) and not getattr(cfg, flag):
+                raise SystemExit(f"error: --{flag}: {had}: {cfg.out} began with it, and its loss would be "
+                                 "another without it: give it again, or begin another --out")
         checkpoint.warn_changed(cfg.out, saved, asdict(cfg) | {"shift": shift}, bf16)
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
     meta = {"arch": editor.arch, "coherence_arch": disc.arch, "precision": common.PRECISION[bf16],
-            "run_id": metrics.run_id, "stack": pipe.stack}
+            "run_id": metrics.run_id, "stack": pipe.stack, "frozen": frozen}
     trained_at = asdict(cfg) | {"image_size": image_size, "shift": shift}
 
     # 4) data: x, m, c of --tasks. The workers also do what `draws` says: noise and t' are functions of (seed,
@@ -187,12 +192,14 @@ def main(cfg: Config) -> None:
         at["prompt_free"] = PROMPT_FREE
         loader = data.make_loader(source, image_size, cfg.batch_size, cfg.tasks, **at)
     common.print0(loader.summary)
+    pipeline.check_shapes(editor, loader.shapes, patch, image_size)
     common.agree(dist, {"data": loader.fingerprint(), "weights": common.bits(editor),
                         "coherence": common.bits(disc)})
     grid = heldout_grid(cfg, source, instructed, image_size, stride, device)
     # R_theta of Eq. 7, theta in {alpha, beta, gamma}: functions of pictures and captions
     R = {k: r for k, r in scores.items() if k != "heldout"} | {"coherence": lambda image, c: disc(image)}
     perf, lost_saves, stop = Perf(device, bf16, f"--data {cfg.data}"), 0, False
+    begun, unsure = step, bool(cfg.alignment and cfg.w_alignment)  # whether any picture has a caption
     pictures = cfg.batch_size * cfg.accum * dist.world  # of a step
     verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
     bar = log.progress(total, step, "pefl", dist)
@@ -284,7 +291,12 @@ def main(cfg: Config) -> None:
             metrics.images(step, {"samples": sheet})
             row |= alarms
         if due or last or step % cfg.log_every == 0:
-            metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
+            row = metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
+            if unsure and "reward/alignment" not in row:
+                common.print0(f"warning: --alignment: {cfg.alignment}: does nothing: of {source.name} none "
+                              f"of {(step - begun) * pictures:,} pictures so far has a caption for it: give "
+                              "data with captions, of edits those of their targets")
+            unsure = False
         if last or stop or step % cfg.save_every == 0 and not verdict.bad:
             meta |= {"config": trained_at | {"steps": T}, "samples": step * pictures}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
@@ -391,6 +403,10 @@ def prepare_editor(cfg: Config, pipe: pipeline.Pipe) -> None:
                              "update: leave it out")
         torch.manual_seed(cfg.seed)  # LoRA's A: the same on every rank
         model.add_lora(editor, cfg.lora)
+        if not pipe.follows and model.mask_input_is_empty(editor):  # the blocks alone never saw a hole
+            editor.mmdit.x_embedder.requires_grad_(True)
+            common.print0(f"note: --lora: {cfg.lora}: the input layer trains too, all of it, since its "
+                          "columns for the mask and the masked picture are still empty")
     (editor.base if pipe.follows else editor).mmdit.checkpoint = cfg.checkpointing
     pipe.space.checkpoint = bool(cfg.checkpointing)
 

@@ -59,7 +59,7 @@ class Config:
     workers: int = 1  # processes per rank that load data
     device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
     log_every: int = 50  # steps between rows of metrics
-    eval_every: int = 500  # steps between held-out accuracies; 0 = only at the end
+    eval_every: int = 500  # steps between held-out accuracies; 0 = only at the end and before checkpoints
     eval_pairs: int = 2_000  # held-out pairs used while training (at the end all are); 0 = all
     plateau_warn: int = 300  # warn when the loss stays within 0.693 +- 0.002 for so many steps; 0 = never
     save_every: int = 500  # steps between checkpoints
@@ -133,6 +133,8 @@ def main(cfg: Config) -> None:
         step, val, run_id = manifest["step"], manifest["meta"].get("val", {}), manifest["meta"].get("run_id")
         common.print0(f"resumed {cfg.out} at step {step} ({manifest['samples']} pairs seen)")
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
+    meta = {"arch": reward.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
+            "run_id": metrics.run_id}
 
     # 5) data: batch s is a function of (seed, s, rank, world)
     batches = data.pair_loader(
@@ -142,6 +144,11 @@ def main(cfg: Config) -> None:
     common.agree(dist, {"data": batches.fingerprint(), "weights": common.bits(reward)})
     perf, verdict = Perf(device, bf16, f"--pairs {cfg.pairs}"), Verdict(dist, cfg.out, "lower --lr")
     lost_saves, flat_since, warned = 0, None, False
+    if held and step == cfg.steps and (not val or val.get("step", step) != step):  # a signal ended it there
+        val = measured(reward, held, val, step, True, cfg, dist, autocast)
+        metrics.flush(step, {k: v for k, v in val.items() if k != "step"})
+        meta |= {"samples": manifest["samples"], "val": val}
+        checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
 
     bar = log.progress(cfg.steps, step, "reward", dist)
     while step < cfg.steps:
@@ -194,16 +201,14 @@ def main(cfg: Config) -> None:
                 common.print0(plateau_text(cfg, step, row))
             warned = flat and (warned or bool(cfg.plateau_warn) and step - flat_since >= cfg.plateau_warn)
 
-        # 9) held-out accuracy, checkpoints
-        if held and (last or cfg.eval_every and step % cfg.eval_every == 0):
-            every = 1 if last or not cfg.eval_pairs else max(1, len(held) // cfg.eval_pairs)
-            result = accuracy(reward, held, every, cfg, dist, autocast)
-            val = {**result, "val/best": max(result["val/acc"], val.get("val/best", 0.0))}
-            metrics.flush(step, val)
-        if last or stop or step % cfg.save_every == 0 and not verdict.bad:
-            meta = {"arch": reward.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
-                    "samples": step * cfg.batch_size * dist.world * cfg.accum, "val": val,
-                    "run_id": metrics.run_id}
+        # 9) held-out accuracy, checkpoints. What a checkpoint's scores are normalised by is its own weights';
+        #    a signal alone leaves no time for that, and rewards.open_reward says so
+        saves = step % cfg.save_every == 0 and not verdict.bad
+        if held and (last or saves and not stop or cfg.eval_every and step % cfg.eval_every == 0):
+            val = measured(reward, held, val, step, last, cfg, dist, autocast)
+            metrics.flush(step, {k: v for k, v in val.items() if k != "step"})
+        if last or stop or saves:
+            meta |= {"samples": step * cfg.batch_size * dist.world * cfg.accum, "val": val}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:
@@ -318,6 +323,14 @@ def score_pairs(reward: rewards.PreferenceReward, batch: dict, device) -> tuple[
     image = torch.cat([batch["better"], batch["worse"]])                                 # [2B, 3, H, W]
     tokens = reward.tokenize(batch["caption_better"] + batch["caption_worse"], device)
     return reward(image, *tokens).float().chunk(2)
+
+
+def measured(reward, held, before: dict, step: int, whole: bool, cfg: Config, dist, autocast) -> dict:
+    """meta.val of a checkpoint: `accuracy`, on all held-out pairs or about --eval_pairs of them, the best one
+    so far (before: what the last call gave), and the step at which all this was measured."""
+    every = 1 if whole or not cfg.eval_pairs else max(1, len(held) // cfg.eval_pairs)
+    found = accuracy(reward, held, every, cfg, dist, autocast)
+    return found | {"val/best": max(found["val/acc"], before.get("val/best", 0.0)), "step": step}
 
 
 @torch.no_grad()

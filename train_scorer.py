@@ -55,7 +55,7 @@ class Config:
     workers: int = 1  # processes per rank that load data
     device: str = "auto"  # auto (a GPU where there is one), cpu or cuda
     log_every: int = 50  # steps between rows of metrics
-    eval_every: int = 0  # steps between held-out reports; 0 = at the start and at the end
+    eval_every: int = 0  # steps between held-out reports; 0 = at both ends and before checkpoints
     eval_pairs: int = 2_000  # how many held-out pairs the reports look at
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # how many of the newest checkpoints are kept
@@ -69,6 +69,9 @@ def main(cfg: Config) -> None:
             "lr", "warmup", "grad_clip", "weight_decay", "workers", "eval_every", "keep"))
     if cfg.preset not in rewards.REWARD_PRESETS:
         common.refuse(cfg, "preset", f"use one of {', '.join(rewards.REWARD_PRESETS)}")
+    if cfg.batch_size == 1 and cfg.negatives:
+        common.refuse(cfg, "batch_size", "has no next pair whose instruction to lend: use at least 2, or "
+                                         "--negatives 0")
     if not 0 < cfg.keep_score <= 10:
         common.refuse(cfg, "keep_score", "scores go from 0 to 10")
     dist = common.setup(cfg.device)
@@ -141,6 +144,13 @@ def main(cfg: Config) -> None:
     if not step:
         before = report(net, held, picks, cfg, dist, autocast)
         metrics.flush(0, numbers_of(before))
+    meta = {"arch": net.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16], "before": before,
+            "run_id": metrics.run_id}
+    if step == cfg.steps and (not val or val.get("step", step) != step):  # ended by a signal at its last step
+        val = report(net, held, picks, cfg, dist, autocast) | {"step": step}
+        metrics.flush(step, numbers_of(val))
+        meta |= {"samples": manifest["samples"], "val": val}
+        checkpoint.save(cfg.out, step, state, meta, cfg.keep, dist)
 
     bar = log.progress(cfg.steps, step, "scorer", dist)
     while step < cfg.steps:
@@ -179,13 +189,13 @@ def main(cfg: Config) -> None:
         if step % cfg.log_every == 0 or last:
             metrics.flush(step, {"lr": opt.param_groups[0]["lr"], **perf.read(),
                                  "data/skipped": batches.stats()["skipped"]})
-        if last or cfg.eval_every and step % cfg.eval_every == 0:
-            val = report(net, held, picks, cfg, dist, autocast)
+        # What calibrates a checkpoint was said by its own weights; a signal alone leaves no time for a report
+        saves = step % cfg.save_every == 0 and not verdict.bad
+        if last or saves and not stop or cfg.eval_every and step % cfg.eval_every == 0:
+            val = report(net, held, picks, cfg, dist, autocast) | {"step": step}
             metrics.flush(step, numbers_of(val))
-        if last or stop or step % cfg.save_every == 0 and not verdict.bad:
-            meta = {"arch": net.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
-                    "samples": step * cfg.batch_size * dist.world, "val": val, "before": before,
-                    "run_id": metrics.run_id}
+        if last or stop or saves:
+            meta |= {"samples": step * cfg.batch_size * dist.world, "val": val}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
         if stop:
@@ -227,7 +237,7 @@ def instructions(source, n: int = 2_000) -> list[str]:
 
 def draws(cfg: Config, batch: dict) -> dict:
     """`kind` of each pair, list of int: 0 as it is, 1 the source in place of the edited picture, 2 the
-    instruction of the next pair. A function of (seed, step, global position)."""
+    instruction of the next pair of this rank's batch. A function of (seed, step, global position)."""
     gens = common.generators(cfg.seed, batch["step"], batch["position"])
     return {"kind": [(1 + (u < cfg.negatives / 2)) * (u < cfg.negatives) for u in common.rand(gens).tolist()]}
 
@@ -235,8 +245,9 @@ def draws(cfg: Config, batch: dict) -> dict:
 def spoil(batch: dict) -> tuple[Tensor, list[str], Tensor, Tensor]:
     """Edited pictures, instructions and scores of a batch, and which are its free negatives, of score 0:
     nothing was done, or something else was asked for: what the next pair asks, if it is of another task, or
-    no task is known; within one task it may be true. Without them a scorer learns how good pictures look, and
-    no more (sets that are kept at 9 and more have no low scores at all)."""
+    no task is known; within one task it may be true. The next pair is that of this rank's batch, behind the
+    last the first: other numbers of ranks lend other instructions, of the same kind. Without them a scorer
+    learns how good pictures look, and no more (sets kept at 9 and more have no low scores at all)."""
     kind, captions = batch["kind"], list(batch["caption"])
     same = torch.tensor([k == 1 for k in kind], device=batch["image"].device)
     edited = torch.where(same[:, None, None, None], batch["source"], batch["image"])
@@ -326,8 +337,9 @@ def isotonic(said: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """The rising function nearest to `true` (pool adjacent violators) -> knots x, y for np.interp: the mean
     of each pool, so that it rises between them."""
     pools = []  # sum of x, sum of y, number
-    for i in np.argsort(said, kind="stable"):
-        pools.append([said[i], true[i], 1])
+    levels, at, n = np.unique(said, return_inverse=True, return_counts=True)  # equal scores are one pool
+    for level, total, k in zip(levels, np.bincount(at, true), n):
+        pools.append([level * k, total, k])
         while len(pools) > 1 and pools[-2][1] * pools[-1][2] >= pools[-1][1] * pools[-2][2]:
             pools[-2:] = [[a + b for a, b in zip(*pools[-2:])]]
     x, y, n = np.array(pools, np.float64).T

@@ -459,6 +459,12 @@ def test_erase_masks_avoid_every_instance():
     for k in range(100):
         m = make_mask("background", 64, 64, np.random.default_rng(k), s)
         assert m.any() and not m[s != 0].any()
+    small = np.zeros((64, 64), np.int32)  # each of them below 0.2 % of the picture, which is none to erase
+    for i, (y, x) in enumerate(np.ndindex(6, 6)):
+        small[10 * y + 4, 10 * x + 4] = i + 1
+    beside = masks.dilate(small != 0, 1)
+    assert not any(make_mask("background", 64, 64, np.random.default_rng(k), small)[beside].any()
+                   for k in range(20))
     full = np.ones((64, 64), np.int32)
     full[0, 0] = 0
     assert make_mask("background", 64, 64, RNG, full) is None

@@ -479,6 +479,16 @@ def test_rewards_on_another_scale_are_named(monkeypatch, capsys):
     assert not capsys.readouterr().out
 
 
+def test_an_alignment_that_is_never_asked_is_said(made, tmp_path, capsys):
+    """Once, after the first interval: without a caption its term of the loss is 0 for every picture."""
+    for name, flags, times in (("none", dict(tasks="erase=1"), 1), ("some", dict(tasks="edit=1"), 0),
+                               ("weightless", dict(tasks="erase=1", w_alignment=0.0), 0)):
+        call(made, tmp_path / name, train_pefl, phases="4/3/2x4", log_every=2, **flags)
+        said = capsys.readouterr().out
+        assert said.count("warning: --alignment") == times, said
+        assert said.count("none of 8 pictures so far has a caption") == times
+
+
 def test_alignment_is_logged_of_pictures_with_a_caption(made, tmp_path, monkeypatch):
     """As it weighs in the loss, the judge's too; where no picture has one, there is no number."""
     def score(image, captions):
@@ -569,6 +579,45 @@ def test_lora(made, tmp_path):
         assert all(torch.linalg.matrix_rank(d.double(), rtol=1e-4) <= 2 for d in moved.values())
     editor = pipeline.open_editor(str(tmp_path), torch.device("cpu"), ("fill",)).net  # and can be tuned on
     assert torch.equal(editor.state_dict()["mmdit.pos_embed"], base["mmdit.pos_embed"])
+
+
+def test_lora_learns_to_see_the_hole(made, tmp_path, capsys):
+    """Of a base with an empty mask input the input layer trains beside the blocks, is resumed and averaged
+    with them: else two masks would give one and the same picture for ever."""
+    torch.manual_seed(0)
+    editor = random_editor(model.inpainting(model.PRESETS["test"]))
+    editor.mmdit.x_embedder.proj.weight.data[:, 3:] = 0
+    base = shipped(tmp_path / "base", editor, config={"image_size": 32, "shift": 1.0})
+    flags = dict(base=base, lora=2, save_every=1, keep=9)
+    call(made, tmp_path / "whole", train_pefl, phases="4/3/2x2", **flags)
+    assert "the input layer trains too" in capsys.readouterr().out
+    whole, layer = tensors(tmp_path / "whole"), "mmdit.x_embedder.proj.weight"
+    assert whole[f"model/{layer}"][:, 3:].any() and whole[f"ema/{layer}"][:, 3:].any()
+    assert f"lora/{layer}" in whole
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole/step_00000001", tmp_path / "cut/step_00000001")
+    call(made, tmp_path / "cut", train_pefl, phases="4/3/2x2", **flags)
+    assert not differ(whole, tensors(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("script", [train_omni, train_pefl])
+def test_a_lora_run_goes_on_with_the_base_it_began_with(made, tmp_path, script):
+    """It keeps its updates alone: on other weights that lie in the base's place now they would mean something
+    else. A folder from before this was kept goes on."""
+    base, out = str(shutil.copytree(made["base"], tmp_path / "base")), tmp_path / "out"
+    flags = dict(base=base, lora=2) if script is train_pefl else \
+        dict(init=base, stage="edit", tune_base="lora", lora=2)
+    call(made, out, script, **flags, **steps(script, 1))
+    call(made, out, script, **flags, **steps(script, 2))
+    shutil.rmtree(base)
+    torch.manual_seed(5)
+    shipped(base, random_editor(model.inpainting(model.PRESETS["test"])), config={"image_size": 32})
+    refused(made, out, script, "low-rank updates are of other weights", **flags, **steps(script, 3))
+    path = newest(out) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["meta"]["frozen"]
+    path.write_text(json.dumps(manifest | {"sha256": checkpoint._manifest_hash(manifest)}))
+    call(made, out, script, **flags, **steps(script, 3))
 
 
 def test_lora_is_seeded(made, tmp_path):
@@ -698,7 +747,8 @@ BOTH = [
     ("/no/such/place", dict(data="/no/such/place")),
     ("empty.*no pictures|empty", dict(data="empty")),
     ("--?image_size: 30: .*multiple", dict(image_size=30)),
-    ("64x64 tokens", dict(image_size=256)),
+    ("--image_size: 256: .*256x256 pixels, 64x64 tokens, .* has 32x32", dict(image_size=256)),
+    ("--image_size: 112: .*, 3[78]x2[01] tokens, .* has 32x32", dict(image_size=112, aspects=True)),
     ("--?batch_size: 0", dict(batch_size=0)),
     ("--?accum: 0", dict(accum=0)),
     ("--?log_every: 0", dict(log_every=0)),
@@ -739,6 +789,7 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_pefl, "--adversarial_from: 0", dict(adversarial_from=0)),
     (train_pefl, "--reward_noise: -1", dict(reward_noise=-1.0)),
     (train_pefl, "--lora: -1", dict(lora=-1)),
+    (train_omni, "--lora: 4: is of use with --stage edit", dict(lora=4)),
 ]
 
 
@@ -789,6 +840,24 @@ def test_changed_flags_are_said(made, tmp_path, capsys, script):
     call(made, tmp_path, script, save_every=1, seed=7, log_every=2, precision=chosen, **steps(script, 1))
     text = capsys.readouterr().out
     assert text.count("warning") == 1 and "began with --seed 0, goes on with 7" in text
+
+
+def test_a_flag_that_is_left_out_is_said(made, tmp_path, capsys):
+    """What a command that goes on has forgotten: of a reward it is refused, since the loss would be another;
+    else a line says so. What the weights bring along themselves is no matter."""
+    begun = dict(phases="4/3/2x1", heldout_reward=made["aesthetic"], tasks="edit=1", image_size=32)
+    call(made, tmp_path, train_pefl, sample_every=1, **begun)
+    capsys.readouterr()
+    for flag in ("aesthetic", "alignment"):
+        refused(made, tmp_path, train_pefl, f"^error: --{flag}: .*{flag}: .* began with it.*: give it again",
+                **begun | {flag: None, "phases": "4/3/2x2"})
+    capsys.readouterr()
+    call(made, tmp_path, train_pefl, **begun | {"heldout_reward": None, "image_size": None})
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warned) == 1 and re.search("began with --heldout_reward .*, goes on without$", warned[0])
+    manifest = {"config": {"dropout": 0.9, "sd3": "/a", "shift": 3.0}, "precision": "fp32"}
+    checkpoint.warn_changed("out", manifest, dict.fromkeys(manifest["config"]), False)
+    assert capsys.readouterr().out == "warning: out: began with --dropout 0.9, goes on without\n"
 
 
 def test_a_run_from_before_flags_went_resumes_without_a_word(capsys):

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
+import common
 import rewards
 import train_reward
 
@@ -154,6 +155,31 @@ def test_scores_are_normalised_by_the_held_out_ones(folder, tmp_path, capsys):
     run(command(folder / "captions.jsonl", tmp_path / "cut", steps=2, val_fraction=0))
     assert rewards.open_reward(str(tmp_path / "cut")).score_std == 1.0
     assert "were not measured" in capsys.readouterr().out
+
+
+def test_what_scales_the_scores_is_of_the_weights_beside_it(folder, tmp_path, monkeypatch, capsys):
+    """As in test_train_scorer.py: measured before each checkpoint, but not when a signal alone makes one."""
+    flags = {"batch_size": 4, "eval_pairs": 4, "val_fraction": 0.2, "eval_every": 3}
+    run(command(folder / "captions.jsonl", tmp_path / "a", **flags, steps=4, save_every=2))
+    for at in (2, 4):
+        manifest = json.loads((tmp_path / f"a/step_{at:08d}/manifest.json").read_text())
+        assert manifest["meta"]["val"]["step"] == at
+    rewards.open_reward(str(tmp_path / "a"))
+    assert "are of step" not in capsys.readouterr().out
+    own = common.Verdict.give
+
+    def give(self, step, *rest):
+        monkeypatch.setattr(common, "_stop_signal", "SIGTERM" if step == 3 else None)
+        return own(self, step, *rest)
+
+    monkeypatch.setattr(common.Verdict, "give", give)
+    assert "at step 5" in run(command(folder / "captions.jsonl", tmp_path / "b", **flags, steps=100))
+    monkeypatch.undo()
+    rewards.open_reward(str(tmp_path / "b"))
+    assert "weights are of step 5, its scores were measured at step 3" in capsys.readouterr().out
+    run(command(folder / "captions.jsonl", tmp_path / "b", **flags, steps=5))
+    rewards.open_reward(str(tmp_path / "b"))
+    assert "are of step" not in capsys.readouterr().out
 
 
 def test_wilson():

@@ -11,6 +11,7 @@ from inprocess import run_ranks, run_script
 from PIL import Image
 
 import checkpoint
+import common
 import rewards
 import train_scorer
 
@@ -86,6 +87,39 @@ def test_a_path_below_the_home_folder_resumes(folder, tmp_path, monkeypatch):
     assert (tmp_path / "a/run.lock").is_file()  # as every training script, it claims its folder
 
 
+def test_a_report_is_of_the_weights_beside_it(folder, tmp_path, monkeypatch, capsys):
+    """What calibrates a checkpoint was measured on its own weights, wherever --eval_every falls. A signal
+    leaves no time for it: that is said when it is opened, and made up for when the run is said to be over."""
+    flags = {"data": folder / "pairs.jsonl", "batch_size": 4, "eval_pairs": 4, "save_every": 2,
+             "eval_every": 3}
+    run(tmp_path / "a", **flags, steps=4)
+    for at in (2, 4):
+        manifest = json.loads((tmp_path / f"a/step_{at:08d}/manifest.json").read_text())
+        assert manifest["meta"]["val"]["step"] == at
+    rewards.open_scorer(str(tmp_path / "a"))
+    assert "warning" not in capsys.readouterr().out
+    own = common.Verdict.give
+
+    def give(self, step, *rest):
+        monkeypatch.setattr(common, "_stop_signal", "SIGTERM" if step == 3 else None)
+        return own(self, step, *rest)
+
+    monkeypatch.setattr(common.Verdict, "give", give)
+    flags |= {"save_every": 100, "out": tmp_path / "b"}
+    assert "stopped by a signal at step 5" in run(**flags, steps=100)
+    monkeypatch.undo()
+    rewards.open_scorer(str(tmp_path / "b"))
+    assert "weights are of step 5, its scores were measured at step 3" in capsys.readouterr().out
+    assert "rank correlation with the judge" in run(**flags, steps=5)
+    rewards.open_scorer(str(tmp_path / "b"))
+    assert "warning" not in capsys.readouterr().out
+    flags["eval_every"] = 0  # and where no report was made yet
+    monkeypatch.setattr(common.Verdict, "give", give)
+    run(**flags | {"out": tmp_path / "c"}, steps=100)
+    monkeypatch.undo()
+    assert "rank correlation with the judge" in run(**flags | {"out": tmp_path / "c"}, steps=5)
+
+
 @pytest.mark.slow
 def test_two_ranks(folder, tmp_path):
     """Each scores its half of the held-out pairs; the report is of all of them."""
@@ -122,6 +156,7 @@ def test_refusals(folder, tmp_path):
     assert "not one of 230 pairs has a score" in run(tmp_path, fails=True, data=folder / "bare.jsonl",
                                                      val_data=folder / "held.jsonl")
     assert "error: --eval_pairs: 1: " in run(tmp_path, fails=True, data=folder / "pairs.jsonl", eval_pairs=1)
+    assert "error: --batch_size: 1: has no next pair" in run(tmp_path, fails=True, batch_size=1)
     assert "error: --keep_score: 11" in run(tmp_path, fails=True, keep_score=11)
     assert "error: --init: x:y" in run(tmp_path, fails=True, init="x:y")
 
@@ -155,6 +190,11 @@ def test_statistics():
     assert train_scorer.spearman(b, -b**3) == pytest.approx(-1) and train_scorer.spearman(a, a * 0) is None
     x, y = train_scorer.isotonic(np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 5]))
     assert x.tolist() == [1, 2.5, 4] and y.tolist() == [1, 2.5, 5]
+    for true in ([1.0, 3, 9, 10], [10.0, 9, 3, 1]):  # equal scores have one calibrated value, in any order
+        x, y = train_scorer.isotonic(np.full(4, 5.0), np.array(true))
+        assert np.interp(5.0, x, y) == 5.75
+    x, y = train_scorer.isotonic(np.array([4.0, 5, 4, 6]), np.array([2.0, 1, 4, 7]))
+    assert x.tolist() == pytest.approx([13 / 3, 6]) and y.tolist() == pytest.approx([7 / 3, 7])
     assert train_scorer.ece(np.arange(10.0), np.arange(10.0) + 2) == pytest.approx(2)
 
 
