@@ -258,13 +258,15 @@ MOST = {  # what no use of a flag needs, and what would fill the memory or the s
     "seam": 2**14,
     **dict.fromkeys(("left", "right", "top", "bottom"), 2**14)}
 NEEDED = ("out", "data", "pairs", "base", "ckpt")  # texts that must say something
+EMPTY = ("prompt",)  # that may be empty, which is not the same as left out
 
 
 def check_bounds(cfg, **flags):
     """SystemExit for a number of a script's Config that is out of range, before anything is loaded.
 
     flags: a key of BOUNDS -> names of fields; None passes. Every number must be finite and in MOST, or below
-    10^9; a text must be printable, and not empty where it is a place.
+    10^9; a text must be printable, not empty where it is a place, nor where it may be left out: a shell
+    script's variable that is not set would pass for that.
     """
     for name, value in vars(cfg).items():
         most = MOST.get(name, 10**9)
@@ -273,9 +275,11 @@ def check_bounds(cfg, **flags):
         for text in (value if isinstance(value, tuple) else (value,)):
             if isinstance(text, str) and "\0" in text:
                 refuse(cfg, name, "holds a zero byte: leave it out")
-        needed = name in NEEDED and next(f for f in fields(cfg) if f.name == name).default != ""
-        if value == "" and needed:
+        default = next((f.default for f in fields(cfg) if f.name == name), "")
+        if value == "" and name in NEEDED and default != "":
             refuse(cfg, name, "is empty: name a place")
+        if value == "" and default is None and name not in EMPTY:
+            refuse(cfg, name, "is empty: leave it out, or say what it is to be")
     for bound, names in flags.items():
         holds, text = BOUNDS[bound]
         for name in names:

@@ -233,12 +233,12 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(width, heads, qk_norm, dual=dual)
 
     def forward(self, img: Tensor, txt: Tensor, silu_c: Tensor, memory: Memory | None = None,
-                keep: list | None = None, share: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                keep: bool = False, share: Tensor | None = None) -> tuple:
         """img [B, L, D], txt [B, Lt, D], silu_c [B, D] -> img, txt (None after the last block).
 
-        memory: keys and values of further image tokens, attended to as this block's own; keep: a list to
-        which this call appends those of its image tokens, to be another call's memory. share [B]: the row
-        whose image tokens' queries and keys a row takes in place of its own (see MMDiT.forward).
+        memory: keys and values of further image tokens, attended to as this block's own; keep: return those
+        of its image tokens as a third result, to be another call's memory. share [B]: the row whose image
+        tokens' queries and keys a row takes in place of its own (see MMDiT.forward).
         """
         x, c = self.x_block, self.context_block
         mi, mt = x.modulation(silu_c), c.modulation(silu_c)
@@ -256,8 +256,7 @@ class JointBlock(nn.Module):
             if share is not None:
                 q2, k2 = q2[share], k2[share]
             (a2,) = attend([q2], [k2], [v2], [x.attn2.norms], far2)
-        if keep is not None:
-            keep.append((x.attn.memory(ki, vi), x.attn2.memory(k2, v2) if x.dual else None))
+        kept = ((x.attn.memory(ki, vi), x.attn2.memory(k2, v2) if x.dual else None),) if keep else ()
         img = img + mi[2][:, None] * x.attn.proj(ai.flatten(2))
         if x.dual:
             img = img + mi[8][:, None] * x.attn2.proj(a2.flatten(2))
@@ -265,10 +264,10 @@ class JointBlock(nn.Module):
         # 2) MLP of each stream
         img = img + mi[5][:, None] * x.mlp(modulate(img, mi[3], mi[4]))
         if c.pre_only:
-            return img, None
+            return img, None, *kept
         txt = txt + mt[2][:, None] * c.attn.proj(at.flatten(2))
         txt = txt + mt[5][:, None] * c.mlp(modulate(txt, mt[3], mt[4]))
-        return img, txt
+        return img, txt, *kept
 
 
 class FinalLayer(nn.Module):
@@ -320,7 +319,7 @@ class MMDiT(nn.Module):
         silu_c = F.silu(self.t_embedder(t) + self.y_embedder(vec))                       # [B, D]
         return img, self.context_embedder(txt), silu_c
 
-    def run(self, block: JointBlock, *inputs) -> tuple[Tensor, Tensor | None]:
+    def run(self, block: JointBlock, *inputs) -> tuple:
         """block(*inputs), recomputed in the backward pass if it is one of those that `checkpoint` says."""
         if self.checkpoint and block.index % self.checkpoint == 0 and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -340,7 +339,7 @@ class MMDiT(nn.Module):
         """
         img, txt, silu_c = self.embed(x, t, txt, vec)
         for block in self.joint_blocks:
-            shared = () if share is None else (None, None, share)
+            shared = () if share is None else (None, False, share)
             img, txt = self.run(block, img, txt, silu_c, *shared)
         return self.unembed(img, silu_c, x.shape[-2] // self.patch, x.shape[-1] // self.patch)
 
@@ -643,11 +642,11 @@ class EditNet(nn.Module):
         h, w = src.shape[-2] // m.patch, src.shape[-1] // m.patch
         tokens = self.source_tokens(src, region) + crop_pos(m.pos_embed, h, w)
         silu_c = F.silu(m.t_embedder(src.new_zeros(len(src))) + m.y_embedder(vec))
-        txt, memory, made = m.context_embedder(txt), [], []
+        txt, found = m.context_embedder(txt), []
         for block in self.branch:
-            tokens, txt = block(tokens, txt, silu_c, None, memory)
-            made.append(tokens)
-        return list(zip(memory, made))
+            tokens, txt, memory = m.run(block, tokens, txt, silu_c, None, True)
+            found.append((memory, tokens))
+        return found
 
     def forward(self, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor, src: Tensor, region: Tensor,
                 memory: list[tuple[Memory, Tensor]] | None = None) -> Tensor:

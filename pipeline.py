@@ -163,8 +163,10 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
     one of make_cache.py, in place of the text encoders. what: the flag and path that errors name.
     """
     if net.cfg.txt_bytes:
-        if folder:
-            raise SystemExit(f"error: --cache: {folder}: {what} reads captions itself: leave it out")
+        for flag, value in (("cache", folder), ("sd3", known.get("sd3")), ("tokenizers", tokenizers)):
+            if value:
+                raise SystemExit(f"error: --{flag}: {value}: {what} draws pixels and reads captions itself: "
+                                 "leave it out")
         return PixelSpace(), {}, None
     if not known.get("sd3"):
         raise SystemExit(f"error: {what}: its manifest does not say where VAE and text encoders are: give "

@@ -705,6 +705,9 @@ def open_coherence(init: str | None, image_size: int, patch: int, what: str) -> 
     if not init:
         patch = max(patch, 4)
         return CoherenceReward(CoherenceConfig(image_size // patch, patch))
+    if not Path(init).is_dir():
+        raise SystemExit(f"error: {what}: {init}: no such folder: give one that train_pefl.py or "
+                         "train_reward.py wrote")
     tensors, manifest = checkpoint.load(init, ("coherence", "model"))
     if arch := manifest["meta"].get("coherence_arch"):
         disc = build_coherence(arch, f"{what}: {init}")

@@ -105,11 +105,14 @@ def main(cfg: Config) -> None:
     #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
     editor, surroundings = build(cfg)
+    if editor.cfg.txt_bytes and not cfg.text_lr:  # else its gradient would count where the norm is clipped
+        editor.text.requires_grad_(False)
     frozen = checkpoint.frozen_bits(editor)
     if not cfg.fsdp:
         editor.to(device)
-    space, surroundings, cached = pipeline.surround(editor, surroundings, device, f"--init: {cfg.init}",
-                                                    cfg.tokenizers, cfg.cache)
+    begins = f"--init: {cfg.init}" if cfg.init else f"--preset: {cfg.preset}"
+    space, surroundings, cached = pipeline.surround(editor, surroundings, device, begins, cfg.tokenizers,
+                                                    cfg.cache)
     stride = editor.cfg.patch * space.stride
     if cfg.image_size % stride:
         raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of {stride}, the "
@@ -275,7 +278,8 @@ def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNe
     if not cfg.init:
         arch = model.PRESETS[cfg.preset]
         cfg.shift = cfg.shift or 1.0
-        return model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch), {}
+        editor = model.Editor(model.inpainting(arch) if cfg.stage == "inpaint" else arch)
+        return editor, {"sd3": cfg.sd3} if cfg.sd3 else {}
     state, manifest = pipeline.open_weights(cfg.init, device=device, what="--init")
     arch = manifest["arch"]
     cfg.shift = cfg.shift or manifest.get("config", {}).get("shift") or 1.0

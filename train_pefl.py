@@ -362,6 +362,9 @@ def open_rewards(cfg: Config, device: torch.device | str = "cpu") -> dict[str, l
     """The frozen rewards that are named, by what they are: aesthetic, alignment, heldout. A mean of several
     is ours: what raises one by a trick seldom raises the others."""
     named = {"aesthetic": cfg.aesthetic, "alignment": cfg.alignment, "heldout_reward": cfg.heldout_reward}
+    for flag, spec in named.items():
+        if spec and not all(members(spec)):
+            common.refuse(cfg, flag, "has nothing before or after a comma: give A,B, or A alone")
     for flag in ("aesthetic", "alignment"):
         for name, (score, slope) in FLAT.items():
             if any(part.startswith(f"{name}:") for part in members(named[flag] or "")):

@@ -382,6 +382,7 @@ def spied(made, out, monkeypatch, **flags):
 
     def feature_l1(features, x, x0):
         seen.setdefault("vgg", x0.detach())
+        seen.setdefault("vgg_of", x)
         return own[2](features, x, x0)
 
     with monkeypatch.context() as m:
@@ -503,6 +504,7 @@ def test_alignment_is_logged_of_pictures_with_a_caption(made, tmp_path, monkeypa
     assert -100 < last["judge/aesthetic_tuned"] < 1
     found = call(made, tmp_path / "none", train_pefl, tasks="erase=1", sample_every=4)
     assert all("reward/alignment" not in row and row["reward/aesthetic"] == -100 for row in found)
+    assert all(row["loss/alignment"] == 0 and row["loss/aesthetic"] == pytest.approx(100) for row in found)
     assert "judge/alignment_tuned" not in found[-1] and found[-1]["judge/aesthetic_tuned"] == -100
 
 
@@ -618,6 +620,15 @@ def test_a_lora_run_goes_on_with_the_base_it_began_with(made, tmp_path, script):
     del manifest["meta"]["frozen"]
     path.write_text(json.dumps(manifest | {"sha256": checkpoint._manifest_hash(manifest)}))
     call(made, out, script, **flags, **steps(script, 3))
+
+
+def test_a_frozen_text_encoder_has_no_gradient(made, tmp_path):
+    """--text_lr 0: what cannot move must not count in the norm that the others' gradients are clipped to."""
+    first = tensors(tmp_path / "a") if call(made, tmp_path / "a", train_omni, steps=1, text_lr=0.0) else None
+    assert not any(k.startswith("optimizer/text.") for k in first)
+    call(made, tmp_path / "a", train_omni, steps=2, text_lr=0.0)
+    moved = differ(first, tensors(tmp_path / "a"))
+    assert "model/mmdit.pos_embed" in moved and not any("/text." in k for k in moved)
 
 
 def test_lora_is_seeded(made, tmp_path):
@@ -789,6 +800,13 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_pefl, "--adversarial_from: 0", dict(adversarial_from=0)),
     (train_pefl, "--reward_noise: -1", dict(reward_noise=-1.0)),
     (train_pefl, "--lora: -1", dict(lora=-1)),
+    *[(train_pefl, f"--{flag}: '': is empty: leave it out", {flag: ""})
+      for flag in ("aesthetic", "vgg", "disc_init")],
+    (train_omni, "--init: '': is empty: leave it out", dict(init="")),
+    (train_pefl, "--aesthetic: ,: has nothing before", dict(aesthetic=",")),
+    (train_pefl, "--disc_init: /nope: no such folder", dict(disc_init="/nope")),
+    *[(script, f"--{flag}: /nope: --{begins}: .* draws pixels", {flag: "/nope"})
+      for script, begins in ((train_omni, "preset"), (train_pefl, "base")) for flag in ("sd3", "tokenizers")],
     (train_omni, "--lora: 4: is of use with --stage edit", dict(lora=4)),
 ]
 

@@ -19,6 +19,7 @@ from test_train import (
     refused,
     resumes,
     shipped,
+    spied,
     tensors,
     two_ranks_agree,
 )
@@ -142,6 +143,14 @@ def test_condition_dropout(monkeypatch):
     src, region = train_omni.conditions(cfg, net, pipeline.PixelSpace(), seen)
     assert src.flatten(1).sum(1).tolist() == [192, 0, 0, 192]
     assert region.flatten(1).mean(1).tolist() == [0.5, 1, 1, 0.5]  # a null picture may change everywhere
+
+
+def test_what_an_edit_is_compared_with(made, tmp_path, monkeypatch):
+    """L_reg holds it to its source where nothing changes, and L_vgg all of it to the target."""
+    row, seen = spied(made, tmp_path, monkeypatch, base=made["editnet"])
+    x, source, x0, same = seen["batch"]["image"], seen["batch"]["source"], seen["image"], seen["given"].kept
+    assert torch.equal(seen["vgg_of"], x) and not torch.equal(x, source)
+    assert row["loss/reg"] == pytest.approx(((source - x0).abs() * same).mean().item(), rel=1e-5)
 
 
 def test_draws_of_feedback():

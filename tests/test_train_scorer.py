@@ -156,7 +156,7 @@ def test_refusals(folder, tmp_path):
     assert "not one of 230 pairs has a score" in run(tmp_path, fails=True, data=folder / "bare.jsonl",
                                                      val_data=folder / "held.jsonl")
     assert "error: --eval_pairs: 1: " in run(tmp_path, fails=True, data=folder / "pairs.jsonl", eval_pairs=1)
-    assert "error: --batch_size: 1: has no next pair" in run(tmp_path, fails=True, batch_size=1)
+    assert "error: --batch_size: 1: has no next pair whose" in run(tmp_path, fails=True, batch_size=1)
     assert "error: --keep_score: 11" in run(tmp_path, fails=True, keep_score=11)
     assert "error: --init: x:y" in run(tmp_path, fails=True, init="x:y")
 
