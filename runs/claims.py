@@ -237,7 +237,8 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
 
 def sheet(claim: Claim, folder: Path) -> Image.Image:
     """Scenes by how much the claim's arm is ahead of the first one that it is compared with: the three best,
-    two from the middle, the three worst. source | hole or instruction | the arms, a seed each | truth."""
+    two from the middle, the three worst. source | hole or instruction | the arms, a seed each | truth. Where
+    several aspects are one measurement, the tallest is shown."""
     names, tasks = judged(claim, folder / claim.scores)
     first = {arm: columns(names, arm)[0] for arm in (claim.better, *claim.than)}
     ahead = (1 if claim.higher else -1) * np.concatenate(
@@ -250,6 +251,7 @@ def sheet(claim: Claim, folder: Path) -> Image.Image:
     pictures, titles = [], []
     for i in chosen:
         task, row = place[i]
+        task = f"9x16/{task}" if claim.off_square else task
         files = {arm: sorted((at / task / "seed_0").glob("*.png"))[row] for arm, at in saved.items()}
         index = int(files[claim.better].stem)
         made = [to_float(np.array(Image.open(file))[None]) for file in files.values()]

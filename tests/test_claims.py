@@ -157,8 +157,10 @@ def test_an_unknown_arm_costs_no_time(tmp_path, script, arms, use):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
-@pytest.mark.parametrize("lines", [{"C4": "| pefl@8 - base@20 |"}, {"C8": "| editnet@10 - freeform@10 |"},
-                                   {"C6": "| scorer@10 - plain@10 |", "C7": "| refined@10 - unpaired@10 |"}])
+@pytest.mark.parametrize("lines", [
+    {"C4": "| pefl@8 - base@20 |"},
+    {"C8": "| editnet@10 - freeform@10 |", "C10": "| aspects@10 - editnet@10 |"},
+    {"C6": "| scorer@10 - plain@10 |", "C7": "| refined@10 - unpaired@10 |"}])
 def test_claims_end_to_end(tmp_path, monkeypatch, capfd, lines):
     """Each script, with steps that can be counted on one hand; again, and nothing is repeated."""
     few = {"STEPS": "2", "SHEETS": "0", "N": "2", "JOBS": "2", "WANDB_MODE": "disabled"}
