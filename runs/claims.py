@@ -81,7 +81,7 @@ CLAIMS = {
                 EDITS, {"PARTS": "region", "ARMS": "editnet freeform"}, "judge_region", "edit", True,
                 "editnet@10", ("freeform@10",), 4, 4),
     "C10": Claim("training at every aspect ratio holds from 9:16 to 16:9", "OmniEdit 5.1",
-                 EDITS, {"PARTS": "aspects", "ARMS": "editnet aspects"}, "judge_aspects", "over", False,
+                 EDITS, {"PARTS": "aspects", "ARMS": "editnet aspects"}, "judge_aspects", "success", True,
                  "aspects@10", ("editnet@10",), 8, 8, True),
 }
 

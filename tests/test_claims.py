@@ -75,7 +75,7 @@ def test_aspects_of_a_pair_are_one_measurement(tmp_path):
     for folder, aspects in (("one", ["16x9"]), ("four", ["1x1", "16x9", "9x16", "4x3"])):
         (tmp_path / folder).mkdir()
         np.savez(tmp_path / folder / "scores.npz", names=names, **{
-            f"{a}/{t}/over": rows[t] * (9 if a == "1x1" else 1) for a in aspects for t in tasks})
+            f"{a}/{t}/success": rows[t] * (9 if a == "1x1" else 1) for a in aspects for t in tasks})
         page = CLAIMS["report"]("C10", claim, tmp_path / folder, CLAIMS["Config"](seeds="0"))
         half[folder] = [line for line in page.splitlines() if line.startswith("| aspects@10 - editnet@10 |")]
     assert half["one"] == half["four"] and half["one"]
