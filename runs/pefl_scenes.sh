@@ -8,6 +8,7 @@
 # Arms, each one flag from pefl: rewardless (L_reg + L_vgg alone), no_aesthetic, no_alignment, no_coherence; noise (stage 2
 # starts as sampling does), known (L_reg and L_vgg outside the hole), late (adversarial from phase 2 on), two (two steps of the
 # coherence model a step), global (holes of the whole picture, too, as is the default); noise+known is both.
+# Trained in fp32 whatever the hardware: in bf16 PeFL of this small model does worse, and its seeds differ more (LOG.md).
 # Always beside them: the base, the base with blurred holes, and flow matching on as many pictures (control).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,12 +24,12 @@ if [ "${QUICK:-0}" = 1 ]; then
     SEEDS=${SEEDS:-0} N=${N:-60} PREFS=${PREFS:-240} CAPTIONS=${CAPTIONS:-3000} LOOKS=${LOOKS:-250} READS=${READS:-350}
     ALONE=${ALONE:-24} ONE=${ONE:-60} TWO=${TWO:-24}
     REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 32 --noise 0.3 --eval_every 0 --wandb off"
-    RECIPE="--batch_size 16 --lr 2e-5 --warmup 10 --ema 0.95" WEIGHT=${WEIGHT:-0.001}
+    RECIPE="--precision fp32 --batch_size 16 --lr 2e-5 --warmup 10 --ema 0.95" WEIGHT=${WEIGHT:-0.001}
 else
     SEEDS=${SEEDS:-0 1 2} N=${N:-500} PREFS=${PREFS:-4000} CAPTIONS=${CAPTIONS:-20000} LOOKS=${LOOKS:-1000} READS=${READS:-2000}
     ALONE=${ALONE:-300} ONE=${ONE:-700} TWO=${TWO:-250}
     REWARD="--lr 5e-4 --warmup 50 --dropout 0 --batch_size 64 --noise 0.3 --eval_every 500 --wandb off"
-    RECIPE="--batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995" WEIGHT=${WEIGHT:-0.001}
+    RECIPE="--precision fp32 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995" WEIGHT=${WEIGHT:-0.001}
 fi
 HOLES="outpaint=7,edit=7,inpaint=3,erase=3"
 # for tests
