@@ -71,13 +71,16 @@ def open_pairs(path, split="all", images=None, fraction=0.1):
 def part(pairs, split, fraction):
     """The "train" or "heldout" part of Pairs, or "all" of them: by a hash of their `families`, so that no
     picture, and no prompt of two pictures, is on both sides (captions to choose among may be alike on both).
-    `fraction` is held out, of few families one at least. SystemExit where a part has nothing."""
+    `fraction` is held out, of few families one at least, of one none. SystemExit where a part has nothing."""
     kept = pairs
     if split != "all":
         lots = [lot(key) for key in families(pairs)]
-        least = min(lots, default=1.0)
-        held = [x < fraction or x == least < max(lots) and fraction > 0 for x in lots]
+        least, most = min(lots, default=1.0), max(lots, default=1.0)
+        held = [least < most and fraction > 0 and (x < fraction or x == least) for x in lots]
         kept = Pairs(p for p, h in zip(pairs, held) if h == (split == "heldout"))
+    if not kept and pairs and split == "heldout" and fraction > 0:
+        raise SystemExit(f"error: {pairs.name}: its {len(pairs)} pairs share pictures or prompts, each with "
+                         "some other, so that none can be held out: give --val_pairs, or --val_fraction 0")
     if not kept:
         raise SystemExit(f"error: {pairs.name}: no pairs in its {split} part: check its keys, or the "
                          "fraction")

@@ -687,6 +687,11 @@ def test_pairs_split_by_prompt_and_by_picture(prefs):
     (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))  # of two families one
     assert [len(open_pairs(prefs / "p.jsonl", s, fraction=0.01)) for s in ("train", "heldout")] == [4, 4]
     assert len(open_pairs(prefs / "p.jsonl", "train", fraction=0.0)) == 8
+    chain = [{"caption": f"c{i}", "better": f"{i}.png", "worse": f"{i + 1}.png"} for i in range(9)]
+    (prefs / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chain))
+    assert len(open_pairs(prefs / "p.jsonl", "train")) == 9
+    with pytest.raises(SystemExit, match="its 9 pairs share pictures or prompts.*: give --val_pairs"):
+        open_pairs(prefs / "p.jsonl", "heldout")
     with pytest.raises(SystemExit, match="no such file"):
         open_pairs(prefs / "none.jsonl")
 

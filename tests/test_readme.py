@@ -90,7 +90,7 @@ def public_files(folder: Path) -> Path:
             for i in range(20)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [{"caption": f"a picture {i}", "better": f"photos/{i}.png", "worse": f"photos/{i + 1}.png"}
-             for i in range(20)]
+             for i in range(0, 20, 2) for _ in range(2)]
     (folder / "prefs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     texts = [f"a {c} {s} on {b}" for c in ("red", "blue") for s in ("star", "box", "cross")
              for b in ("grass", "sand", "snow")]

@@ -153,7 +153,7 @@ def test_starts_from_a_reward():
 
 
 def test_refusals(folder, tmp_path):
-    assert "not one of 230 pairs has a score" in run(tmp_path, fails=True, data=folder / "bare.jsonl",
+    assert "not one of 228 pairs has a score" in run(tmp_path, fails=True, data=folder / "bare.jsonl",
                                                      val_data=folder / "held.jsonl")
     assert "error: --eval_pairs: 1: " in run(tmp_path, fails=True, data=folder / "pairs.jsonl", eval_pairs=1)
     assert "error: --batch_size: 1: has no next pair whose" in run(tmp_path, fails=True, batch_size=1)
