@@ -47,3 +47,11 @@ def one_thread_and_own_signals():
     torch.set_num_threads(threads)
     for s, handler in before.items():
         signal.signal(s, handler)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders that the training scripts begin with; modules of other models have their own."""
+    from trained import make_models
+
+    return make_models(tmp_path_factory.mktemp("made"))

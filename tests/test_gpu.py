@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import shipped
 from torch.utils.checkpoint import checkpoint
+from trained import shipped
 
 import common
 import flow

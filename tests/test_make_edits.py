@@ -1,6 +1,5 @@
-"""make_edits.py: shards that survive any kill, the specialists, regions, scores, refinement, packing."""
+"""make_edits.py on scenes: the specialists, scores, regions, refinement, packing."""
 
-import itertools
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import pytest
 import torch
 from inprocess import run_ranks, run_script
 from PIL import Image
+from staged import files_of, killed, rows_of, stage
 from test_served import Judge
 
 import checkpoint
@@ -21,10 +21,10 @@ import flow
 import make_edits
 import masks
 import pipeline
-from factory import chat, instruct, pack, refine, regions, requests, score, shards, specialists
+from factory import chat, refine, regions, requests, score, shards, specialists
 from readers import served
 from readers.edits import open_edits
-from readers.served import Reply, Verdict
+from readers.served import Verdict
 from scenes import draw
 from scenes.dataset import EditScenes
 from scenes.edits import edit_mask
@@ -33,88 +33,6 @@ from tests.hostile import kills
 
 PUBLISHED = ["omni_edit_id", "task", "src_img", "edited_img", "edited_prompt_list", "width", "height",
              "sc_score_1", "sc_score_2", "sc_reasoning", "pq_score", "pq_reasoning", "o_score"]
-
-
-def files_of(folder):
-    """Everything but the logs, which hold times."""
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix != ".jsonl"}
-
-
-# ---- shards --------------------------------------------------------------------------------------
-
-
-def made(s):
-    rng = np.random.default_rng(s)
-    rows = [{"omni_edit_id": f"{s}-{k}", "task": ("swap", "env")[k % 2], "family": f"f{s}",
-             "src_img": shards.picture(rng.integers(0, 255, (8, 8, 3), np.uint8)), "item": str(s), "try": k,
-             "edited_img": shards.picture(rng.integers(0, 255, (8, 8, 3), np.uint8)),
-             "edited_prompt_list": ["do it"], "width": 8, "height": 8} for k in range(3)]
-    lines = [{"key": r["omni_edit_id"], "task": r["task"], "try": 0, "cause": None, "ms": 1.0} for r in rows]
-    return rows, lines + [{"key": "x", "task": "env", "try": 0, "cause": "low score", "ms": 0.0}]
-
-
-def killed(work, stop):
-    """work() in a child that is killed at its stop-th file operation -> the signal that ended it."""
-    if child := os.fork():
-        return os.WTERMSIG(os.waitpid(child, 0)[1])
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    left = itertools.count(stop, -1)
-    real = checkpoint.fsync
-
-    def fsync(path):  # twice for each file: before it is renamed, and after
-        if next(left) == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(path)
-
-    checkpoint.fsync = fsync
-    work()
-    os._exit(0)
-
-
-def produce(out, n, world, ranks=None, stop=None):
-    """Shards of ranks, one after the other; stop: in a child that is killed at its stop-th file operation."""
-    def work():
-        shards.keep_plan(out, {"stage": "specialist", "shards": n, "items": 3 * n, "options": {"seed": 0}})
-        names = [shards.name_of(s) for s in range(n)]
-        for rank in ranks or range(world):
-            shards.produce(out, n, made, common.Dist(rank, world))
-        if shards.finish(out, names):
-            shards.sheet(out, names, 4)
-
-    return work() if stop is None else killed(work, stop)
-
-
-def test_killed_anywhere_and_resumed_by_another_world_gives_the_same_bytes(tmp_path, capsys):
-    produce(tmp_path / "whole", 4, 1)
-    whole = files_of(tmp_path / "whole")
-    assert {"00003.parquet", "manifest.json", "plan.json", "sheet.png"} <= whole.keys()
-    ends = []
-    for stop in (0, 3, 5, 17, 26, 28):
-        out = tmp_path / str(stop)
-        ends.append(produce(out, 4, 2, stop=stop))
-        assert files_of(out) != whole
-        produce(out, 4, 3, ranks=(1, 0))
-        # of three ranks the last one has shard 2, which the first run had made by its 14th operation
-        assert (out / "manifest.json").exists() == (stop >= 14)
-        produce(out, 4, 3)
-        assert files_of(out) == whole, f"killed at {stop}"
-    assert set(ends) == {signal.SIGKILL}
-    assert "low score 4" in capsys.readouterr().out
-
-
-def test_a_shard_that_is_written_twice_is_always_there(tmp_path, monkeypatch):
-    """As by a rank of a killed torchrun, beside the run that goes on."""
-    produce(tmp_path, 1, 1)
-    before, seen, real = files_of(tmp_path), [], checkpoint.fsync
-
-    def fsync(path):
-        seen.append(shards.verified(tmp_path / "00000.parquet"))
-        real(path)
-
-    monkeypatch.setattr(checkpoint, "fsync", fsync)
-    shards.write(tmp_path / "00000.parquet", *made(0))
-    assert seen == [True] * 6 and files_of(tmp_path) == before
 
 
 def test_a_rank_needs_no_other(base, tmp_path, monkeypatch):
@@ -126,55 +44,6 @@ def test_a_rank_needs_no_other(base, tmp_path, monkeypatch):
                                 ckpt=base, precision="fp32", device="cpu")
     make_edits.main(cfg)
     assert "00001.parquet" in files_of(tmp_path / "out") and not (tmp_path / "out/00000.parquet").exists()
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_of_two_ranks_that_begin_a_folder_with_other_plans_one_is_refused(tmp_path, monkeypatch, links):
-    """No rank waits for another, and `auto` may choose another precision on other hardware."""
-    def plan(precision):
-        return {"stage": "specialist", "shards": 1, "items": 1, "options": {"precision": precision}}
-
-    def fsync(path):  # the other rank, between this one's look and its writing
-        if not (tmp_path / "plan.json").exists():
-            (tmp_path / "plan.json").write_bytes(shards.text({"version": shards.VERSION, **plan("fp32")}))
-        real(path)
-
-    real = checkpoint.fsync
-    if links:
-        monkeypatch.setattr(checkpoint, "fsync", fsync)
-        with pytest.raises(SystemExit, match="begun with precision 'fp32', not 'bf16'"):
-            shards.keep_plan(tmp_path, plan("bf16"))
-    else:
-        monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError(95, "not supported")))
-    shards.keep_plan(tmp_path, plan("fp32"))
-    shards.keep_plan(tmp_path, plan("fp32"))
-    assert files_of(tmp_path).keys() == {"plan.json"}
-
-
-def test_damage_is_made_anew_and_other_options_are_refused(tmp_path, capsys):
-    produce(tmp_path, 2, 1)
-    before = files_of(tmp_path)
-    (tmp_path / "00001.parquet").write_bytes(before["00001.parquet"][:-1] + b"x")
-    produce(tmp_path, 2, 1)
-    assert files_of(tmp_path) == before and "damaged" in capsys.readouterr().err
-    plan = {"stage": "specialist", "shards": 2, "items": 6, "options": {"seed": 1}}
-    with pytest.raises(SystemExit, match="begun with seed 0, not 1"):
-        shards.keep_plan(tmp_path, plan)
-    with pytest.raises(SystemExit, match="is of the stage 'specialist'.*reads score"):
-        shards.read_plan(tmp_path, ("score",))
-    with pytest.raises(SystemExit, match="not a folder of a stage"):
-        shards.read_plan(tmp_path / "none", ("score",))
-    with pytest.raises(ValueError, match="no columns"):
-        shards.write(tmp_path / "00009.parquet", [{"score": 1}], [])
-
-
-def test_a_stage_waits_for_what_it_reads(tmp_path):
-    there = {0}
-    args = tmp_path, 2, made, common.Dist()
-    assert shards.produce(*args, ready=there.__contains__) == 1
-    assert not shards.finish(tmp_path, ["00000.parquet", "00001.parquet"])
-    assert (tmp_path / "00000.json").exists() and not (tmp_path / "00001.json").exists()
-    assert shards.produce(*args) == 0
 
 
 # ---- a tiny editor, and the stages on scenes -----------------------------------------------------
@@ -190,13 +59,6 @@ def pipe(base):
     return pipeline.open_editor(base, torch.device("cpu"), ("fill",))
 
 
-def stage(name, **flags):
-    flags = [f"--{k}={v}" for k, v in flags.items()]
-    done = run_script("make_edits.py", name, *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 SMALL = dict(n=10, tries=2, steps=2, shard=4, batch_size=3, precision="fp32",
              tasks="swap,remove,add,background,attribute,environment")
 
@@ -206,10 +68,6 @@ def specialist(base, tmp_path_factory):
     """A folder of the first stage, and what it printed."""
     out = tmp_path_factory.mktemp("made") / "made"
     return out, stage("specialist", ckpt=base, out=out, **SMALL)
-
-
-def rows_of(folder):
-    return [row for p in sorted(folder.glob("*.parquet")) for row in pq.read_table(p).to_pylist()]
 
 
 def test_specialist(specialist):
@@ -605,6 +463,20 @@ def test_region_stage(base, tmp_path):
     assert all(a["src_img"] != b["src_img"] for a, b in zip(rows, drawn))
 
 
+@pytest.mark.slow
+def test_regions_compares_masks_and_blends(tmp_path, capsys):
+    from runs import regions as comparison
+
+    comparison.main(comparison.Config(str(tmp_path), n=6, steps=2, seeds=1))
+    table = json.loads((tmp_path / "results.json").read_text())["table"]
+    assert table["truth"]["done"] == [1] and table["source"]["done"] == [0] == table["source"]["outside"]
+    assert table["truth"]["seam"] == [0] and len(table) == 11
+    assert table["hard alternate - hard none"]["outside"][0] < 0
+    for mask in ("hard", "soft"):  # after a blend what the mask keeps is the source's
+        assert table[f"{mask} every"]["outside"][0] < 0.005 < table[f"{mask} none"]["outside"][0]
+    assert "| soft alternate |" in capsys.readouterr().out
+
+
 # ---- refinement ----------------------------------------------------------------------------------
 
 
@@ -685,54 +557,6 @@ def test_clip_filter(tmp_path):
 
 
 # ---- pack ----------------------------------------------------------------------------------------
-
-
-def light(k, task="swap", o=9.5, item=None, attempt=0, family=None, source=None, said="do", changed=0.5,
-          hashes=None, target=None):
-    rng = np.random.default_rng(k)
-    return {"omni_edit_id": str(k), "task": task, "edited_prompt_list": [said], "o_score": o, "try": attempt,
-            "family": family or f"f{k}", "item": item or f"i{k}", "twin_of": None, "judge_status": "ok",
-            "refined_from": None, "source": source or f"s{k}", "target": target or f"t{k}",
-            "changed": changed, "hashes": hashes or tuple(int(h) for h in rng.integers(0, 2**63, 2))}
-
-
-def test_what_pack_keeps():
-    rows = [light(0, o=9.2, item="a"), light(1, o=9.8, item="a", attempt=1), light(2, o=None),
-            light(3, o=8.9), light(4, changed=0.0), light(5, "style", changed=0.0),
-            light(6, hashes=(5, 9), said="Do it!"), light(7, hashes=(4, 8), said="do  it"),
-            light(8, hashes=(4, 8), said="another"),
-            *[light(10 + k, source="one", said=f"say {k}") for k in range(5)],
-            light(20, o=9.8, item="a", attempt=2)]
-    kept, cause = pack.choose(rows, 9.0)
-    assert cause == {0: "a better try", 2: "no score", 3: "low score", 4: "nothing changed", 7: "a copy",
-                     13: "many of one source", 14: "a better try"}
-    assert sorted([*kept, *cause]) == list(range(len(rows)))
-    assert 2 in pack.choose(rows, None)[0]
-    kept, cause = pack.choose(rows, 9.0, equal=True)
-    assert sorted(rows[k]["task"] for k in kept) == ["style", "swap"] and "balance" in cause.values()
-
-
-def test_families_are_never_split():
-    """A twin, a refined copy or another request of the same picture under another name: one family."""
-    rows = [light(0, family="a", source="x", target="y"), light(1, family="b", source="y", target="z"),
-            light(2, family="c", source="w", target="z"), light(3, family="d")]
-    pack.join_families(rows)
-    assert len({row["family"] for row in rows[:3]}) == 1 and rows[3]["family"] == "d"
-    many = [light(k, family=f"f{k // 3}") for k in range(300)]
-    files = pack.split(many, list(range(300)), 0.2, 64)
-    assert sorted(k for places in files.values() for k in places) == list(range(300))
-    sides = {name: {many[k]["family"] for k in places} for name, places in files.items()}
-    dev = set().union(*(s for n, s in sides.items() if n.startswith("dev")))
-    train = set().union(*(s for n, s in sides.items() if n.startswith("train")))
-    assert not dev & train and 10 < len(dev) < 30 and "train-00000-of-00004.parquet" in files
-
-
-def test_difference_hash():
-    x = np.kron(np.arange(256, dtype=np.uint8).reshape(16, 16), np.ones((4, 4), np.uint8))
-    x = x[..., None].repeat(3, 2)
-    near = np.clip(x.astype(int) + 3, 0, 255).astype(np.uint8)
-    assert (pack.difference_hash(x) ^ pack.difference_hash(near)).bit_count() <= 3
-    assert (pack.difference_hash(x) ^ pack.difference_hash(x[:, ::-1])).bit_count() > 40
 
 
 def test_score_and_pack_make_a_data_set(specialist, tmp_path):
@@ -816,102 +640,3 @@ def test_a_distilled_scorer_is_asked(specialist, tmp_path):
     assert len({r["o_score"] for r in told}) > 1
     alone = score.scored(rows[2:3], judge, "scorer")[0]["o_score"]
     assert abs(alone - told[2]["o_score"]) < 1e-4
-
-
-####################################################################################################
-# Instructions
-####################################################################################################
-
-OBJECTS = [{"name": "disc", "box": [0, 0, 8, 8]}, {"name": "red disc", "box": [8, 8, 16, 16]},
-           {"name": "dog", "segments": "s.png", "label": 2}]
-
-
-@pytest.mark.parametrize("task, said, objects, expected", [
-    ("swap", "the red disc", OBJECTS, ({"box": [8, 8, 16, 16]}, "")),  # the name with most words
-    ("remove", "a blue disc", OBJECTS, ({"box": [0, 0, 8, 8]}, "")),
-    ("attribute", "the dog on the left", OBJECTS, ({"segments": "s.png", "label": 2}, "")),
-    ("swap", "the cat", OBJECTS, ({}, "no such object")),
-    ("swap", "a dog", [OBJECTS[2], OBJECTS[2] | {"label": 3}], ({}, "which of several objects")),
-    ("style", None, [], ({}, "")),
-    ("background", None, [], ({}, "no object to keep")),
-    ("background", None, OBJECTS[:1], ({"box": [0, 0, 8, 8]}, "")),
-    ("background", None, OBJECTS[:2], ({"box": [[0, 0, 8, 8], [8, 8, 16, 16]]}, "")),
-    ("environment", None, [OBJECTS[2], OBJECTS[2] | {"label": 3}],
-     ({"segments": "s.png", "label": [2, 3]}, "")),
-    ("environment", None, OBJECTS, ({}, "objects in several masks"))])
-def test_the_object_that_a_model_means(task, said, objects, expected):
-    assert instruct.place_of({"task": task, "object": said}, objects) == expected
-
-
-def test_instructions_are_not_said_too_often():
-    edit = dict.fromkeys(("object", "new_object", "behind", "inverse")) | {
-        "task": "style", "instruction": "make it a sketch", "source_caption": "a", "target_caption": "b"}
-    other = edit | {"instruction": "turn it into a drawing"}
-    rows = [{"key": str(k), "source": f"{k}.png", "objects": []} for k in range(4)]
-    replies = [Reply([edit, other], "ok")] * 3 + [Reply(None, "http 500")]
-    found, counts, log = instruct.requests_of(rows, replies, 2)
-    assert [r["key"] for r in found] == ["0-0", "0-1", "1-0", "1-1"]
-    assert counts["said 2 times before"] == 2 and counts["no answer: http 500"] == 1 and counts["kept"] == 4
-    assert [line["kept"] for line in log] == [2, 2, 0, 0] and log[3]["status"] == "http 500"
-    same = [edit, edit | {"instruction": "make a sketch of it"}]
-    found, counts, _ = instruct.requests_of(rows, [Reply(same, "ok")], 9)
-    assert len(found) == 1 and counts["said twice of a picture"] == 1
-    shown = instruct.examples([f"do {k}" for k in range(10)], "a", 0)
-    assert len(set(shown)) == 6 and shown != instruct.examples([f"do {k}" for k in range(10)], "b", 0)
-
-
-def test_instruct_writes_what_specialists_take(base, tmp_path):
-    """Pictures, a server that proposes, and a specialist that does it; a second run asks nothing."""
-    for k in range(2):
-        Image.fromarray(np.full((16, 16, 3), 90 * k + 40, np.uint8)).save(tmp_path / f"{k}.png")
-    rows = [{"source": f"{k}.png", "caption": "a disc on paper", "objects": OBJECTS[:1]} for k in range(2)]
-    (tmp_path / "photos.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "seeds.txt").write_text("take the hat away\nput a cat there\n")
-    removal = {"task": "remove", "object": "the disc", "new_object": None, "instruction": "remove the disc",
-               "source_caption": "a disc on paper", "target_caption": "paper", "behind": "paper",
-               "inverse": "add a disc"}
-
-    def proposing(n, q):
-        return {"id": q.mark, "edits": [removal, removal | {"object": "the disc of paper", "behind": None}]} \
-            if "Propose" in q.text else None
-
-    server = Judge(proposing)
-    flags = dict(data=tmp_path / "photos.jsonl", out=tmp_path / "asked.jsonl", judge_model="judge",
-                 judge=f"http://127.0.0.1:{server.server_port}/v1", seeds=tmp_path / "seeds.txt")
-    said = stage("instruct", **flags)
-    assert re.search(r"proposed +2\n", said) and re.search(r"kept +2\n", said)
-    shown = [q.text for q in server.asked if "Propose" in q.text]
-    assert len(shown) == 2 and all("take the hat away" in s or "put a cat there" in s for s in shown)
-    first, asked = (tmp_path / "asked.jsonl").read_bytes(), len(server.asked)
-    (tmp_path / "asked.jsonl.1.tmp").touch()  # of a run that was killed
-    request = json.loads(first.splitlines()[0])
-    assert request == {"source": "0.png", "key": "0-0", "task": "remove", "instruction": "remove the disc",
-                       "source_caption": "a disc on paper", "target_caption": "paper", "behind": "paper",
-                       "add_instruction": "add a disc", "box": [0, 0, 8, 8]}
-    stage("instruct", **flags)
-    assert (tmp_path / "asked.jsonl").read_bytes() == first and len(server.asked) <= asked + 14
-    assert not list(tmp_path.glob("*.tmp"))
-    out = tmp_path / "made"
-    stage("specialist", data=tmp_path / "asked.jsonl", out=out, ckpt=base, tasks="remove,add", tries=1,
-          steps=2, precision="fp32")
-    assert sorted(r["task"] for r in rows_of(out)) == ["addition", "addition", "removal", "removal"]
-    for change, words in (({"budget": 0}, "--budget: 0"), ({"out": tmp_path / "x/y.jsonl"}, "--out"),
-                          ({"data": tmp_path / "no.jsonl"}, "no such"), ({"judge": "ftp://x"}, "--judge")):
-        done = run_script("make_edits.py", "instruct", *(f"--{k}={v}" for k, v in (flags | change).items()))
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.slow
-def test_regions_compares_masks_and_blends(tmp_path, capsys):
-    from runs import regions as comparison
-
-    comparison.main(comparison.Config(str(tmp_path), n=6, steps=2, seeds=1))
-    table = json.loads((tmp_path / "results.json").read_text())["table"]
-    assert table["truth"]["done"] == [1] and table["source"]["done"] == [0] == table["source"]["outside"]
-    assert table["truth"]["seam"] == [0] and len(table) == 11
-    assert table["hard alternate - hard none"]["outside"][0] < 0
-    for mask in ("hard", "soft"):  # after a blend what the mask keeps is the source's
-        assert table[f"{mask} every"]["outside"][0] < 0.005 < table[f"{mask} none"]["outside"][0]
-    assert "| soft alternate |" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_text_encoders import CLIPS, SMALL_T5, files  # noqa: F401  (a fixture)
-from test_train import rows, tensors
+from trained import rows, tensors
 
 import checkpoint
 import evaluate

@@ -13,8 +13,8 @@ from test_sd3 import flags_of as flags_of_sd3
 from test_sd3 import imagereward, pefl, sd3, vgg  # noqa: F401  (sd3: a fixture)
 from test_sharded import kill
 from test_text_encoders import files  # noqa: F401  (a fixture)
-from test_train import ENV, PEFL_FILES, ROOT, call, command, differ, newest, rows, run, tensors
 from test_train_edit import edit, made  # noqa: F401  (made: a fixture)
+from trained import ENV, PEFL_FILES, ROOT, call, command, differ, newest, rows, run, tensors
 
 import checkpoint
 import train_omni

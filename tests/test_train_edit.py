@@ -9,7 +9,7 @@ import pytest
 import torch
 from inprocess import NATIVE
 from PIL import Image
-from test_train import (
+from trained import (
     OMNI_FILES,
     PEFL_FILES,
     call,
