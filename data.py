@@ -606,7 +606,7 @@ class Loader:
                 w.join()
 
 
-def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, world=1, workers=2, start_step=0,
+def make_loader(source, image_size, batch_size, tasks, seed=0, rank=0, world=1, workers=2, start_step=0,
                 aspects=False, stride=8, prompt_free=PROMPT_FREE, **to):
     """Endless training batches from `start_step`. batch_size is per rank; the batch at step s depends on
     (seed, s, rank, world) alone, and the ranks' batches joined on world * batch_size alone. Random crops.
@@ -626,7 +626,7 @@ def make_loader(source, image_size, batch_size, tasks=TASKS, seed=0, rank=0, wor
     return Loader(source, order, make, seed, workers, range(start_step, sys.maxsize), **to)
 
 
-def make_eval_batches(source, indices, image_size, batch_size, tasks=TASKS, rank=0, world=1, workers=0,
+def make_eval_batches(source, indices, image_size, batch_size, tasks, rank=0, world=1, workers=0,
                       aspects=False, stride=8, **to):
     """The given pictures once, in order, as `make_loader` batches: centre crops, masks from the index, every
     caption there.

@@ -8,8 +8,9 @@ from PIL import Image, ImageDraw
 
 ERASE_PROMPT = "empty background, nothing there"
 
-# How often a sample gets each task and loses its caption: ours, the paper gives no probabilities
-TASKS = {"t2i": 0.10, "inpaint": 0.30, "edit": 0.25, "outpaint": 0.25, "erase": 0.10}
+TASKS = ("t2i", "inpaint", "edit", "outpaint", "erase")
+# How often a sample loses its caption in supervised training (ours, the paper gives no probabilities). In
+# feedback fewer do (train_pefl.py): a picture without one has nothing to align with
 PROMPT_FREE = {"t2i": 0.0, "inpaint": 0.1, "edit": 0.0, "outpaint": 0.5, "erase": 0.0}
 
 

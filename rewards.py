@@ -28,7 +28,7 @@ import common
 from model import config_from, unpatchify
 from pretrained import towers
 from pretrained.files import Device, count, fill, read_weights, shape_of
-from pretrained.towers import Clip, Dino, Picture, Prep, ViT, load_clip, load_vgg16, prepared
+from pretrained.towers import Clip, Picture, Prep, ViT, load_clip, load_vgg16, prepared
 
 ####################################################################################################
 # 1. Networks
@@ -556,28 +556,14 @@ def imagereward(net: PreferenceReward, picture: Picture, captions: list[str]) ->
 
 def clip_cosine(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
     """cos(image, text): the "CLIPScore" of ImageReward's code, of ByteEdit's tables (0.24 to 0.33) and, over
-    HPSv2's weights (ViT-H/14, LAION, towers.HPS_PREP), HPSv2. Name the weights with the number."""
+    HPSv2's weights (ViT-H/14, LAION, towers.HPS_PREP), HPSv2 or HPSv2.1, about 0.2 to 0.35 and not comparable
+    with each other. Name the weights with the number."""
     return (clip.image(picture) * clip.text(captions)).sum(-1)
-
-
-def clip_score_hessel(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
-    """2.5 max(cos, 0) with "A photo depicts" before each caption (Hessel et al. 2021, over ViT-B/32)."""
-    return 2.5 * clip_cosine(clip, picture, ["A photo depicts " + c for c in captions]).clamp(min=0)
-
-
-def clip_score_100(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
-    """100 max(cos, 0): torchmetrics' CLIPScore of one picture (over a set it clips the mean); PIE-Bench's."""
-    return 100 * clip_cosine(clip, picture, captions).clamp(min=0)
 
 
 def pickscore(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
     """exp(logit_scale) cos with PickScore's weights (Kirstain et al. 2023; LAION's ViT-H/14), about 20."""
     return clip.logit_scale.exp() * clip_cosine(clip, picture, captions)
-
-
-def hpsv2(clip: Clip, picture: Picture, captions: list[str]) -> Tensor:
-    """cos with HPSv2's or HPSv2.1's weights, about 0.2 to 0.35; not comparable across versions."""
-    return clip_cosine(clip, picture, captions)
 
 
 def aesthetic_score(head: RewardHead, clip: Clip, picture: Picture) -> Tensor:
@@ -604,13 +590,6 @@ def direction(source: Tensor, edited: Tensor, before: Tensor, after: Tensor) -> 
 def clip_similarity(clip: Clip, a: Picture, b: Picture) -> Tensor:
     """cos(image, image): CLIP-I of MagicBrush (over ViT-B/32), CLIPimg of Emu Edit."""
     return (clip.image(a) * clip.image(b)).sum(-1)
-
-
-def dino_similarity(dino: Dino, a: Picture, b: Picture) -> Tensor:
-    """cos of the [CLS] features (MagicBrush and Emu Edit: DINO ViT-S/16 after towers.DINO_PREP)."""
-    like = dino.cls_token
-    cls = (dino(prepared(x, towers.DINO_PREP, like.device).to(like.dtype))[:, 0] for x in (a, b))
-    return F.cosine_similarity(*cls, dim=-1)
 
 
 def load_aesthetic_head(path: str, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> RewardHead:
@@ -661,7 +640,7 @@ def open_reward(spec: str, device: Device = "cpu", what: str = "reward",
         return partial(clip_cosine, load_clip(*paths, quick_gelu=True, **to))
     if name == "pickscore":
         return partial(pickscore, load_clip(*paths, quick_gelu=False, prep=towers.PICKSCORE_PREP, **to))
-    return partial(hpsv2, load_clip(*paths, quick_gelu=False, prep=towers.HPS_PREP, **to))
+    return partial(clip_cosine, load_clip(*paths, quick_gelu=False, prep=towers.HPS_PREP, **to))
 
 
 def _trained(path: str, what: str) -> PreferenceReward:

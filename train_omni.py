@@ -51,7 +51,7 @@ class Config:
     fixed_source: bool = False  # edit: source tokens see source and text only, and are computed once
     tune_base: Literal["frozen", "lora", "full"] | None = None  # edit: None = frozen, but full for concat
     lora: int = 16  # edit: rank of the base's update with --tune_base lora
-    weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: Eq. 6, score / 10, or 1
+    weighting: Literal["threshold", "score", "none"] = "threshold"  # edit: 0 or 1, score / 10, 1
     min_score: float = 9.0  # edit, threshold: pairs of this score (0 to 10) and more weigh 1, others 0
     tasks: str | None = None  # weights; None: t2i=6,inpaint=6,edit=5,outpaint=5,erase=2; edit: balanced
     p_region: float = 0.3  # edit: share (0 to 1) of the pairs with a mask that see it
@@ -64,7 +64,7 @@ class Config:
     muon_lr: float = 0.0  # learning rate of Muon, for matrices of attention and MLPs; 0 = AdamW for all
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # of the learning rate after warm-up
     warmup: int = 500  # steps of linear warm-up
-    ema: float = 0.999  # decay of the averaged weights that are sampled and shipped
+    ema: float = 0.999  # largest decay of the averaged weights, which are sampled and shipped: common.EMA
     t_density: Literal["logit_normal", "uniform"] = "uniform"  # distribution of t in training
     t_shift: float = 3.0  # moves training times towards noise, where captions decide (SD3: 3 at 1024^2)
     t_weight: float = 1.0  # v's squared error is weighed with t to this power (2: the error of x_0)
@@ -130,9 +130,9 @@ def main(cfg: Config) -> None:
 
     # 2) optimiser, averaged weights
     text = {id(p) for p in editor.text.parameters()} if editor.cfg.txt_bytes else {}
-    groups = [{**g, "params": [p for p in g["params"] if (id(p) in text) == words],
+    groups = [{**g, "params": [p for p in g["params"] if (id(p) in text) == of_text],
                "peak": factor * (cfg.muon_lr if "muon" in g else cfg.lr)}
-              for words, factor in ((False, 1.0), (True, cfg.text_lr))
+              for of_text, factor in ((False, 1.0), (True, cfg.text_lr))
               for g in model.param_groups(editor, WEIGHT_DECAY, muon=cfg.muon_lr > 0)]
     opt = Muon(common.split_groups(groups), lr=cfg.lr, betas=BETAS, fused=True)
     ema = common.EMA(editor, cfg.ema)
@@ -184,8 +184,9 @@ def main(cfg: Config) -> None:
                 condition = conditions(cfg, editor, space, batch)
 
             # 5) flow matching: lambda t^w || v_theta(x_t, t, c, condition) - (noise - x_0) ||^2
-            #    condition: m and x_0 (1 - m), or the source picture and its region; lambda: OmniEdit's
-            #    Eq. 6, whose error is that of x_0: w = 2, since v errs by 1 / t of it
+            #    condition: m and x_0 (1 - m), or the source picture and its region. lambda, a pair's weight:
+            #    OmniEdit's Eq. 6, which weighs the squared error of x_0. Since x_0 = x_t - t v, that is t^2
+            #    times v's: --t_weight (w) 2 is Eq. 6 as printed, 0 the usual flow matching, 1 our default
             with autocast:
                 txt, vec = editor.encode_text(batch["text"])
                 v = editor(flow.interpolate(x0, noise, t), t, txt, vec, *condition)
@@ -256,6 +257,11 @@ def check(cfg: Config) -> None:
                          "--init assets/base")
     if cfg.stage != "edit" and (cfg.variant != "editnet" or cfg.fixed_source or cfg.tune_base):
         common.refuse(cfg, "stage", "--variant, --fixed_source and --tune_base concern --stage edit only")
+    for flag in ("p_region", "weighting", "min_score"):
+        if cfg.stage != "edit" and getattr(cfg, flag) != getattr(Config, flag):
+            common.refuse(cfg, flag, "is of edit pairs: leave it out, or give --stage edit")
+    if cfg.weighting != "threshold" and cfg.min_score != Config.min_score:
+        common.refuse(cfg, "min_score", "is of use with --weighting threshold alone: leave it out")
     if cfg.stage == "base" and cfg.tasks:
         common.refuse(cfg, "tasks", "--stage base draws whole pictures: leave it out")
     (edit_tasks if cfg.stage == "edit" else data.mixture)(tasks_of(cfg))
@@ -358,7 +364,8 @@ def importance(cfg: Config, batch: dict) -> torch.Tensor:
 
 
 def least_score(cfg: Config) -> float | None:
-    """Pairs scored below weigh nothing (Eq. 6) and are not loaded: 9 of 10 at OmniEdit's rate."""
+    """Pairs scored below weigh nothing (OmniEdit Sec. 3.3) and are not loaded; OmniEdit keeps about one pair
+    in ten this way."""
     return cfg.min_score if cfg.weighting == "threshold" else None
 
 

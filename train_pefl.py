@@ -19,12 +19,14 @@ Where a flag's help names a section or an equation, and not "ours", its default 
 Where this differs from the equations: the terms of L_reward have weights (Sec. 4.1; Eq. 7 sums them); scores
 of our own rewards are in deviations of held-out scores, since -log sigmoid of a large one has no gradient
 left; R_gamma sees the picture alone, not c as in Eq. 7, since coherence is no matter of words; || . ||_1 is
-the mean over elements; and t' is drawn once for a micro-batch on all ranks, so that they do equal work. The
-"50" of noise in Sec. 4.1, where its text is cut, we read as stage 1: T1 lies below T. runs/memory.py counts a
-step's memory by the same calls: who adds a network to the loop adds it there.
+the mean over elements; and t' is drawn once for a micro-batch on all ranks, so that they do equal work.
+Sec. 4.1 breaks off after "we introduced a 50". We take it to mean that training does not start from pure
+noise, which stage 1 does (T1 = 15 of 20), and use no other number from it. runs/memory.py counts a step's
+memory by the same calls: who adds a network to the loop adds it there.
 
 An instruction editor (ours: the paper names it as future work) starts from its noised source picture instead
-of the masked input, has targets as real pictures, and L_reg holds it to the source where nothing changes.
+of the masked input, and has targets as real pictures. L_reg holds x0' to the source where source and target
+agree; L_vgg compares all of x0' with the target, or with --hold known that same part alone.
 """
 
 import copy
@@ -64,7 +66,7 @@ class Config:
     aesthetic: str | None = None  # R_alpha: folder of train_reward.py, or NAME:PATH,PATH; A,B: their mean
     alignment: str | None = None  # R_beta: the same; NAME is a published reward of rewards.open_reward
     heldout_reward: str | None = None  # a reward that is logged and never trained on: it shows hacking
-    vgg: str | None = None  # torchvision VGG16 weights for L_vgg; None = a reward's image tower
+    vgg: str | None = None  # torchvision VGG16 for L_vgg; None = the tower of a reward of train_reward.py
     out: str = "out/pefl"  # run folder: checkpoints, metrics.jsonl, sample sheets
     data: str = "scenes"  # "scenes", a folder of pictures, or parquet; instruction editors: PRESET:PATH
     image_size: int | None = None  # side of the training square in pixels; None = the base's
@@ -73,24 +75,24 @@ class Config:
     p_region: float = 0.3  # instruction editors: share (0 to 1) of the pairs with a mask that see it
     batch_size: int = 16  # pictures per rank and micro-batch (default ours, paper silent)
     accum: int = 1  # micro-batches per optimiser step
-    phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 (Sec. 3.3) x optimiser steps (ours), in turn
+    phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 (Sec. 3.3) x steps (ours; all of the loop's), in turn
     start: Literal["masked", "noise"] = "masked"  # of stage 2: x (1 - m) noised to T1; or noise, at T (ours)
     w_aesthetic: float = 0.01  # weight of R_alpha in L_reward (Sec. 4.1)
     w_alignment: float = 0.01  # weight of R_beta in L_reward (Sec. 4.1)
     w_coherence: float = 0.05  # weight of R_gamma in L_reward, the adversarial loss (Sec. 4.1)
-    adversarial_from: int = 2  # first phase with R_gamma in L_reward (Sec. 4.1); at most the last one
+    adversarial_from: int = 2  # first phase with R_gamma in L_reward (Sec. 4.1); beyond the last: never
     reward_noise: float = 0.0  # std of noise on the pictures, in [-1, 1], that rewards see (ours)
     eta: float = 1.0  # weight of L_reg + L_vgg (Eq. 4; default ours, paper silent)
     hold: Literal["all", "known"] = "all"  # L_reg, L_vgg hold everywhere (Eq. 3), or outside the hole (ours)
     disc_init: str | None = None  # R_gamma begins as a PeFL run's, or a reward's image tower; None = fresh
     disc_lr: float = 1e-4  # learning rate of R_gamma (default ours, paper silent)
-    disc_first: int = 0  # first steps, in which only R_gamma learns (0 as in the paper)
-    disc_updates: int = 1  # steps of R_gamma for each of the editor's (1 as in the paper)
+    disc_first: int = 0  # first steps of --phases, in which only R_gamma learns (0 as in the paper)
+    disc_updates: int = 1  # steps of R_gamma for each of the editor's, all counted in --phases (paper: 1)
     lr: float = 2e-6  # learning rate of the editor (Sec. 4.1)
-    warmup: int = 1000  # optimiser steps of linear warm-up (Sec. 4.1)
-    ema: float = 0.9999  # decay of the averaged weights (Sec. 4.1)
+    warmup: int = 1000  # steps of linear warm-up, from --disc_first on (Sec. 4.1)
+    ema: float = 0.9999  # largest decay of the averaged weights (Sec. 4.1), reached late: common.EMA
     lora: int = 0  # rank of a low-rank update of the joint blocks; 0 = tune every weight
-    checkpointing: int = 0  # recompute every n-th block of the editor, decoder and rewards; 0 = none, 1 = all
+    checkpointing: int = 0  # recompute every n-th block of the editor, and decoder and rewards; 0 = none
     fsdp: bool = False  # shard the editor's blocks over torchrun's ranks (common.shard)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the hardware has it
     seed: int = 0  # seed of data order, noise, t' and R_gamma
@@ -106,7 +108,9 @@ class Config:
 PROMPT_FREE = {"outpaint": 0.3, "inpaint": 0.3}  # share without a prompt (default ours, paper silent)
 # Published scores, about so large that Eq. 2 hardly has a slope there: sigmoid(-score)
 FLAT = {"pickscore": (20, "2e-9"), "aesthetic": (5.5, "0.004")}
-GRAD_CLIP = 1.0  # global norm of either network's gradient (default ours, paper silent)
+# AdamW's betas and the limit of the gradient's global norm, of either network (ours, paper silent). The first
+# beta of a discriminator is low, as in GANs since DCGAN: what it should answer to moves
+BETAS, DISC_BETAS, GRAD_CLIP = (0.9, 0.99), (0.5, 0.99), 1.0
 
 
 def main(cfg: Config) -> None:
@@ -123,12 +127,17 @@ def main(cfg: Config) -> None:
     pipe = pipeline.open_editor(cfg.base, device, ("fill", "follow"), "--base", sd3=cfg.sd3, mask_input=True,
                                 tokenizers=cfg.tokenizers, cache=cfg.cache)
     editor, space, instructed, shift = pipe.net, pipe.space, pipe.follows, pipe.shift
-    image_size, patch = cfg.image_size or pipe.size or 64, editor.cfg.patch * space.stride
+    image_size, patch = cfg.image_size or pipe.size, editor.cfg.patch * space.stride
+    if not image_size:
+        raise SystemExit(f"error: --base: {cfg.base}: does not say at what size it was trained: give "
+                         "--image_size")
     if image_size % patch:
         raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of {patch}, the editor's "
                          "patch in pixels")
     if instructed and cfg.tasks != Config.tasks:
         common.refuse(cfg, "tasks", "are kinds of holes, and an instruction editor has pairs: leave it out")
+    if not instructed and cfg.p_region != Config.p_region:
+        common.refuse(cfg, "p_region", "is of pairs, and this editor fills holes: leave it out")
     base = copy.deepcopy(editor).requires_grad_(False).to(device)
     prepare_editor(cfg, pipe)
     frozen = checkpoint.frozen_bits(editor)
@@ -139,8 +148,12 @@ def main(cfg: Config) -> None:
     #    and is the discriminator
     rewards = open_rewards(cfg, device)
     scores = {name: mean_score(nets) for name, nets in rewards.items()}
+    # of each role the first reward of train_reward.py: its image tower can serve as V of Eq. 3
     ours = {k: r for k, nets in rewards.items() for r in reversed(nets) if isinstance(r, PreferenceReward)}
     features, source_of_features = open_features(cfg.vgg, ours, device)
+    if cfg.eta and not (cfg.vgg or ours):
+        common.print0("warning: --vgg: is not given, nor a reward of train_reward.py, whose image tower "
+                      "could stand in for it: L_vgg (Eq. 3) is 0")
     torch.manual_seed(cfg.seed)
     disc = open_coherence(cfg.disc_init, image_size, patch, "--disc_init").to(device)
     size = cfg.batch_size, (image_size // patch) ** 2, pipeline.text_tokens(editor, pipe.stack)
@@ -148,7 +161,7 @@ def main(cfg: Config) -> None:
     flops = model.flops(editor, *size)  # and of stage 3
     if cfg.fsdp:
         common.shard(editor, dist, bf16)
-    trained, judging = [p for p in editor.parameters() if p.requires_grad], list(disc.parameters())
+    editor_params, disc_params = [p for p in editor.parameters() if p.requires_grad], list(disc.parameters())
     n = common.n_params
     common.print0(f"editor {n(editor) / 1e6:.1f} M ({n(editor, True) / 1e6:.2f} M trained), coherence "
                   f"{n(disc) / 1e6:.2f} M, rewards {', '.join(scores) or 'none'}, L_vgg from "
@@ -156,8 +169,8 @@ def main(cfg: Config) -> None:
 
     # 3) optimisers, averaged weights, resume
     groups = common.split_groups(model.param_groups(editor, weight_decay=0.0))
-    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), fused=True)
-    disc_opt = torch.optim.AdamW(judging, lr=cfg.disc_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
+    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=BETAS, fused=True)
+    disc_opt = torch.optim.AdamW(disc_params, lr=cfg.disc_lr, betas=DISC_BETAS, weight_decay=0.0, fused=True)
     ema = common.EMA(editor, cfg.ema)
     checkpoint.claim(cfg.out)
     step, run_id = 0, None
@@ -173,8 +186,8 @@ def main(cfg: Config) -> None:
         checkpoint.warn_changed(cfg.out, saved, asdict(cfg) | {"shift": shift}, bf16)
     metrics = log.Metrics(cfg.out, dist, asdict(cfg), cfg.wandb, run_id, step or None)
     meta = {"arch": editor.arch, "coherence_arch": disc.arch, "precision": common.PRECISION[bf16],
-            "run_id": metrics.run_id, "stack": pipe.stack, "frozen": frozen}
-    trained_at = asdict(cfg) | {"image_size": image_size, "shift": shift}
+            "run_id": metrics.run_id, "stack": pipe.stack, "frozen": frozen,
+            "config": asdict(cfg) | {"image_size": image_size, "shift": shift}}
 
     # 4) data: x, m, c of --tasks. The workers also do what `draws` says: noise and t' are functions of (seed,
     #    step, position of the sample). Sides are multiples of every patch that looks at pictures as they are
@@ -199,16 +212,16 @@ def main(cfg: Config) -> None:
     # R_theta of Eq. 7, theta in {alpha, beta, gamma}: functions of pictures and captions
     R = {k: r for k, r in scores.items() if k != "heldout"} | {"coherence": lambda image, c: disc(image)}
     perf, lost_saves, stop = Perf(device, bf16, f"--data {cfg.data}"), 0, False
-    begun, unsure = step, bool(cfg.alignment and cfg.w_alignment)  # whether any picture has a caption
+    first_step, captions_due = step, bool(cfg.alignment and cfg.w_alignment)  # said once if none comes
     pictures = cfg.batch_size * cfg.accum * dist.world  # of a step
     verdict = Verdict(dist, cfg.out, "lower --lr or the reward weights")
     bar = log.progress(total, step, "pefl", dist)
 
     while step < total and not stop:
         phase, (T, T1, T2) = phase_at(phases, step)
-        weights = weights_at(cfg, R, adversarial=phase >= min(cfg.adversarial_from, len(phases)))
+        weights = weights_at(cfg, R, adversarial=phase >= cfg.adversarial_from)
         # R_gamma learns alone at first, and in all but one of --disc_updates steps
-        moving = step >= cfg.disc_first and (step - cfg.disc_first + 1) % cfg.disc_updates == 0
+        editor_learns = step >= cfg.disc_first and (step - cfg.disc_first + 1) % cfg.disc_updates == 0
         for group in opt.param_groups:
             group["lr"] = common.lr_at(max(step - cfg.disc_first, 0), cfg.lr, cfg.warmup, total)
         g_sum = d_sum = torch.zeros((), device=device)
@@ -231,8 +244,9 @@ def main(cfg: Config) -> None:
                     x_t = flow.sample(velocity, x_t, ts)
 
             disc.requires_grad_(False)  # L^G is the editor's alone
-            with autocast, torch.set_grad_enabled(moving):
-                # Stage 3: predict x0' = G(x, m, c, t') from x_t' in one call, with gradient, [B, 3, H, W]
+            with autocast, torch.set_grad_enabled(editor_learns):
+                # Stage 3: predict x0' = G(x, m, c, t') from x_t' in one call, with gradient, [B, 3, H, W].
+                # It is not clamped to [-1, 1], so that values out of range keep a gradient (ours)
                 x0 = recomputed(cfg, space.decode, flow.x0_from_v(x_t, velocity(x_t, t), t))
 
                 # L_reward, Eq. 2 and 7: -log sigmoid of R_alpha and R_beta, and of R_gamma at every pixel
@@ -240,7 +254,7 @@ def main(cfg: Config) -> None:
                 seen, losses, rated = x0 + reward_noise, {}, {}
                 for name, weight in weights.items():
                     r = recomputed(cfg, R[name], seen, c)                             # [B], or [B, 1, H, W]
-                    # without a c there is nothing to align with: that picture's term is 0
+                    # without a c there is nothing to align with: that picture's term is 0, and counts
                     asked = batch["has_c"] if name == "alignment" else torch.ones_like(r)
                     losses[name] = weight, -(asked * F.logsigmoid(r)).mean()
                     rated[name] = r.detach()
@@ -253,7 +267,7 @@ def main(cfg: Config) -> None:
 
             # 6) L^G, Eq. 4 and 8: L_reward + eta (L_reg + L_vgg), for the editor
             g_loss = sum(weight * loss for weight, loss in losses.values())
-            if moving:
+            if editor_learns:
                 (g_loss / cfg.accum).backward()
             # 7) L^D, Eq. 6 and 8, for R_gamma: every pixel z of x is real, every pixel z' of x0' generated
             disc.requires_grad_(True)
@@ -266,11 +280,11 @@ def main(cfg: Config) -> None:
             perf.add(len(x) * dist.world, flops + (len(ts) - 1) * call_flops)
 
         # 8) one verdict for all ranks, on the device and read a step later: a non-finite step changes nothing
-        common.average_gradients(trained + judging, dist.world)
-        g_norm, d_norm = (common.clip_grad_norm(params, GRAD_CLIP) for params in (trained, judging))
+        common.average_gradients(editor_params + disc_params, dist.world)
+        g_norm, d_norm = (common.clip_grad_norm(params, GRAD_CLIP) for params in (editor_params, disc_params))
         opt.found_inf = disc_opt.found_inf = bad = verdict.give(step, g_norm, d_norm, g_sum, d_sum)
         disc_opt.step()
-        if moving:
+        if editor_learns:
             opt.step()
             ema.update(bad)
         opt.zero_grad()
@@ -292,13 +306,13 @@ def main(cfg: Config) -> None:
             row |= alarms
         if due or last or step % cfg.log_every == 0:
             row = metrics.flush(step, row | perf.read() | {"data/skipped": loader.stats()["skipped"]})
-            if unsure and "reward/alignment" not in row:
+            if captions_due and "reward/alignment" not in row:
                 common.print0(f"warning: --alignment: {cfg.alignment}: does nothing: of {source.name} none "
-                              f"of {(step - begun) * pictures:,} pictures so far has a caption for it: give "
-                              "data with captions, of edits those of their targets")
-            unsure = False
+                              f"of {(step - first_step) * pictures:,} pictures so far has a caption for it: "
+                              "give data with captions, of edits those of their targets")
+            captions_due = False
         if last or stop or step % cfg.save_every == 0 and not verdict.bad:
-            meta |= {"config": trained_at | {"steps": T}, "samples": step * pictures}
+            meta["samples"] = step * pictures
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, last or stop)
     bar.close()
@@ -323,6 +337,9 @@ def check(cfg: Config) -> None:
     if (total - cfg.disc_first) // cfg.disc_updates < 1:
         common.print0(f"warning: --disc_first: {cfg.disc_first}, with --disc_updates {cfg.disc_updates}: of "
                       f"the {total} steps of --phases the editor gets none, only R_gamma learns")
+    if not cfg.w_coherence or cfg.adversarial_from > len(parse_phases(cfg.phases)):
+        common.print0("note: --adversarial_from, --w_coherence: R_gamma learns and is logged, and is in no "
+                      "phase's L_reward")
     if cfg.heldout_reward and not cfg.sample_every:
         common.print0("warning: --heldout_reward: is asked with the sample sheets, and --sample_every 0 "
                       "makes none: it is never logged")
@@ -495,8 +512,8 @@ def seam(mask: torch.Tensor) -> torch.Tensor:
 
 
 def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: int, device) -> dict:
-    """The fixed held-out pictures, masks and captions of the judge and its sheet. train: the source of the
-    training part; where it has no held-out part, of itself."""
+    """The fixed held-out pictures, masks and captions of the judge and its sheet. train: the training source;
+    where the data have no held-out part, the sheet shows pictures of it, which were trained on."""
     at = dict(stride=stride, device=device)
     if instructed:
         source = heldout_or(train, open_edits, cfg.data)
@@ -514,8 +531,8 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
     x, captions, c, given = batch["image"], batch["caption"], reward_captions(batch), \
         read_batch(batch, editor, space)
     gens = common.generators(cfg.seed, 0, range(len(x)), stream=9)
-    noise, half = common.randn(gens, given.start.shape[1:], x.device), torch.full((len(x),), 0.5)
-    x_t, half = flow.interpolate(space.encode(x), noise, half.to(x)), half.to(x)
+    noise, half = common.randn(gens, given.start.shape[1:], x.device), x.new_full((len(x),), 0.5)
+    x_t = flow.interpolate(space.encode(x), noise, half)
     out, v = {}, {}
     for name, net in (("base", base), ("tuned", editor)):
         out[name] = pipeline.sample(net, space, captions, batch["mask"], batch.get("source", x), noise, ts,

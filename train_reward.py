@@ -1,12 +1,14 @@
 """Train a reward model R(c, x) on preferences: aesthetic (ByteEdit Eq. 1) or alignment (Eq. 5).
 
-    python train_reward.py --pairs pairs/aesthetic.jsonl --out out/aesthetic  # caption, two pictures
-    python train_reward.py --pairs pairs/alignment.jsonl --out out/alignment  # picture, two captions
-    torchrun --nproc_per_node=8 -- train_reward.py --pairs train.json --preset imagereward --batch_size 8
+    python train_reward.py --pairs pairs/aesthetic.json --lr 5e-4 --warmup 50 --out out/aesthetic
+    python train_reward.py --pairs pairs/alignment.jsonl --lr 5e-4 --warmup 50 --out out/alignment
+    torchrun --nproc_per_node=8 -- train_reward.py --pairs train.json --init blip:model_large.pth,vocab.txt \
+        --freeze 0.7 --batch_size 8
 
 The same command again resumes. Which of the two rewards comes out is a matter of the pair file alone
-(readers/preferences.py): what is compared is always two (caption, picture) couples. The run folder is
-complete, its manifest holds the architecture and the tokenizer.
+(readers/preferences.py): what is compared is always two (caption, picture) couples, a caption with two
+pictures or a picture with two captions. The run folder is complete: its manifest holds the architecture and
+the tokenizer.
 """
 
 import math

@@ -6,7 +6,8 @@
 The pairs are edit sets with scores from 0 to 10 (readers/edits.py), of a served judge or of people; those
 without one teach nothing. The same command again resumes. At the start and at the end the held-out pairs say
 what came of it: rank correlation, calibration, and what share of the pairs that it would keep (9 and more,
-Eq. 6) the judge would keep too. rewards.open_scorer opens the folder; scores are calibrated on those pairs.
+as OmniEdit does) the judge would keep too. rewards.open_scorer opens the folder; scores are calibrated on
+those pairs.
 """
 
 import math
@@ -43,7 +44,7 @@ class Config:
     init: str | None = None  # a reward's folder or imagereward:PATH,VOCAB, whose towers it starts from
     aspects: bool = True  # whole pictures, squashed to the network's square as when scoring; False: crops
     negatives: float = 0.25  # share of a batch that is made wrong for nothing, with score 0 (see `spoil`)
-    keep_score: float = 9.0  # pairs of this score (0 to 10) and more count as kept (OmniEdit Eq. 6)
+    keep_score: float = 9.0  # pairs of this score (0 to 10) and more count as kept (OmniEdit Sec. 3.3)
     batch_size: int = 64  # pairs per rank
     steps: int = 2_000  # optimiser steps
     lr: float = 5e-4  # peak learning rate of AdamW, cosine to 0; with --init take 1e-5

@@ -24,6 +24,7 @@ from readers.preferences import open_pairs
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)
+MIX = "t2i=2,inpaint=6,edit=5,outpaint=5,erase=2"
 
 
 def png(array, mode=None, **kw):
@@ -48,7 +49,8 @@ def folder(root, n=10, sizes=((24, 32),), captions=True):
 
 
 def loader(source, steps, **kw):
-    it = make_loader(source, **dict(image_size=16, batch_size=4, stride=4, workers=0, seed=3) | kw)
+    at = dict(image_size=16, batch_size=4, tasks=MIX, stride=4, workers=0, seed=3)
+    it = make_loader(source, **at | kw)
     batches = [next(it) for _ in range(steps)]
     stats = it.stats()
     it.close()
@@ -593,7 +595,7 @@ def test_eval_batches_are_listed_pictures_in_order(mixed):
     shapes = [tuple(x["image"].shape[2:]) for x in run(batch_size=4, aspects=True)]
     assert len(set(shapes)) > 1
     with pytest.raises(SystemExit, match="30"):
-        make_eval_batches(mixed, [30], 16, 1, stride=4)
+        make_eval_batches(mixed, [30], 16, 1, MIX, stride=4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -611,7 +613,7 @@ def test_of_a_list_what_cannot_be_read_is_left_out(tmp_path, capsys, size):
     assert all(len(b["image"]) == len(b["index"]) for b in seen)
     assert batches.stats() == {"read": 6, "skipped": 2} and capsys.readouterr().err.count("skipped: ") == 2
     with pytest.raises(SystemExit, match="none of the 2 listed can be read: repair"):
-        next(make_eval_batches(source, [2, 3], 16, size, stride=4))
+        next(make_eval_batches(source, [2, 3], 16, size, MIX, stride=4))
 
 
 # preferences

@@ -155,7 +155,7 @@ def test_torchrun_killed_and_one_process_beside_its_ranks(tmp_path):
 
 
 def batches(n, workers, kill=()):
-    loader, out = data.make_loader(open_source("scenes"), 16, 2, workers=workers), []
+    loader, out = data.make_loader(open_source("scenes"), 16, 2, "t2i=1", workers=workers), []
     for i in range(n):
         out.append(next(loader))
         if i in kill:

@@ -141,7 +141,8 @@ def test_goes_on_and_mends(tmp_path, capsys):
     source = open_source(str(out))
     with pytest.raises(BadFile, match=r"train_00002.bin item 16: damaged .*make_pack.py"):
         source.load(16, 16, 16)
-    batches = list(data.make_eval_batches(source, range(20), 16, 4, stride=4))
+    mix = "t2i=2,inpaint=6,edit=5,outpaint=5,erase=2"
+    batches = list(data.make_eval_batches(source, range(20), 16, 4, mix, stride=4))
     assert sum([b["index"].tolist() for b in batches], []) == [i for i in range(20) if i != 16]
     assert "1 of 3 files to make" in again()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == written

@@ -195,16 +195,19 @@ def test_where_the_regularisers_hold(made, tmp_path, monkeypatch):
     assert row["loss/reg"] == row["loss/vgg"] == 0
 
 
-def test_when_the_adversarial_loss_begins(made, tmp_path):
-    """In the phase that is named, or in the last one; the coherence model learns from the first step on."""
+def test_when_the_adversarial_loss_begins(made, tmp_path, capsys):
+    """In the phase that is named, by default the paper's second, and never where there is none; the coherence
+    model learns from the first step on."""
     def phases_with(out, **flags):
         return ["loss/coherence" in row for row in call(made, tmp_path / out, train_pefl, **flags)]
 
-    two = dict(phases="5/4/2x1,3/2/1x1")
-    assert phases_with("default", **two) == [False, True]
+    two, default = dict(phases="5/4/2x1,3/2/1x1"), train_pefl.Config.adversarial_from
+    assert phases_with("default", adversarial_from=default, **two) == [False, True]
     assert phases_with("all", adversarial_from=1, **two) == [True, True]
-    assert phases_with("one", phases="5/4/2x1") == [True]
-    assert all("loss/D" in row for row in rows(tmp_path / "default"))
+    assert "R_gamma learns and is logged, and is in no" not in capsys.readouterr().out
+    assert phases_with("one", adversarial_from=default, phases="5/4/2x1") == [False]
+    assert "R_gamma learns and is logged, and is in no phase's L_reward" in capsys.readouterr().out
+    assert all("loss/D" in row for name in ("default", "one") for row in rows(tmp_path / name))
 
 
 def test_steps_of_the_coherence_model_alone(made, tmp_path):
@@ -240,7 +243,19 @@ def test_a_published_reward_beside_ours(made, tmp_path, monkeypatch, capsys):
     found = call(made, tmp_path / "a", train_pefl, aesthetic=f"clipscore:a,b,{made['aesthetic']}",
                  heldout_reward=made["alignment"], phases="5/4/2x1")
     assert found[0]["loss/vgg"] > 0
-    assert "warning: --heldout_reward: is asked with the sample sheets" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: --heldout_reward: is asked with the sample sheets" in said
+    assert "warning: --vgg" not in said
+    alone = dict(aesthetic="clipscore:a,b", alignment=None)
+    found = call(made, tmp_path / "b", train_pefl, phases="5/4/2x1", **alone)
+    assert found[0]["loss/vgg"] == 0 and "warning: --vgg: is not given" in capsys.readouterr().out
+
+
+def test_a_base_without_a_size_asks_for_one(made, tmp_path):
+    torch.manual_seed(0)
+    base = shipped(tmp_path / "base", random_editor(model.inpainting(model.PRESETS["test"])))
+    refused(made, tmp_path / "out", train_pefl, "does not say at what size.*--image_size", base=base)
+    assert call(made, tmp_path / "out", train_pefl, base=base, image_size=16, phases="5/4/2x1")
 
 
 def test_rewards_on_another_scale_are_named(monkeypatch, capsys):

@@ -636,12 +636,6 @@ def test_scores_equal_transformers(clip_pair):
     cosine = rewards.clip_cosine(clip, x, CAPTIONS)
     scale = theirs.logit_scale.detach().exp()
     assert error(cosine, logits(x) / scale) < TOLERANCE and cosine.shape == (3,)
-    assert torch.equal(rewards.hpsv2(clip, x, CAPTIONS), cosine)
-    assert error(rewards.clip_score_100(clip, x, CAPTIONS), 100 * cosine.clamp(min=0)) < TOLERANCE
-    hessel = rewards.clip_score_hessel(clip, x, CAPTIONS)
-    prefixed = rewards.clip_cosine(clip, x, [f"A photo depicts {c}" for c in CAPTIONS])
-    assert error(hessel, 2.5 * prefixed.clamp(min=0)) < TOLERANCE
-    assert (prefixed - cosine).abs().max() > 1e-3
     # what must not pass: captions of other pictures
     assert error(rewards.clip_cosine(clip, x, CAPTIONS[::-1]), logits(x) / scale) > TOLERANCE
 
@@ -657,7 +651,7 @@ def test_scores_take_pil_pictures(clip_pair):
     assert c[1:].tolist() == a[1:].tolist()
 
 
-def test_direction_and_similarities(clip_pair, tmp_path):
+def test_direction_and_similarity(clip_pair):
     clip, theirs = clip_pair
     g = torch.Generator().manual_seed(1)
     source, edited = (torch.rand(3, 3, 32, 32, dtype=F64, generator=g) * 2 - 1 for _ in range(2))
@@ -682,19 +676,6 @@ def test_direction_and_similarities(clip_pair, tmp_path):
     assert score.isnan().tolist() == [False, False, True]  # equal captions have no direction
     assert agree(lambda x: rewards.clip_similarity(clip, source, x),
                  lambda x: (embed(x) * embed(source)).sum(-1), edited) < TOLERANCE
-
-    peer, names = dino_peer("v1")
-    dino = towers.load_dino(save(tmp_path, published_dino(peer, names), "dino.safetensors"), dtype=F64)
-    dino.offset = 0.0
-
-    def cls(x):
-        return run_peer(peer, "v1")(towers.prepare(x, towers.DINO_PREP))[:, 0]
-
-    peers = lambda x: F.cosine_similarity(cls(source), cls(x))  # noqa: E731
-    assert agree(lambda x: rewards.dino_similarity(dino, source, x), peers, edited) < TOLERANCE
-    mean = lambda x: F.cosine_similarity(*(dino(towers.prepare(y, towers.DINO_PREP)).mean(1)  # noqa: E731
-                                           for y in (source, x)))
-    assert agree(mean, peers, edited) > TOLERANCE  # another pooling must not pass
 
 
 def test_aesthetic_head(clip_pair, tmp_path):

@@ -71,6 +71,11 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     *[(script, f"--{flag}: /nope: --{begins}: .* draws pixels", {flag: "/nope"})
       for script, begins in ((train_omni, "preset"), (train_pefl, "base")) for flag in ("sd3", "tokenizers")],
     (train_omni, "--lora: 4: is of use with --stage edit", dict(lora=4)),
+    (train_omni, "--p_region: 0.5: is of edit pairs", dict(p_region=0.5)),
+    (train_omni, "--weighting: score: is of edit pairs", dict(weighting="score")),
+    (train_omni, "--min_score: 7.0: is of use with --weighting threshold", dict(
+        stage="edit", init="base", weighting="none", min_score=7.0)),
+    (train_pefl, "--p_region: 0.5: is of pairs", dict(p_region=0.5)),
 ]
 
 

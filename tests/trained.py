@@ -28,7 +28,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTH
 SHARED = dict(batch_size=4, lr=1e-3, warmup=2, ema=0.9, precision="fp32", workers=0, device="cpu",
               wandb="off", log_every=1, sample_every=0, save_every=4)
 OMNI = SHARED | dict(preset="test", lr_schedule="constant", steps=4)
-PEFL = SHARED | dict(phases="5/4/2x4")
+PEFL = SHARED | dict(phases="5/4/2x4", adversarial_from=1)
 
 
 def shipped(folder, net, **meta):
