@@ -52,6 +52,7 @@ class Claim(NamedTuple):
     quick: float  # minutes with --quick
     off_square: bool = False  # judged on pictures that are not square
     margin: float = 0.0  # up to which worse is as good: of the metric; a tenth of the base's texture in C4
+    beside: tuple[str, ...] = ()  # compared, too, and of no part in the verdict
 
 
 FEEDBACK, EDITS, PAIRS = "pefl_scenes.sh", "editnet.sh", "pairs.sh"
@@ -67,7 +68,7 @@ CLAIMS = {
                 "pefl@20", ("no_coherence@20",), 8, 12),
     "C4": Claim("8 steps after progressive training match 20", "Fig. 6b",
                 FEEDBACK, {"ARMS": "pefl"}, "judge_C4", "texture", False,
-                "pefl@8", ("pefl@20", "base@20"), 5, 9, margin=0.05),
+                "pefl@8", ("pefl@20", "base@20"), 5, 9, margin=0.05, beside=("first:pefl@8", "base@8")),
     "C5": Claim("EditNet > TextControl > ControlNet", "OmniEdit Table 7",
                 EDITS, {"PARTS": "variants", "ARMS": "editnet textcontrol controlnet"},
                 "judge_variants", "success", True, "editnet@10", ("textcontrol@10", "controlnet@10"), 5, 7),
@@ -78,7 +79,7 @@ CLAIMS = {
                 PAIRS, {"PARTS": "refine", "SCALES": "1.5", "ARMS": "raw refined unpaired"},
                 "judge_refine_1.5", "success", True, "refined@10", ("raw@10", "unpaired@10"), 4, 6),
     "C8": Claim("region data help free-form edits", "UltraEdit: L1 .0614 against .0689",
-                EDITS, {"PARTS": "region", "ARMS": "editnet freeform"}, "judge_region", "edit", True,
+                EDITS, {"PARTS": "region", "ARMS": "editnet freeform"}, "judge_region", "success", True,
                 "editnet@10", ("freeform@10",), 4, 4),
     "C10": Claim("training at every aspect ratio holds from 9:16 to 16:9", "OmniEdit 5.1",
                  EDITS, {"PARTS": "aspects", "ARMS": "editnet aspects"}, "judge_aspects", "success", True,
@@ -129,12 +130,12 @@ def with_arm(claim: Claim, arm: str) -> Claim:
     own = {word: f"{arm}+{word}".removesuffix("+pefl") for word in claim.env["ARMS"].split()}
 
     def of(column: str) -> str:
-        stem, steps = column.split("@")
-        return f"{own.get(stem, stem)}@{steps}"
+        first, stem, steps = re.fullmatch(r"(first:)?(.*)@(\d+)", column).groups("")
+        return f"{first}{own.get(stem, stem)}@{steps}"
 
     return claim._replace(title=f"{claim.title} ({arm})", env={"ARMS": " ".join(own.values())},
                           scores=f"{claim.scores}_{arm}", better=of(claim.better),
-                          than=tuple(map(of, claim.than)))
+                          than=tuple(map(of, claim.than)), beside=tuple(map(of, claim.beside)))
 
 
 def cost(claim: Claim, quick: bool) -> str:
@@ -166,10 +167,15 @@ def seeds_of(cfg: Config) -> str:
 
 
 def columns(names: list[str], arm: str) -> list[int]:
-    """Where in `names` the seeds of ARM@STEPS are: OUT/ARM0/step_00000700@20, or assets/base@20."""
-    stem, steps = arm.split("@")
-    return [i for i, name in enumerate(names)
-            if re.fullmatch(rf"(?:.*/)?{re.escape(stem)}\d*(?:/step_\d+)?@{steps}(?: \(\d+\))?", name)]
+    """Where in `names` the seeds of ARM@STEPS are: OUT/ARM0/step_00000700@20, or assets/base@20. Of several
+    checkpoints of a seed the last one is meant; in first:ARM@STEPS the first, of PeFL the end of phase 1."""
+    stem, steps = arm.removeprefix("first:").split("@")
+    pattern = rf"((?:.*/)?{re.escape(stem)}\d*)(?:/step_(\d+))?@{steps}( \(\d+\))?"
+    found = {}
+    for i, name in enumerate(names):
+        if m := re.fullmatch(pattern, name):
+            found.setdefault((m[1], m[3]), []).append((int(m[2] or 0), i))
+    return [sorted(of)[0 if arm.startswith("first:") else -1][1] for of in found.values()]
 
 
 def judged(claim: Claim, scores: Path) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -203,17 +209,19 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
         return f"{scale * mean:.{digits}f} ± {scale * half:.{digits}f}", mean, half
 
     lines = [f"| | {claim.metric}{', %' if claim.higher else ' (less is better)'} |", "|---|---|"]
-    for arm in (claim.better, *claim.than):
+    for arm in (claim.better, *claim.than, *claim.beside):
         if not columns(names, arm):
             raise SystemExit(f"error: {scores / 'scores.npz'}: no {arm}: remove {scores}.asked and run the "
                              "same command again")
         lines.append(f"| {arm} | {value([rows[columns(names, arm)] for rows in tasks.values()])[0]} |")
     signs, told = [], []
-    for arm in claim.than:
+    for arm in (*claim.than, *claim.beside):
         a, b = columns(names, claim.better), columns(names, arm)
         b = b * len(a) if len(b) == 1 else b  # the base has no seeds
         text, mean, half = value([rows[a] - rows[b] for rows in tasks.values()])
         lines.append(f"| {claim.better} - {arm} | {text} |")
+        if arm in claim.beside:
+            continue
         told.append(f"{text} against {arm}")
         gain = (mean if claim.higher else -mean) + claim.margin
         signs.append((1 if gain > 0 else -1) if abs(gain) > half else 0)  # of NaN nothing is decided
@@ -235,16 +243,31 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
     return f"## {name}: {claim.title}\n\n" + "\n".join(lines) + f"\n\n{verdict}: {here}; {call}\n"
 
 
+SHOWN = {"pefl": "PeFL", "control": "flow matching", "rewardless": "L_reg + L_vgg", "editnet": "EditNet",
+         "textcontrol": "TextControl", "controlnet": "ControlNet", "freeform": "no regions",
+         "plain": "no weights", "scorer": "weights", "raw": "raw pairs", "unpaired": "two noises",
+         "aspects": "every aspect"}  # arm -> what a sheet calls it
+
+
+def shown(arm: str) -> str:
+    """noise+known+rewardless@20 -> L_reg + L_vgg, 20."""
+    stem, steps = arm.split("@")
+    word = stem.split("+")[-1]
+    return f"{SHOWN.get(word, 'PeFL' if '+' in stem else word.replace('_', ' '))}, {steps}"
+
+
 def sheet(claim: Claim, folder: Path) -> Image.Image:
     """Scenes by how much the claim's arm is ahead of the first one that it is compared with: the three best,
-    two from the middle, the three worst. source | hole or instruction | the arms, a seed each | truth. Where
-    several aspects are one measurement, the tallest is shown."""
+    two from the middle, the three worst, those of the same number in an order drawn by lot. source | hole or
+    instruction | the arms, a seed each | truth. Where several aspects are one measurement, the tallest is
+    shown."""
     names, tasks = judged(claim, folder / claim.scores)
     first = {arm: columns(names, arm)[0] for arm in (claim.better, *claim.than)}
     ahead = (1 if claim.higher else -1) * np.concatenate(
         [rows[first[claim.better]] - rows[first[claim.than[0]]] for rows in tasks.values()])
     place = [(task, i) for task, rows in tasks.items() for i in range(rows.shape[1])]
-    order = [int(i) for i in np.argsort(-ahead, kind="stable") if not np.isnan(ahead[i])]
+    lot = np.random.default_rng(0).permutation(len(ahead))  # many edits are 1 ahead, of all tasks
+    order = [int(i) for i in lot[np.argsort(-ahead[lot], kind="stable")] if not np.isnan(ahead[i])]
     middle = len(order) // 2
     chosen = dict.fromkeys(order[:3] + order[middle - 1:middle + 1] + order[-3:])
     saved = {arm: folder / "pictures" / names[i].replace("/", "_") for arm, i in first.items()}
@@ -265,7 +288,7 @@ def sheet(claim: Claim, folder: Path) -> Image.Image:
             left = [c.image]
         pictures.append([x[0] for x in (*left, *made, c.truth)])
         titles.append(f"{ahead[i]:+.3f} {task.removeprefix('1x1/')}: {c.caption[0]}")
-    heads = ["picture", *(["hole"] if claim.script == FEEDBACK else []), *first, "truth"]
+    heads = ["picture", *(["hole"] if claim.script == FEEDBACK else []), *map(shown, first), "truth"]
     return contact_sheet(pictures, heads, row_titles=titles)
 
 

@@ -8,6 +8,7 @@ defaults; those below suit a small model of pixels.
 """
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -54,6 +55,8 @@ def stages(cfg: Config) -> list[Stage]:
     out, n = cfg.out, cfg
     # A step of 16 pictures of a small model gains little from a second thread and all from a second rank
     ranks = 4 if cores() >= 4 else 2 if cores() >= 2 else 1
+    one, two = (int(phase.split("x")[1]) for phase in n.phases.split(","))  # steps; both ends are judged
+    every = math.gcd(one, 20)
     many = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} -- " if ranks > 1 else ""
     reward = "--lr 5e-4 --warmup 50 --dropout 0 --batch_size 32 --noise 0.3 --eval_every 0 --wandb off"
     return [
@@ -75,11 +78,11 @@ def stages(cfg: Config) -> list[Stage]:
                     f"--batch_size {16 // ranks} --lr 2e-5 --warmup 10 --ema 0.95 "
                     "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.02 "
                     "--w_aesthetic 0.001 --w_alignment 0.001 --w_coherence 0.1 --sample_every 0 "
-                    "--save_every 20 --wandb off "
+                    f"--save_every {every} --keep {2 + two // every} --wandb off "
                     f"--out {out}/pefl"}, ranks),
-        Stage("the judge, on held-out scenes: base and PeFL", 66, {
-            "judge": f"evaluate.py scenes --ckpt assets/base,{out}/pefl,{out}/pefl --steps 20,20,8 "
-                     f"--n {n.judged} --out {out}/judge"})]
+        Stage("the judge, on held-out scenes: base and PeFL", 80, {
+            "judge": f"evaluate.py scenes --steps 20,20,8,8 --n {n.judged} --out {out}/judge "
+                     f"--ckpt assets/base,{out}/pefl/step_{one:08d},assets/base,{out}/pefl"})]
 
 
 def main(cfg: Config) -> None:
@@ -175,7 +178,7 @@ def report(out: Path) -> None:
     """The judge's table, shortened: what a reader should see at the end."""
     tasks = json.loads((out / "judge/results.json").read_text())["tasks"]
     columns = list(next(iter(tasks.values())))
-    names = ["base, 20 steps", "PeFL, 20 steps", "PeFL, 8 steps", "base, blurred", "truth"]
+    names = ["base, 20 steps", "PeFL, 20 steps", "base, 8 steps", "PeFL, 8 steps", "base, blurred", "truth"]
     rows = [("texture, distance from the truth's", "texture", 1), ("distance to real pictures", "frechet", 1),
             ("error where the truth is determined", "exact", 1),
             ("has the object asked for, %", "named", 100), ("nothing is left of it, %", "empty", 100)]

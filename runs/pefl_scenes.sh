@@ -89,7 +89,8 @@ for seed in $SEEDS; do
 done
 finish
 
-# 3) the judge: all on the same scenes, masks and noise; and paired counts against the base at 20 steps
+# 3) the judge: all on the same scenes, masks and noise; and paired counts against the base at 20 steps. In 20 steps what phase 1
+#    made, in 8 steps that, too, as the control of what phase 2 made
 export OMP_NUM_THREADS=$(nproc)
 first=$(printf "step_%08d" "$ONE") last=$(printf "step_%08d" $((ONE + TWO)))
 ckpts="$BASE" steps="20"
@@ -97,7 +98,7 @@ for seed in $SEEDS; do ckpts="$ckpts,$OUT/control$seed" steps="$steps,20"; done
 for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$first" steps="$steps,20"; done; done
 ckpts="$ckpts,$BASE" steps="$steps,8"
 for seed in $SEEDS; do ckpts="$ckpts,$OUT/control$seed" steps="$steps,8"; done
-for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$last" steps="$steps,8"; done; done
+for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$first,$OUT/$arm$seed/$last" steps="$steps,8,8"; done; done
 $PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n "$N" --save "$OUT/pictures" --out "$OUT/$JUDGE" |
     tee "$OUT/$JUDGE.txt"
 [ "$PROBE" = 1 ] || exit 0

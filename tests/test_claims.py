@@ -84,7 +84,7 @@ def test_aspects_of_a_pair_are_one_measurement(tmp_path):
 def test_of_no_numbers_nothing_is_decided(tmp_path):
     (tmp_path / "s").mkdir()
     np.savez(tmp_path / "s/scores.npz", names=["out/editnet0@10", "out/freeform0@10"],
-             **{"swap/edit": np.full((2, 5), np.nan)})
+             **{"swap/success": np.full((2, 5), np.nan)})
     page = CLAIMS["report"]("C8", CLAIMS["CLAIMS"]["C8"], tmp_path / "s", CLAIMS["Config"](seeds="0"))
     assert "\nnot decided: " in page
 
@@ -96,6 +96,12 @@ def test_another_arm_stands_for_pefl():
     names = [f"out/noise+known{end}" for end in ("0/step_00000060@20", "1/step_00000060@20", "@8")]
     names += ["out/noise+known+rewardless0/step_00000060@20"]
     assert CLAIMS["columns"](names, claim.better) == [0, 1] and CLAIMS["columns"](names, claim.than[2]) == [3]
+    ends = [f"o/late{seed}/step_{step:08d}@8" for seed in (0, 1) for step in (84, 60)]
+    of = CLAIMS["with_arm"](CLAIMS["CLAIMS"]["C4"], "late")
+    assert of.better == "late@8" and of.beside == ("first:late@8", "base@8")
+    assert CLAIMS["columns"](ends, of.better) == [0, 2] and CLAIMS["columns"](ends, of.beside[0]) == [1, 3]
+    assert [CLAIMS["shown"](arm) for arm in (claim.better, *claim.than)] == [
+        "PeFL, 20", "base, 20", "flow matching, 20", "L_reg + L_vgg, 20"]
     with pytest.raises(SystemExit, match="error: --arm: late: C5 has no PeFL"):
         CLAIMS["main"](CLAIMS["Config"](("C4", "C5"), arm="late"))
 
@@ -158,7 +164,7 @@ def test_an_unknown_arm_costs_no_time(tmp_path, script, arms, use):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread_and_own_signals")
 @pytest.mark.parametrize("lines", [
-    {"C4": "| pefl@8 - base@20 |"},
+    {"C4": "| pefl@8 - first:pefl@8 |"},
     {"C8": "| editnet@10 - freeform@10 |", "C10": "| aspects@10 - editnet@10 |"},
     {"C6": "| scorer@10 - plain@10 |", "C7": "| refined@10 - unpaired@10 |"}])
 def test_claims_end_to_end(tmp_path, monkeypatch, capfd, lines):
