@@ -149,31 +149,31 @@ def open_editor(path: str, device: torch.device, needs: tuple[str, ...] = (), wh
     if needs and not able & set(needs):
         raise SystemExit(f"error: {what}: is {kind}; {NEEDS[needs[0]]}")
     checkpoint.load_state(net, state, path)
-    known = manifest.get("meta", {}).get("stack", {}) | ({"sd3": sd3} if sd3 else {})
-    space, known, words = surround(net, known, device, what, tokenizers, cache)
-    return Pipe(net, space, manifest, known, words)
+    stack = manifest.get("meta", {}).get("stack", {}) | ({"sd3": sd3} if sd3 else {})
+    space, stack, words = surround(net, stack, device, what, tokenizers, cache)
+    return Pipe(net, space, manifest, stack, words)
 
 
-def surround(net: model.Editor | model.EditNet, known: dict, device: torch.device, what: str,
+def surround(net: model.Editor | model.EditNet, stack: dict, device: torch.device, what: str,
              tokenizers: str | None = None, folder: str | None = None) -> tuple[Space, dict, Cache | None]:
     """-> the space `net` works in, what the next manifest says of it, the opened cache or None; and `net`
     learns to read captions.
 
-    known: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers, t5, t5_length. folder:
+    stack: meta.stack of the manifest the weights came with: sd3, perhaps tokenizers, t5, t5_length. folder:
     one of make_cache.py, in place of the text encoders. what: the flag and path that errors name.
     """
     if net.cfg.txt_bytes:
-        for flag, value in (("cache", folder), ("sd3", known.get("sd3")), ("tokenizers", tokenizers)):
+        for flag, value in (("cache", folder), ("sd3", stack.get("sd3")), ("tokenizers", tokenizers)):
             if value:
                 raise SystemExit(f"error: --{flag}: {value}: {what} draws pixels and reads captions itself: "
                                  "leave it out")
         return PixelSpace(), {}, None
-    if not known.get("sd3"):
+    if not stack.get("sd3"):
         raise SystemExit(f"error: {what}: its manifest does not say where VAE and text encoders are: give "
                          "--sd3")
-    path = known["sd3"]
-    known = known | ({"tokenizers": tokenizers} if tokenizers else {})
-    for flag, place in (("sd3", path), ("tokenizers", known.get("tokenizers") if not folder else None)):
+    path = stack["sd3"]
+    stack = stack | ({"tokenizers": tokenizers} if tokenizers else {})
+    for flag, place in (("sd3", path), ("tokenizers", stack.get("tokenizers") if not folder else None)):
         if place and not os.path.exists(place):
             raise SystemExit(f"error: {what}: VAE and text encoders: {place}: no such file or folder: give "
                              f"--{flag}, which says where they are")
@@ -185,13 +185,13 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
     if folder:
         words = open_cache(folder, base=path)
         made = {k: words.made[k] for k in ("t5", "t5_length")}  # without T5 its tokens are zeros
-        if differ := [f"{k} {made[k]}, not {known[k]}" for k in made if made[k] != known.get(k, made[k])]:
+        if differ := [f"{k} {made[k]}, not {stack[k]}" for k in made if made[k] != stack.get(k, made[k])]:
             common.print0(f"note: --cache: {folder}: {what} read other text until now: {', '.join(differ)}")
-        known = known | made
+        stack = stack | made
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        text = load_text(path, known.get("tokenizers"), dtype, device, known.get("t5", True),
-                         known.get("t5_length", 77))
+        text = load_text(path, stack.get("tokenizers"), dtype, device, stack.get("t5", True),
+                         stack.get("t5_length", 77))
 
     def read(captions):  # a function: deepcopy of the net does not copy what it holds
         features = words.text(captions, device) if words else text.encode_text(captions)
@@ -202,12 +202,12 @@ def surround(net: model.Editor | model.EditNet, known: dict, device: torch.devic
         raise SystemExit(f"error: {what}: reads text of widths {net.cfg.txt_dim} and {net.cfg.vec_dim}, "
                          f"{folder or path} gives {got[0]} and {got[1]}: give what belongs together")
     (net.base if isinstance(net, model.EditNet) else net).read = read
-    return vae, known, words
+    return vae, stack, words
 
 
-def text_tokens(net: model.Editor | model.EditNet, known: dict) -> int:
-    """How many tokens a caption is, to `net` in the surroundings that `surround` told."""
-    return net.cfg.txt_bytes // 4 or 77 + known.get("t5_length", 77)
+def text_tokens(net: model.Editor | model.EditNet, stack: dict) -> int:
+    """How many tokens a caption is, to `net` and the text encoders that `stack` names."""
+    return net.cfg.txt_bytes // 4 or 77 + stack.get("t5_length", 77)
 
 
 def latents(cached: Cache, source, vae: VAE, cfg, stride: int) -> tuple:

@@ -170,6 +170,19 @@ class RewardHead(nn.Module):
         return self.layers(x)
 
 
+def start_towers(net: nn.Module, towers_of: nn.Module) -> None:
+    """What a network over two towers begins with: weights for training from scratch in `towers_of` (default
+    ours), CLIP's deviations of pixels, and the tokenizer of its cfg."""
+    for m in towers_of.modules():
+        if isinstance(m, nn.Linear | nn.Embedding):
+            nn.init.normal_(m.weight, std=0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5)
+    for name, values in (("mean", towers.CLIP_MEAN), ("std", towers.CLIP_STD)):
+        net.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+    net.tokenizer = Tokenizer.from_str(net.cfg.tokenizer) if net.cfg.tokenizer else None
+    if net.tokenizer:
+        net.tokenizer.encode_special_tokens = True  # a typed "[PAD]" is text
+
+
 class PreferenceReward(nn.Module):
     """R(c, x): the aesthetic and the alignment reward (ByteEdit Sec. 3.1, 3.2), built as ImageReward is."""
 
@@ -181,16 +194,8 @@ class PreferenceReward(nn.Module):
                                   cfg.vit_heads),
             "text_encoder": MedText(cfg)})
         self.mlp = RewardHead(cfg.txt_width)
-        for m in self.blip.modules():
-            if isinstance(m, nn.Linear | nn.Embedding):
-                std = 0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5
-                nn.init.normal_(m.weight, std=std)
+        start_towers(self, self.blip)
         self.mlp.init_weights(original_init)
-        self.register_buffer("mean", torch.tensor(towers.CLIP_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(towers.CLIP_STD)[:, None, None], persistent=False)
-        self.tokenizer = Tokenizer.from_str(cfg.tokenizer) if cfg.tokenizer else None
-        if self.tokenizer:
-            self.tokenizer.encode_special_tokens = True  # a typed "[PAD]" is text
         self.score_mean, self.score_std = 0.0, 1.0  # of held-out scores, from the manifest
 
     @property
@@ -275,16 +280,8 @@ class EditScorer(nn.Module):
         self.cfg = cfg
         self.vit = ViT(cfg.image_size // cfg.patch, cfg.patch, cfg.vit_width, cfg.vit_depth, cfg.vit_heads, 9)
         self.text = MedText(cfg)
-        for m in self.modules():
-            if isinstance(m, nn.Linear | nn.Embedding):
-                std = 0.02 if isinstance(m, nn.Embedding) else m.weight.shape[1] ** -0.5
-                nn.init.normal_(m.weight, std=std)
+        start_towers(self, self)
         self.head = nn.Linear(cfg.txt_width, 11)
-        self.register_buffer("mean", torch.tensor(towers.CLIP_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(towers.CLIP_STD)[:, None, None], persistent=False)
-        self.tokenizer = Tokenizer.from_str(cfg.tokenizer) if cfg.tokenizer else None
-        if self.tokenizer:
-            self.tokenizer.encode_special_tokens = True
         self.knots = ([0.0, 10.0], [0.0, 10.0])  # score -> calibrated score, from the manifest
 
     @property

@@ -104,15 +104,14 @@ def main(cfg: Config) -> None:
     # 1) model: from scratch, or from a checkpoint; a base's patch embedding gets zero columns for the mask
     #    and the masked picture; an instruction editor begins as its base
     torch.manual_seed(cfg.seed)
-    editor, surroundings = build(cfg)
+    editor, stack = build(cfg)
     if editor.cfg.txt_bytes and not cfg.text_lr:  # else its gradient would count where the norm is clipped
         editor.text.requires_grad_(False)
     frozen = checkpoint.frozen_bits(editor)
     if not cfg.fsdp:
         editor.to(device)
     begins = f"--init: {cfg.init}" if cfg.init else f"--preset: {cfg.preset}"
-    space, surroundings, cached = pipeline.surround(editor, surroundings, device, begins, cfg.tokenizers,
-                                                    cfg.cache)
+    space, stack, cached = pipeline.surround(editor, stack, device, begins, cfg.tokenizers, cfg.cache)
     stride = editor.cfg.patch * space.stride
     if cfg.image_size % stride:
         raise SystemExit(f"error: --image_size: {cfg.image_size}: must be a multiple of {stride}, the "
@@ -122,7 +121,7 @@ def main(cfg: Config) -> None:
     size, trained = (common.n_params(editor, only) / 1e6 for only in (False, True))
     common.print0(f"{cfg.stage}: {size:.1f} M parameters, {trained:.1f} M trained, {device}, "
                   f"{dist.world} rank(s)")
-    tokens, words = (cfg.image_size // stride) ** 2, pipeline.text_tokens(editor, surroundings)
+    tokens, words = (cfg.image_size // stride) ** 2, pipeline.text_tokens(editor, stack)
     common.print0(f"a picture is {tokens} tokens, its text {words}")
     flops = model.flops(editor, cfg.batch_size, tokens, words)  # of a micro-batch
     if cfg.fsdp:
@@ -222,7 +221,7 @@ def main(cfg: Config) -> None:
         ends = step == cfg.steps or stop
         if ends or step % cfg.save_every == 0 and not verdict.bad:
             meta = {"arch": editor.arch, "config": asdict(cfg), "precision": common.PRECISION[bf16],
-                    "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": surroundings,
+                    "samples": step * samples_per_step, "run_id": metrics.run_id, "stack": stack,
                     "frozen": frozen}
             saved = checkpoint.save(cfg.out, step, state, meta, 0 if verdict.bad else cfg.keep, dist)
             lost_saves = checkpoint.count_lost(cfg.out, saved, lost_saves, ends)
@@ -280,7 +279,7 @@ def check(cfg: Config) -> None:
 
 def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNet, dict]:
     """The model of the stage with its starting weights, on the CPU, what stays frozen without gradient; and
-    what its manifest says of its surroundings (pipeline.surround). Fills in --shift."""
+    the stack that its manifest names (pipeline.surround). Fills in --shift."""
     if not cfg.init:
         arch = model.PRESETS[cfg.preset]
         cfg.shift = cfg.shift or 1.0
@@ -289,16 +288,16 @@ def build(cfg: Config, device: str = "cpu") -> tuple[model.Editor | model.EditNe
     state, manifest = pipeline.open_weights(cfg.init, device=device, what="--init")
     arch = manifest["arch"]
     cfg.shift = cfg.shift or manifest.get("config", {}).get("shift") or 1.0
-    surroundings = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
+    stack = manifest.get("meta", {}).get("stack", {}) | ({"sd3": cfg.sd3} if cfg.sd3 else {})
     if cfg.stage == "edit":
-        return build_edit(cfg, arch, state), surroundings
+        return build_edit(cfg, arch, state), stack
     arch = arch | {"inpaint": arch.get("inpaint", False) or cfg.stage == "inpaint"}
     if cfg.stage == "base" and arch.get("inpaint"):
         raise SystemExit(f"error: --stage: base: {cfg.init} is an inpainting model: use --stage inpaint")
     editor = model.build_editor(arch, f"--init: {cfg.init}")
     state = model.widen_input(state, editor.cfg.in_channels, pipeline.MASK_INPUT)
     checkpoint.load_state(editor, state, cfg.init)
-    return editor, surroundings
+    return editor, stack
 
 
 def build_edit(cfg: Config, arch: dict, state: dict) -> model.EditNet:
