@@ -250,10 +250,10 @@ SHOWN = {"pefl": "PeFL", "control": "flow matching", "rewardless": "L_reg + L_vg
 
 
 def shown(arm: str) -> str:
-    """noise+known+rewardless@20 -> L_reg + L_vgg, 20."""
+    """noise+known+rewardless@20 -> L_reg + L_vgg, 20 steps."""
     stem, steps = arm.split("@")
     word = stem.split("+")[-1]
-    return f"{SHOWN.get(word, 'PeFL' if '+' in stem else word.replace('_', ' '))}, {steps}"
+    return f"{SHOWN.get(word, 'PeFL' if '+' in stem else word.replace('_', ' '))}, {steps} steps"
 
 
 def sheet(claim: Claim, folder: Path) -> Image.Image:
