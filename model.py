@@ -561,7 +561,7 @@ class EditNet(nn.Module):
 
     Sums enter through zero Linears, new input columns are zero (ours: OmniEdit is silent). That the source
     tokens' own output is added is our reading of Sec. 4 ("output of the control branch tokens"): without it,
-    as in `attend`, every pixel that is to stay has to be found by attention (LOG.md). An instruction is
+    as in `attend`, all that is to stay has to be found by attention (RESULTS.md, C5). An instruction is
     read by a trainable copy of a built-in text encoder, since the base's has only read captions; `base` alone
     is untouched. Base blocks read that copy too, so a ControlNet gets a text that learns, which the published
     ones, on frozen encoders, do not: `--text_lr 0` compares as the paper does. Free-form edits have a region
