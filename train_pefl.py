@@ -76,6 +76,7 @@ class Config:
     batch_size: int = 16  # pictures per rank and micro-batch (default ours, paper silent)
     accum: int = 1  # micro-batches per optimiser step
     phases: str = "20/15/10x2000,8/6/3x2000"  # T/T1/T2 (Sec. 3.3) x steps (ours; all of the loop's), in turn
+    guidance: float = 1.0  # classifier-free, of stages 2 and 3: give what you sample with (ours); 1 = none
     start: Literal["masked", "noise"] = "masked"  # of stage 2: x (1 - m) noised to T1; or noise, at T (ours)
     w_aesthetic: float = 0.01  # weight of R_alpha in L_reward (Sec. 4.1)
     w_alignment: float = 0.01  # weight of R_beta in L_reward (Sec. 4.1)
@@ -127,10 +128,7 @@ def main(cfg: Config) -> None:
     pipe = pipeline.open_editor(cfg.base, device, ("fill", "follow"), "--base", sd3=cfg.sd3, mask_input=True,
                                 tokenizers=cfg.tokenizers, cache=cfg.cache)
     editor, space, instructed, shift = pipe.net, pipe.space, pipe.follows, pipe.shift
-    image_size, patch = cfg.image_size or pipe.size, editor.cfg.patch * space.stride
-    if not image_size:
-        raise SystemExit(f"error: --base: {cfg.base}: does not say at what size it was trained: give "
-                         "--image_size")
+    image_size, patch = side_of(cfg, pipe), editor.cfg.patch * space.stride
     if image_size % patch:
         raise SystemExit(f"error: --image_size: {image_size}: must be a multiple of {patch}, the editor's "
                          "patch in pixels")
@@ -156,7 +154,8 @@ def main(cfg: Config) -> None:
                       "could stand in for it: L_vgg (Eq. 3) is 0")
     torch.manual_seed(cfg.seed)
     disc = open_coherence(cfg.disc_init, image_size, patch, "--disc_init").to(device)
-    size = cfg.batch_size, (image_size // patch) ** 2, pipeline.text_tokens(editor, pipe.stack)
+    calls = cfg.batch_size * rows_of(cfg)
+    size = calls, (image_size // patch) ** 2, pipeline.text_tokens(editor, pipe.stack)
     call_flops = model.flops(editor, *size, backward=False)  # of a call of the editor in stage 2
     flops = model.flops(editor, *size)  # and of stage 3
     if cfg.fsdp:
@@ -239,7 +238,7 @@ def main(cfg: Config) -> None:
 
             # Stage 2: denoise T1 -> t' without gradient, so that PeFL's memory is that of a single call
             with autocast:
-                velocity = conditioned(editor, batch["text"], given.condition)
+                velocity = conditioned(editor, batch["text"], given.condition, cfg.guidance)
                 with torch.no_grad():
                     x_t = flow.sample(velocity, x_t, ts)
 
@@ -331,7 +330,7 @@ def check(cfg: Config) -> None:
                          "adversarial_from"),
         not_negative=("lr", "disc_lr", "disc_first", "reward_noise", "warmup", "sample_every", "keep",
                       "workers", "lora", "checkpointing", "eta", "w_aesthetic", "w_alignment", "w_coherence"),
-        below_1=("ema",), share=("p_region",))
+        above_0=("guidance",), below_1=("ema",), share=("p_region",))
     data.mixture(cfg.tasks)
     total = sum(phase[-1] for phase in parse_phases(cfg.phases))
     if (total - cfg.disc_first) // cfg.disc_updates < 1:
@@ -480,10 +479,27 @@ def read_batch(batch: dict, editor, space, hold: str = "all") -> Given:
     return Given(condition[0], condition, new, source, 1 - new)
 
 
-def conditioned(editor, text, condition: tuple):
-    """G for a batch with its text and its masks or sources, as a function (x_t, t [B]) -> v."""
-    txt, vec = editor.encode_text(text)
-    return lambda x_t, t: editor(x_t, t, txt, vec, *condition)
+def conditioned(editor, text, condition: tuple, guidance: float = 1.0):
+    """G for a batch with its text and its masks or sources, as a function (x_t, t [B]) -> v; with guidance
+    the v that sampling goes by, for which one call has the batch with its text and without."""
+    if guidance == 1:
+        txt, vec = editor.encode_text(text)
+        return lambda x_t, t: editor(x_t, t, txt, vec, *condition)
+    denoise = pipeline.denoiser(editor, text, condition, guidance)
+    return lambda x_t, t: sum(weight * v for v, weight in zip(*denoise(x_t, t)))
+
+
+def rows_of(cfg: Config) -> int:
+    """How often a call of the editor has each picture of the batch."""
+    return 1 if cfg.guidance == 1 else 2
+
+
+def side_of(cfg: Config, pipe: pipeline.Pipe) -> int:
+    """The side of the training square in pixels; SystemExit where neither the flag nor the base says it."""
+    if not (side := cfg.image_size or pipe.size):
+        raise SystemExit(f"error: --base: {cfg.base}: does not say at what size it was trained: give "
+                         "--image_size")
+    return side
 
 
 def recomputed(cfg: Config, fn, *inputs):
@@ -524,7 +540,7 @@ def heldout_grid(cfg: Config, train, instructed: bool, image_size: int, stride: 
 
 
 def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[float], bf16: bool):
-    """Held-out samples without guidance -> metrics, and a sheet of the samples. Metrics: scores of all
+    """Held-out samples, guided as in training -> metrics, and a sheet of the samples. Metrics: scores of all
     rewards, of alignment those of captioned pictures; the samples' statistics over the real pictures'
     (log.image_stats), 1 = alike; mean change outside the mask; distance to the frozen base, in velocity at
     t = 0.5 and in weights, over the base's norm."""
@@ -536,7 +552,7 @@ def judge(cfg: Config, editor, base, space, scores: dict, batch: dict, ts: list[
     out, v = {}, {}
     for name, net in (("base", base), ("tuned", editor)):
         out[name] = pipeline.sample(net, space, captions, batch["mask"], batch.get("source", x), noise, ts,
-                                    bf16=bf16).clamp(-1, 1)
+                                    cfg.guidance, bf16=bf16).clamp(-1, 1)
         v[name] = net(x_t, half, *net.encode_text(captions), *given.condition).float()
     each = {f"{name}_{who}": score(image, c) for name, score in scores.items() for who, image in out.items()}
     asked = torch.tensor([text != "" for text in c], device=x.device)

@@ -237,14 +237,15 @@ def condition(net, x):
     return (mask, torch.randn_like(x)) if net.cfg.inpaint else ()
 
 
-def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, words=154, recompute=False):
+def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, words=154, recompute=False,
+         rows=1):
     """A step of train_pefl.py -> Rank. editor, ranks, words: as for `omni`; it is held twice, tuned and as
     it was.
 
     space: pipeline.PixelSpace or VAE. rewards: name -> what open_reward gives; a heldout one has
     its weights in memory and no part in the step. vgg: VGG16 or None: then the first reward of ours gives
     features, if there is one. pictures: [B, 3, H, W]. recompute: --checkpointing, which concerns rewards and
-    coherence model; editor and VAE know their own.
+    coherence model; editor and VAE know their own. rows: of train_pefl.rows_of.
     """
     rank = Rank(device, bf16, ranks)
     net = rank.hold("the editor", editor, average=True)
@@ -264,14 +265,18 @@ def pefl(editor, space, rewards, disc, vgg, pictures, device, bf16, ranks=0, wor
 
     with rank.stepping():
         pefl_step(net, space, scores, disc, features, pictures, rank.device, bf16, words, recompute,
-                  kept=kept)
+                  rows=rows, kept=kept)
     rank.call_flops = flops["stage 2"] - flops["pictures, latents"]
     return rank
 
 
 def pefl_step(net, space, scores, disc, features, pictures, device, bf16, words=154, recompute=False, calls=1,
-              kept=lambda name: None):
-    """calls: of the editor in stage 2, without gradient. scores: functions of pictures and captions."""
+              rows=1, kept=lambda name: None):
+    """calls: of the editor in stage 2, without gradient; rows: how often each has a picture. scores:
+    functions of pictures and captions."""
+    def many(x):
+        return x.repeat(rows, *[1] * (x.dim() - 1))
+
     def maybe_checkpoint(fn, *inputs):
         return checkpoint(fn, *inputs, use_reentrant=False) if recompute else fn(*inputs)
 
@@ -283,14 +288,20 @@ def pefl_step(net, space, scores, disc, features, pictures, device, bf16, words=
         given, t = condition(net, start), torch.rand(B)
         with autocast:
             txt, vec = text(net, B, words)
+            beside = [many(y) for y in (t, txt, vec, *given)] if rows > 1 else (t, txt, vec, *given)
+
+            def velocity(x_t):
+                v = net(many(x_t) if rows > 1 else x_t, *beside)
+                return sum(v.chunk(rows)) if rows > 1 else v
+
             with torch.no_grad():
                 x_t = flow.interpolate(start, torch.randn_like(start), t)
                 kept("pictures, latents")
                 for _ in range(calls):
-                    x_t = x_t - 0.05 * net(x_t, t, txt, vec, *given)
+                    x_t = x_t - 0.05 * velocity(x_t)
         kept("stage 2")
         with autocast:
-            z0 = flow.x0_from_v(x_t, net(x_t, t, txt, vec, *given), t)
+            z0 = flow.x0_from_v(x_t, velocity(x_t), t)
             kept("activations of the editor")
             fake = maybe_checkpoint(space.decode, z0)
             kept("activations of the decoder")
@@ -355,11 +366,12 @@ def count_pefl(cfg: train_pefl.Config, dist: common.Dist, ranks: int = 0) -> Ran
     opened = {f"{name} {i + 1}" if i else name: net for name, nets in train_pefl.open_rewards(cfg).items()
               for i, net in enumerate(nets)}
     vgg = load_vgg16(cfg.vgg) if cfg.vgg else None
-    size, patch = cfg.image_size or pipe.size or 64, pipe.net.cfg.patch * pipe.space.stride
+    size, patch = train_pefl.side_of(cfg, pipe), pipe.net.cfg.patch * pipe.space.stride
     disc = open_coherence(cfg.disc_init, size, patch, "--disc_init")
     bf16 = common.use_bf16(cfg.precision, dist)
     return pefl(pipe.net, pipe.space, opened, disc, vgg, (cfg.batch_size, 3, size, size), dist.device, bf16,
-                ranks, pipeline.text_tokens(pipe.net, pipe.stack), bool(cfg.checkpointing))
+                ranks, pipeline.text_tokens(pipe.net, pipe.stack), bool(cfg.checkpointing),
+                train_pefl.rows_of(cfg))
 
 
 if __name__ == "__main__":

@@ -235,7 +235,8 @@ def omni(out, steps=STEPS, **flags):
 
 
 def pefl(out, steps=STEPS, **flags):
-    given = dict(base=str(ROOT / "assets/base"), phases=f"8/6/3x{steps}", lr=1e-5, save_every=steps)
+    given = dict(base=str(ROOT / "assets/base"), phases=f"8/6/3x{steps}", adversarial_from=1, lr=1e-5,
+                 save_every=steps)
     train_pefl.main(train_pefl.Config(out=str(out), **SHARED | given | flags))
     found = losses(out, "loss/G")
     assert len(found) == steps and found.isfinite().all()

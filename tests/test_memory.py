@@ -70,7 +70,8 @@ if name == "train_omni":
 else:
     nets = made["pipe"].net, space, {"alignment": made["open_reward"]}, made["open_coherence"]
     nets += (made["open_features"][0],)
-    rank = memory.pefl(*nets, (B, 3, side, side), *on, recompute=cfg.checkpointing)
+    rows = script.rows_of(cfg)
+    rank = memory.pefl(*nets, (B, 3, side, side), *on, recompute=cfg.checkpointing, rows=rows)
 print(rank.report())
 print(json.dumps({"counted": rank.peak, "measured": made["peak"] - before}))
 """
@@ -118,9 +119,10 @@ def test_editnet_as_measured(tmp_path, checkpointing):
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_pefl_with_vae_as_measured(sd3, tmp_path, checkpointing):  # noqa: F811
-    flags = dict(base=sd3["sd3"], tokenizers=sd3["tokenizers"], phases="3/2/1x2",
+@pytest.mark.parametrize("checkpointing, guidance", [(False, 1.0), (True, 3.0)])
+def test_pefl_with_vae_as_measured(sd3, tmp_path, checkpointing, guidance):  # noqa: F811
+    flags = dict(base=sd3["sd3"], tokenizers=sd3["tokenizers"], phases="3/2/1x2", adversarial_from=1,
+                 guidance=guidance,
                  alignment=imagereward(tmp_path), vgg=vgg(tmp_path), workers=0, device="cpu", wandb="off",
                  sample_every=0, checkpointing=checkpointing, precision="fp32", batch_size=1, image_size=32)
     got = measured("train_pefl", flags, dict(batch_size=2, image_size=128), tmp_path)

@@ -182,6 +182,26 @@ def test_where_stage_2_begins(made, tmp_path, monkeypatch):
         torch.testing.assert_close(x, (1 - first) * masked + first * batch["noise"])
 
 
+def test_guidance_of_stages_2_and_3(made, tmp_path, monkeypatch):
+    """v(null) + g (v(text) - v(null)) with gradient through both; a call has every picture twice."""
+    editor = pipeline.open_editor(made["base"], torch.device("cpu"), ("fill",)).net
+    x, t, mask = torch.randn(2, 3, 32, 32), torch.full((2,), 0.7), torch.ones(2, 1, 32, 32)
+    ids = editor.text.tokenize(["a red circle", "grass"])
+    plain, none = (train_pefl.conditioned(editor, text, (mask, x))(x, t) for text in (ids, ["", ""]))
+    guided = train_pefl.conditioned(editor, ids, (mask, x), 3.0)(x, t)
+    torch.testing.assert_close(guided, none + 3 * (plain - none), rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad(v.square().sum(), editor.mmdit.x_embedder.proj.weight)[0]
+             for v in (guided, none + 3 * (plain - none))]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    seen, forward = [], model.Editor.forward
+    monkeypatch.setattr(model.Editor, "forward", lambda self, x, *rest: (
+        seen.append(len(x)), forward(self, x, *rest))[1])
+    for guidance, times in ((3.0, 2), (1.0, 1)):
+        seen.clear()
+        call(made, tmp_path / str(guidance), train_pefl, phases="4/3/2x2", guidance=guidance)
+        assert set(seen) == {4 * times}
+
+
 def test_where_the_regularisers_hold(made, tmp_path, monkeypatch):
     """--hold known: L_reg and L_vgg know nothing of the hole."""
     (everywhere, a), (known, b) = (spied(made, tmp_path / hold, monkeypatch, hold=hold)

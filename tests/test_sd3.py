@@ -105,8 +105,8 @@ def picture(folder):
 
 
 def pefl(sd3, tmp_path, out="pefl", **flags):
-    own = dict(base=sd3["sd3"], image_size=32, phases="3/2/1x20", batch_size=1, lr=1e-4, warmup=2, ema=0.9,
-               alignment=imagereward(tmp_path), vgg=vgg(tmp_path), save_every=20)
+    own = dict(base=sd3["sd3"], image_size=32, phases="3/2/1x20", adversarial_from=1, batch_size=1, lr=1e-4,
+               warmup=2, ema=0.9, alignment=imagereward(tmp_path), vgg=vgg(tmp_path), save_every=20)
     train_pefl.main(train_pefl.Config(**flags_of(sd3, tmp_path / out, **own | flags)))
     return rows(tmp_path / out)
 

@@ -62,6 +62,7 @@ BAD = [(train_omni, *case) for case in BOTH] + [(train_pefl, *case) for case in 
     (train_pefl, "--disc_updates: 0", dict(disc_updates=0)),
     (train_pefl, "--adversarial_from: 0", dict(adversarial_from=0)),
     (train_pefl, "--reward_noise: -1", dict(reward_noise=-1.0)),
+    (train_pefl, "--guidance: 0.0", dict(guidance=0.0)),
     (train_pefl, "--lora: -1", dict(lora=-1)),
     *[(train_pefl, f"--{flag}: '': is empty: leave it out", {flag: ""})
       for flag in ("aesthetic", "vgg", "disc_init")],
