@@ -245,17 +245,17 @@ def report(name: str, claim: Claim, scores: Path, cfg: Config) -> str:
     return f"## {name}: {claim.title}\n\n" + "\n".join(lines) + f"\n\n{verdict}: {here}; {call}\n"
 
 
-SHOWN = {"pefl": "PeFL", "control": "flow matching", "rewardless": "L_reg + L_vgg", "editnet": "EditNet",
-         "textcontrol": "TextControl", "controlnet": "ControlNet", "freeform": "no regions",
-         "plain": "no weights", "scorer": "weights", "raw": "raw pairs", "unpaired": "two noises",
-         "aspects": "every aspect"}  # arm -> what a sheet calls it
+SHOWN = dict.fromkeys(("pefl", "noise", "known", "late", "two", "global"), "PeFL") | {  # arm -> of a sheet
+    "control": "flow matching", "rewardless": "L_reg + L_vgg", "editnet": "EditNet",
+    "textcontrol": "TextControl", "controlnet": "ControlNet", "freeform": "no regions", "plain": "no weights",
+    "scorer": "weights", "raw": "raw pairs", "unpaired": "two noises", "aspects": "every aspect"}
 
 
 def shown(arm: str) -> str:
     """noise+known+rewardless@20 -> L_reg + L_vgg, 20 steps."""
     stem, steps = arm.split("@")
     word = stem.split("+")[-1]
-    return f"{SHOWN.get(word, 'PeFL' if '+' in stem else word.replace('_', ' '))}, {steps} steps"
+    return f"{SHOWN.get(word, word.replace('_', ' '))}, {steps} steps"
 
 
 def sheet(claim: Claim, folder: Path) -> Image.Image:

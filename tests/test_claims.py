@@ -100,8 +100,9 @@ def test_another_arm_stands_for_pefl():
     of = CLAIMS["with_arm"](CLAIMS["CLAIMS"]["C4"], "late")
     assert of.better == "late@8" and of.beside == ("first:late@8", "base@8")
     assert CLAIMS["columns"](ends, of.better) == [0, 2] and CLAIMS["columns"](ends, of.beside[0]) == [1, 3]
-    assert [CLAIMS["shown"](arm) for arm in (claim.better, *claim.than)] == [
-        "PeFL, 20 steps", "base, 20 steps", "flow matching, 20 steps", "L_reg + L_vgg, 20 steps"]
+    assert [CLAIMS["shown"](arm) for arm in (claim.better, *claim.than, "noise+no_coherence@8")] == [
+        "PeFL, 20 steps", "base, 20 steps", "flow matching, 20 steps", "L_reg + L_vgg, 20 steps",
+        "no coherence, 8 steps"]
     with pytest.raises(SystemExit, match="error: --arm: late: C5 has no PeFL"):
         CLAIMS["main"](CLAIMS["Config"](("C4", "C5"), arm="late"))
 
