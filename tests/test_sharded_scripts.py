@@ -51,7 +51,7 @@ def test_two_sharded_ranks_equal_one(made, tmp_path, script):  # noqa: F811
 @pytest.mark.slow
 def test_pefl_on_sd3(sd3, tmp_path):  # noqa: F811
     """The real stack, small: VAE, three text encoders, ImageReward, VGG; one rank of 2 and two of 1."""
-    flags = dict(phases="6/5/3x4", save_every=4, batch_size=2)
+    flags = dict(phases="6/5/3x4", adversarial_from=1, save_every=4, batch_size=2)
     one = pefl(sd3, tmp_path, "one", **flags)
     own = dict(base=sd3["sd3"], image_size=32, lr=1e-4, warmup=2, ema=0.9,
                alignment=imagereward(tmp_path), vgg=vgg(tmp_path), fsdp=True)
