@@ -100,7 +100,7 @@ for part in $PARTS; do
     if [ "$part" = pefl ] && wanted pefl; then
         for seed in $SEEDS; do
             spawn $PY train_pefl.py --base "$OUT/editnet$seed" --aesthetic "$PEFL_REWARDS/aesthetic" \
-                --alignment "$PEFL_REWARDS/alignment" --phases 20/15/10x400 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
+                --alignment "$PEFL_REWARDS/alignment" --phases 20/15/10x400 --adversarial_from 1 --batch_size 32 --lr 1e-5 --warmup 20 --ema 0.995 \
                 --disc_init "$PEFL_REWARDS/aesthetic" --disc_first 200 --disc_lr 3e-4 --reward_noise 0.2 \
                 --eta 0.05 --w_aesthetic 0.001 --w_alignment 0.001 --w_coherence 0.1 \
                 --seed "$seed" --wandb off --out "$OUT/pefl$seed"
