@@ -76,7 +76,7 @@ def stages(cfg: Config) -> list[Stage]:
                     "--tasks outpaint=7,edit=7,inpaint=3,erase=3 --start noise --hold known "
                     f"--disc_init {out}/aesthetic --disc_first {n.disc_first} "
                     f"--batch_size {16 // ranks} --lr 2e-5 --warmup 10 --ema 0.95 "
-                    "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.02 "
+                    "--disc_lr 3e-4 --reward_noise 0.2 --eta 0.005 "
                     "--w_aesthetic 0.001 --w_alignment 0.001 --w_coherence 0.1 --sample_every 0 "
                     f"--save_every {every} --keep {2 + two // every} --wandb off "
                     f"--out {out}/pefl"}, ranks),
