@@ -154,8 +154,8 @@ def main(cfg: Config) -> None:
                       "could stand in for it: L_vgg (Eq. 3) is 0")
     torch.manual_seed(cfg.seed)
     disc = open_coherence(cfg.disc_init, image_size, patch, "--disc_init").to(device)
-    calls = cfg.batch_size * rows_of(cfg)
-    size = calls, (image_size // patch) ** 2, pipeline.text_tokens(editor, pipe.stack)
+    tokens = (image_size // patch) ** 2
+    size = cfg.batch_size * rows_of(cfg), tokens, pipeline.text_tokens(editor, pipe.stack)
     call_flops = model.flops(editor, *size, backward=False)  # of a call of the editor in stage 2
     flops = model.flops(editor, *size)  # and of stage 3
     if cfg.fsdp:

@@ -275,7 +275,7 @@ def pefl_step(net, space, scores, disc, features, pictures, device, bf16, words=
     """calls: of the editor in stage 2, without gradient; rows: how often each has a picture. scores:
     functions of pictures and captions."""
     def many(x):
-        return x.repeat(rows, *[1] * (x.dim() - 1))
+        return x if rows == 1 else torch.cat([x] * rows)
 
     def maybe_checkpoint(fn, *inputs):
         return checkpoint(fn, *inputs, use_reentrant=False) if recompute else fn(*inputs)
@@ -288,11 +288,11 @@ def pefl_step(net, space, scores, disc, features, pictures, device, bf16, words=
         given, t = condition(net, start), torch.rand(B)
         with autocast:
             txt, vec = text(net, B, words)
-            beside = [many(y) for y in (t, txt, vec, *given)] if rows > 1 else (t, txt, vec, *given)
+            beside = [many(y) for y in (t, txt, vec, *given)]
 
             def velocity(x_t):
-                v = net(many(x_t) if rows > 1 else x_t, *beside)
-                return sum(v.chunk(rows)) if rows > 1 else v
+                v, *rest = net(many(x_t), *beside).chunk(rows)
+                return sum(rest, v)
 
             with torch.no_grad():
                 x_t = flow.interpolate(start, torch.randn_like(start), t)

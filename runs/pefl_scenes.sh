@@ -15,7 +15,6 @@ cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 if [ "${QUICK:-0}" = 1 ]; then OUT=${OUT:-out/pefl_scenes_quick}; fi  # its runs are no start of the real ones
 OUT=${OUT:-out/pefl_scenes}
-BASE=${BASE:-assets/base}  # the inpainting editor that feedback begins with; rewards learn from its pictures
 ARMS=${ARMS:-pefl rewardless no_aesthetic no_alignment no_coherence}
 JUDGE=${JUDGE:-judge}  # folder of tables, below OUT
 PROBE=${PROBE:-1}  # paired counts and part 4, too
@@ -66,9 +65,9 @@ flag() {
 for arm in $ARMS; do flags "$arm" > /dev/null; done
 
 # 1) preferences and rewards, once: what varies with the seed is PeFL (data order, noise, t', coherence model)
-[ -f "$OUT/prefs/results.json" ] || $PY make_prefs.py --ckpt "$BASE" --n "$PREFS" --steps 4,6,8,20 --out "$OUT/prefs"
+[ -f "$OUT/prefs/results.json" ] || $PY make_prefs.py --ckpt assets/base --n "$PREFS" --steps 4,6,8,20 --out "$OUT/prefs"
 [ -f "$OUT/captions/results.json" ] ||
-    $PY make_prefs.py --ckpt "$BASE" --n 0 --captions "$CAPTIONS" --offset 500000 --out "$OUT/captions"
+    $PY make_prefs.py --ckpt assets/base --n 0 --captions "$CAPTIONS" --offset 500000 --out "$OUT/captions"
 spawn $PY train_reward.py --pairs "$OUT/prefs/aesthetic.json" --preset tiny --steps "$LOOKS" --augment 2 --out "$OUT/aesthetic" $REWARD
 spawn $PY train_reward.py --pairs "$OUT/captions/alignment.jsonl" --preset tiny-p16 --steps "$READS" --val_fraction 0.05 \
     --out "$OUT/alignment" $REWARD
@@ -77,14 +76,14 @@ finish
 # 2) the arms: some steps of the coherence model alone, then phase 1, then phase 2; both ends are kept
 for seed in $SEEDS; do
     for arm in $ARMS; do
-        spawn $PY train_pefl.py --base "$BASE" --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
+        spawn $PY train_pefl.py --base assets/base --aesthetic "$OUT/aesthetic" --alignment "$OUT/alignment" \
             --phases "20/15/10x$ONE,8/6/3x$TWO" --adversarial_from 1 --tasks "$HOLES" $RECIPE \
             --disc_init "$OUT/aesthetic" --disc_first "$ALONE" --disc_lr 3e-4 --reward_noise 0.2 \
             --eta 0.05 --w_aesthetic "$WEIGHT" --w_alignment "$WEIGHT" --w_coherence 0.1 $(flags "$arm") \
             --seed "$seed" --sample_every "$SHEETS" --save_every $(((ONE + 1) / 2)) --keep 4 --wandb off --out "$OUT/$arm$seed"
     done
     # ... and a control: the base trained on with flow matching, on as many pictures and masks
-    spawn $PY train_omni.py --init "$BASE" --stage inpaint --t_shift 3 $RECIPE --lr_schedule constant \
+    spawn $PY train_omni.py --init assets/base --stage inpaint --t_shift 3 $RECIPE --lr_schedule constant \
         --steps $((ONE + TWO - ALONE)) --seed "$seed" --sample_every 0 --wandb off --out "$OUT/control$seed"
 done
 finish
@@ -93,10 +92,10 @@ finish
 #    made, in 8 steps that, too, as the control of what phase 2 made
 export OMP_NUM_THREADS=$(nproc)
 first=$(printf "step_%08d" "$ONE") last=$(printf "step_%08d" $((ONE + TWO)))
-ckpts="$BASE" steps="20"
+ckpts="assets/base" steps="20"
 for seed in $SEEDS; do ckpts="$ckpts,$OUT/control$seed" steps="$steps,20"; done
 for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$first" steps="$steps,20"; done; done
-ckpts="$ckpts,$BASE" steps="$steps,8"
+ckpts="$ckpts,assets/base" steps="$steps,8"
 for seed in $SEEDS; do ckpts="$ckpts,$OUT/control$seed" steps="$steps,8"; done
 for arm in $ARMS; do for seed in $SEEDS; do ckpts="$ckpts,$OUT/$arm$seed/$first,$OUT/$arm$seed/$last" steps="$steps,8,8"; done; done
 $PY evaluate.py scenes --ckpt "$ckpts" --steps "$steps" --n "$N" --save "$OUT/pictures" --out "$OUT/$JUDGE" |
@@ -106,7 +105,7 @@ saved() { echo "$OUT/pictures/$(echo "$1" | tr / _)"; }
 for arm in $ARMS; do
     for seed in $SEEDS; do
         for against in "$arm$seed/$first@20" "$arm$seed/$last@8"; do
-            $PY evaluate.py compare --ckpt "$(saved "$OUT/$against"),$(saved "$BASE@20")" --n "$N" \
+            $PY evaluate.py compare --ckpt "$(saved "$OUT/$against"),$(saved assets/base@20)" --n "$N" \
                 --out "$OUT/compare/$(echo "$against" | tr / _)"
         done
     done

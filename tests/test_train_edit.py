@@ -86,6 +86,15 @@ def test_pefl_resumes(made, tmp_path):
     resumes(made, tmp_path, train_pefl, PEFL_FILES, base=made["editnet"])
 
 
+def test_pefl_with_guidance(made, tmp_path, monkeypatch):
+    """Of the instruction alone: with and without it, both with the source."""
+    seen, forward = [], model.EditNet.forward
+    monkeypatch.setattr(model.EditNet, "forward", lambda self, x, *rest: (
+        seen.append(len(x)), forward(self, x, *rest))[1])
+    row, = call(made, tmp_path, train_pefl, base=made["editnet"], guidance=3.0, phases="4/3/2x1")
+    assert set(seen) == {8} and row["grad_norm/editor"] > 0 and np.isfinite(row["loss/G"])
+
+
 @pytest.mark.slow  # sharded and quicker in test_sharded_scripts.py
 @pytest.mark.parametrize("script", [train_omni, train_pefl])
 def test_two_ranks(made, tmp_path, script):
